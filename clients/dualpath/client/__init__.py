@@ -1,0 +1,1 @@
+"""Engine library: `KVClient` and its blocking facade."""

@@ -1,0 +1,1 @@
+"""The block store: namespaces, chain hashes, tiers, leases, and the daemon around them."""

@@ -1,0 +1,230 @@
+"""The store as its users see it: values, outcomes and the `Store` port.
+
+`BlockStore` (embedded, `block_store.py`) implements the port; the gRPC service and the embedded
+client are written against it. All methods are thread-safe and blocking; those marked (fast) only
+touch memory and may be called from an event loop.
+
+Life of a block: `reserve` -> write into the reserved extent -> `seal`; it is visible to `lookup`
+from then on, and immutable. First writer wins. A reservation expires unsealed after its time to
+live. Read: `lookup` -> lease -> `fetch` chunks -> `release`. A leased block is evicted from no
+tier. Presence is prefix-closed: if a block is present, so is its parent.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.namespace import Namespace
+from dualpath.transfer.region import Region
+from dualpath.transfer.slices import Slices
+
+HASH_BYTES_MIN = 16
+HASH_BYTES_MAX = 32
+BATCH_BLOCKS_MAX = 8192
+"""Most blocks of one lookup, reserve or seal."""
+LEASE_S_MAX = 600.0
+RESERVATION_S_MAX = 300.0
+
+
+class MissReason(enum.Enum):
+    """Why the prefix ends where it ends."""
+
+    NONE = "none"
+    """Every block that was asked for is present."""
+    ABSENT = "absent"
+    PENDING = "pending"
+    """Reserved and not sealed yet: worth asking again soon."""
+    EVICTED = "evicted"
+    CORRUPT = "corrupt"
+    """A checksum failed earlier and the block was dropped."""
+    NAMESPACE = "namespace"
+    """Nothing was ever stored in this namespace: model, layout, salt or hash root differ."""
+
+
+class Tier(enum.Enum):
+    """Where a block's bytes are, fastest first."""
+
+    DRAM = "dram"
+    SSD = "ssd"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """Answer of `lookup`: the longest leading run that is present.
+
+    `checksums[i]` are the xxh3-64 of the chunks of block i, in order. `lease_id` is 0 when no
+    lease was asked for or `blocks` is 0. `detail` explains a miss to a person.
+    """
+
+    blocks: int
+    lease_id: int
+    lease_s: float
+    tiers: tuple[Tier, ...]
+    checksums: tuple[tuple[int, ...], ...]
+    miss: MissReason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlock:
+    """A block to reserve: its chain hash and its parent's (b"" for the first block)."""
+
+    hash: bytes
+    parent: bytes
+
+
+class ReserveStatus(enum.Enum):
+    """What became of one block of a `reserve`."""
+
+    RESERVED = "reserved"
+    EXISTS = "exists"
+    PENDING = "pending"
+    """Somebody else is writing it."""
+    NO_PARENT = "no_parent"
+    """The parent is neither present nor reserved by the same owner."""
+    FULL = "full"
+    """No space could be freed: everything else is leased or pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """One outcome of `reserve`. `extent` (in `Store.arena`) is set only when RESERVED."""
+
+    status: ReserveStatus
+    reservation_id: int = 0
+    extent: Slices | None = None
+
+
+class SealStatus(enum.Enum):
+    """What became of one block of a `seal`."""
+
+    SEALED = "sealed"
+    EXPIRED = "expired"
+    CORRUPT = "corrupt"
+    """The bytes in place do not have the checksums that the writer gave."""
+    FAILED = "failed"
+    """The medium refused the write (disk full, I/O error): nothing was stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealRequest:
+    """Seal one reservation. `checksums` (xxh3-64 a chunk), if given, must match the bytes."""
+
+    reservation_id: int
+    checksums: tuple[int, ...] = ()
+
+
+class FetchedChunk(Protocol):
+    """A chunk's bytes, stable until `release`; a context manager that releases."""
+
+    @property
+    def region(self) -> Region:
+        """The memory that holds it."""
+
+    @property
+    def slices(self) -> Slices:
+        """Where in the region."""
+
+    def release(self) -> None:
+        """Give the buffer back. Idempotent."""
+
+    def __enter__(self) -> Self:
+        """Return self."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counters since start and gauges. Bytes are payload bytes. Keys of mappings are labels."""
+
+    blocks: int
+    namespaces: int
+    leases: int
+    reservations: int
+    capacity_bytes: Mapping[Tier, int]
+    used_bytes: Mapping[Tier, int]
+    read_bytes: Mapping[Tier, int]
+    written_bytes: Mapping[Tier, int]
+    evicted_blocks: Mapping[Tier, int]
+    lookups: int
+    hit_blocks: int
+    missed_blocks: int
+    misses: Mapping[MissReason, int]
+    corrupt_blocks: int
+    device: str
+    """How the SSD tier is read, with the reason of a fallback: `psync, O_DIRECT`, ..."""
+
+
+class Store(Protocol):
+    """See the module docstring."""
+
+    @property
+    def arena(self) -> Region:
+        """The memory in which reserved extents lie and fetched chunks may lie."""
+
+    def open_namespace(self, namespace: Namespace) -> bytes:
+        """Make the namespace known; return its id. Idempotent. Durable with its first seal."""
+
+    def layout(self, namespace_id: bytes) -> KVLayout:
+        """(fast) Raises InvalidRequest, reason `namespace`, if it was never opened."""
+
+    def lookup(
+        self, namespace_id: bytes, hashes: Sequence[bytes], *, owner: str, lease_s: float
+    ) -> PrefixHit:
+        """(fast) Find the longest prefix and lease it for `lease_s` (0: no lease).
+
+        Raises InvalidRequest (unknown namespace, hash size, batch over BATCH_BLOCKS_MAX).
+        """
+
+    def renew(self, lease_id: int, *, owner: str, lease_s: float) -> None:
+        """(fast) Extend from now. Raises LeaseExpired, PermissionDenied (another's lease)."""
+
+    def release(self, lease_id: int, *, owner: str) -> None:
+        """(fast) End a lease; unknown ones are ignored. Raises PermissionDenied."""
+
+    def fetch(self, lease_id: int, block: int, chunk: int) -> FetchedChunk:
+        """Bring a chunk of the lease's block into memory, verified against nothing.
+
+        Zero-copy when the block is in DRAM, else read from SSD into a bounded read buffer.
+        Raises LeaseExpired, InvalidRequest (indices), Overloaded (no read buffer within 1 s),
+        Corrupt (the medium failed: the block is dropped).
+        """
+
+    def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
+        """A reader saw a wrong checksum. Re-read and check; drop the block and its descendants
+        from lookup if it is bad here too. Return whether it was dropped."""
+
+    def reserve(
+        self, namespace_id: bytes, blocks: Sequence[NewBlock], *, owner: str, ttl_s: float
+    ) -> tuple[Reservation, ...]:
+        """Reserve an extent for each block, in order, parents first."""
+
+    def seal(
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool
+    ) -> tuple[SealStatus, ...]:
+        """Checksum the bytes in place, store and publish them. With `durable`, return after
+        they would survive power loss. A durable batch is one group commit."""
+
+    def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
+        """(fast) Give reservations up; unknown ones are ignored."""
+
+    def forget_owner(self, owner: str) -> None:
+        """(fast) The owner's connection ended: drop its leases and reservations."""
+
+    def stats(self) -> StoreStats:
+        """(fast) A snapshot."""
+
+    def close(self) -> None:
+        """Flush, mark the shutdown clean, free everything."""

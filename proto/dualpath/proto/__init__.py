@@ -1,0 +1,1 @@
+"""Protocol of DualPath: versioned gRPC messages and the error mapping."""

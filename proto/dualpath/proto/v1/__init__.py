@@ -1,0 +1,1 @@
+"""`dualpath.v1`: generated messages and services; see the .proto files."""

@@ -1,0 +1,159 @@
+"""Memory that a transport may read from or write into.
+
+`Region` is the local handle and never leaves the process. `RegionDescriptor` is what a peer may
+hold: a *window* on a region, valid for one generation and until it is revoked; it travels as
+bytes, so that the library needs no RPC. A region created here is closed by its creator, after
+the transports that expose it have revoked its windows.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+
+from dualpath.transfer.errors import InvalidRequest
+
+PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 << 20
+
+F_SEAL_SEAL = 0x0001
+F_SEAL_SHRINK = 0x0002
+F_SEAL_GROW = 0x0004
+F_SEAL_FUTURE_WRITE = 0x0010
+
+
+class Region:
+    """A contiguous range of this process's memory.
+
+    `view` is its bytes, writable unless `read_only`. `fd` is the memfd behind it, if any; only
+    regions with an `fd` can be the source or the target of the `shm` transport.
+    """
+
+    __slots__ = ("_mmap", "fd", "nbytes", "read_only", "view")
+
+    def __init__(self, view: memoryview, *, fd: int = -1, mapping: mmap.mmap | None = None) -> None:
+        self.view = view
+        self.nbytes = view.nbytes
+        self.read_only = view.readonly
+        self.fd = fd
+        self._mmap = mapping
+
+    @staticmethod
+    def anonymous(nbytes: int) -> Region:
+        """Private page-aligned memory, on huge pages where the kernel grants them."""
+        mapping = mmap.mmap(-1, _checked(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        return Region(memoryview(mapping), mapping=mapping)
+
+    @staticmethod
+    def memfd(name: str, nbytes: int) -> Region:
+        """Shareable memory, sealed against shrinking and growing before anyone else sees it."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, _checked(nbytes))
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
+            mapping = mmap.mmap(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Region(memoryview(mapping), fd=fd, mapping=mapping)
+
+    @staticmethod
+    def of(buffer: bytearray | memoryview | mmap.mmap) -> Region:
+        """A region over memory that the caller keeps alive."""
+        return Region(memoryview(buffer).cast("B"))
+
+    @staticmethod
+    def received(fd: int, nbytes: int, *, writable: bool) -> Region:
+        """Map a peer's memfd; takes ownership of `fd`, also when it raises.
+
+        Raises InvalidRequest if it is not a memfd sealed against shrinking (a peer could
+        truncate it under us: SIGBUS) or smaller than `nbytes`.
+        """
+        try:
+            try:
+                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            except OSError as error:
+                raise InvalidRequest(f"shared memory must be a memfd: {error}") from error
+            if not seals & F_SEAL_SHRINK:
+                raise InvalidRequest(
+                    f"shared memory is not sealed against shrinking (seals {seals:#x}); "
+                    "add F_SEAL_SHRINK before sending it",
+                    reason="unsealed",
+                )
+            size = os.fstat(fd).st_size
+            if nbytes <= 0 or size < nbytes:
+                raise InvalidRequest(f"shared memory has {size} bytes, {nbytes} were announced")
+            access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=access)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Region(memoryview(mapping), fd=fd, mapping=mapping)
+
+    def forbid_new_writers(self) -> None:
+        """Seal the memfd so that mappings made from now on are read-only (FUTURE_WRITE)."""
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
+
+    def prefault(self) -> None:
+        """Touch every page now, so that no transfer pays for it."""
+        if self._mmap is not None and hasattr(mmap, "MADV_POPULATE_WRITE"):
+            self._mmap.madvise(mmap.MADV_POPULATE_WRITE)
+            return
+        for offset in range(0, self.nbytes, PAGE_BYTES):
+            self.view[offset] = self.view[offset]
+
+    def close(self) -> None:
+        """Drop the mapping and the descriptor. Raises BufferError while views are held."""
+        self.view.release()
+        if self._mmap is not None:
+            self._mmap.close()
+            self._mmap = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _checked(nbytes: int) -> int:
+    if nbytes <= 0:
+        raise InvalidRequest(f"a region needs at least one byte, not {nbytes}")
+    return nbytes
+
+
+_DESCRIPTOR = struct.Struct("<8sQQQI")
+_MAGIC = b"dpwindw1"
+
+
+@dataclass(frozen=True, slots=True)
+class RegionDescriptor:
+    """A window on a region of another process: what its holder may write into.
+
+    `key` is random and unguessable (64 bits), as an rkey; `generation` rises each time the
+    memory is exposed again; offsets in `Slices` count from the start of the *region*, and the
+    bytes [offset, offset + nbytes) of it are within bounds.
+    """
+
+    key: int
+    generation: int
+    offset: int
+    nbytes: int
+
+    def to_bytes(self) -> bytes:
+        """Fixed 36-byte form, little endian."""
+        return _DESCRIPTOR.pack(_MAGIC, self.key, self.offset, self.nbytes, self.generation)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> RegionDescriptor:
+        """Inverse of `to_bytes`. Raises InvalidRequest on anything else."""
+        if len(data) != _DESCRIPTOR.size:
+            raise InvalidRequest(
+                f"a region descriptor has {_DESCRIPTOR.size} bytes, not {len(data)}"
+            )
+        magic, key, offset, nbytes, generation = _DESCRIPTOR.unpack(data)
+        if magic != _MAGIC:
+            raise InvalidRequest(f"not a region descriptor of this version: {magic!r}")
+        return RegionDescriptor(key, generation, offset, nbytes)
