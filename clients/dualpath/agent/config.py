@@ -1,0 +1,143 @@
+"""Configuration of an agent, read once at the entry point and frozen.
+
+Owns the defaults, the limits and the check that an agent which listens beyond loopback does not
+do so without tokens by accident. Does not read files or the environment: that is the CLI's.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from dualpath.transfer.errors import InvalidRequest
+
+DAEMONS_MAX = 64
+RELAYS_MAX = 256
+STAGING_BYTES_MIN = 8 << 20
+NAME_CHARS_MAX = 128
+
+
+@dataclass(frozen=True, slots=True)
+class RelayAddress:
+    """A peer agent that may relay for us: its name and control address (`host:port`)."""
+
+    name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """Everything an agent needs to know. Addresses are `host:port`; port 0 takes any.
+
+    `daemons` are control addresses of storage daemons (`host:port` or `unix:/path`, the latter
+    also selects shared memory for the data). `listen` is our control address for peers, `unix`
+    the path of the engines' socket ("" for none; the region socket is `<unix>.regions`),
+    `data_listen` our address on the compute network. `relays` are `name=host:port`.
+    Limits are bytes per second of payload in each direction, 0 for none; they pace in user space.
+    """
+
+    name: str
+    daemons: tuple[str, ...]
+    listen: str = "127.0.0.1:0"
+    unix: str = ""
+    data_listen: str = "127.0.0.1:0"
+    relays: tuple[str, ...] = ()
+    policy: str = "split"
+    staging_bytes: int = 64 << 20
+    storage_limit_bytes_per_s: float = 0.0
+    compute_limit_bytes_per_s: float = 0.0
+    token: str = ""
+    """Ours, shown to daemons and peers."""
+    tokens: tuple[str, ...] = ()
+    """Those we accept from peers and engines; empty: none is asked for."""
+    insecure: bool = False
+    """Listen beyond loopback without tokens."""
+    metrics_listen: str = ""
+    stall_s: float = 1.0
+    """A path with grants in flight and no arrival for this long gives its chunks back."""
+    deadline_s_max: float = 600.0
+    """Longest deadline of a load or a save."""
+    lookup_timeout_s: float = 2.0
+    """Longest wait for one control answer of a daemon; beyond it the answer is a miss."""
+    lease_s: float = 30.0
+    """Lease of a load; renewed at a third of it."""
+    loads_max: int = 1024
+    """Loads at once; more are refused (`overloaded`)."""
+    reconnect_s_max: float = 2.0
+    """Longest pause between two attempts to attach to a daemon or a relay."""
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > NAME_CHARS_MAX or not self.name.isprintable():
+            raise InvalidRequest(
+                f"an agent's name has 1..{NAME_CHARS_MAX} printable characters, not {self.name!r}"
+            )
+        if len(self.daemons) > DAEMONS_MAX or len(set(self.daemons)) != len(self.daemons):
+            raise InvalidRequest(f"at most {DAEMONS_MAX} different daemons, not {self.daemons}")
+        for address in self.daemons:
+            check_address(address, unix=True)
+        for address in (self.listen, self.data_listen, self.metrics_listen):
+            if address:
+                check_address(address)
+        if len(self.relays) > RELAYS_MAX:
+            raise InvalidRequest(f"at most {RELAYS_MAX} relays, not {len(self.relays)}")
+        names = [relay.name for relay in self.relay_addresses]
+        if len(set(names)) != len(names) or self.name in names:
+            raise InvalidRequest(f"relays need different names, none {self.name!r}: {names}")
+        if self.staging_bytes < STAGING_BYTES_MIN:
+            raise InvalidRequest(
+                f"staging_bytes must be at least {STAGING_BYTES_MIN}, not {self.staging_bytes}"
+            )
+        for field in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
+            if getattr(self, field) < 0:
+                raise InvalidRequest(f"{field} must not be negative: {getattr(self, field)}")
+        for field in ("stall_s", "deadline_s_max", "lookup_timeout_s", "lease_s", "loads_max"):
+            if getattr(self, field) <= 0:
+                raise InvalidRequest(f"{field} must be positive, not {getattr(self, field)}")
+
+    @property
+    def relay_addresses(self) -> tuple[RelayAddress, ...]:
+        """`relays`, parsed. Raises InvalidRequest."""
+        return tuple(_relay_address(text) for text in self.relays)
+
+    def check_trust(self) -> None:
+        """Raise InvalidRequest if this would listen beyond loopback without tokens."""
+        if self.tokens or self.insecure:
+            return
+        for address in (self.listen, self.data_listen):
+            if address and not is_loopback(address):
+                raise InvalidRequest(
+                    f"refusing to listen on {address} without tokens: give tokens, listen on "
+                    "127.0.0.1, or say --insecure on a network that only you use"
+                )
+
+
+def _relay_address(text: str) -> RelayAddress:
+    name, separator, address = text.partition("=")
+    if not separator or not name:
+        raise InvalidRequest(f"a relay is written name=host:port, not {text!r}")
+    check_address(address)
+    return RelayAddress(name, address)
+
+
+def check_address(address: str, *, unix: bool = False) -> None:
+    """Raise InvalidRequest unless `address` is `host:port` (or `unix:/path` where allowed)."""
+    if unix and address.startswith("unix:"):
+        if address == "unix:":
+            raise InvalidRequest("unix: needs a path, such as unix:/run/dualpath.sock")
+        return
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise InvalidRequest(f"an address is written host:port, not {address!r}")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` or `unix:/path` can be reached from this machine only."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,99 @@
+"""What an engine asks for: a load or a save, as values.
+
+Owns the limits of a request and their check. Does not know whether it came over gRPC or from the
+same process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dualpath.agent.outcome import LoadResult, LoadStarted
+from dualpath.agent.places import Places
+from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BYTES_MIN
+from dualpath.transfer.errors import InvalidRequest
+
+LOAD_ID_CHARS_MAX = 128
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """A load of the longest stored prefix of `hashes` into `places` of region `region`.
+
+    `deadline_s` is time left from now. Empty `policy`: the agent's. `paths` restricts the paths
+    ("direct", "relay:NAME"); empty: all. `decode_peer` names the request's own decode agent.
+    """
+
+    load_id: str
+    namespace_id: bytes
+    hashes: tuple[bytes, ...]
+    region: int
+    places: Places
+    deadline_s: float
+    policy: str = ""
+    decode_peer: str = ""
+    paths: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.load_id) <= LOAD_ID_CHARS_MAX:
+            raise InvalidRequest(f"load_id has 1..{LOAD_ID_CHARS_MAX} characters")
+        check_hashes(self.hashes)
+        if len(self.places.base_bytes) != len(self.hashes):
+            raise InvalidRequest(
+                f"{len(self.hashes)} hashes, but places of {len(self.places.base_bytes)} blocks"
+            )
+        check_deadline(self.deadline_s)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSpec:
+    """A save of whole blocks; `parents[i]` is the hash before `hashes[i]` (b"": none)."""
+
+    namespace_id: bytes
+    hashes: tuple[bytes, ...]
+    parents: tuple[bytes, ...]
+    region: int
+    places: Places
+    durable: bool
+    deadline_s: float
+
+    def __post_init__(self) -> None:
+        check_hashes(self.hashes)
+        if not len(self.hashes) == len(self.parents) == len(self.places.base_bytes):
+            raise InvalidRequest(
+                f"a save needs one parent and one place a hash: {len(self.hashes)} hashes, "
+                f"{len(self.parents)} parents, {len(self.places.base_bytes)} places"
+            )
+        check_hashes(tuple(parent for parent in self.parents if parent), least=0)
+        check_deadline(self.deadline_s)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadUpdate:
+    """One step of a load as its engine sees it: the first has `started`, the last `result`.
+
+    Layers [0, layers_ready) of blocks [0, blocks_valid) are verified and in place.
+    """
+
+    layers_ready: int = 0
+    blocks_valid: int = 0
+    started: LoadStarted | None = None
+    result: LoadResult | None = None
+
+
+def check_hashes(hashes: tuple[bytes, ...], *, least: int = 1) -> None:
+    """Raise InvalidRequest for a batch or a hash of a size outside of the limits."""
+    if not least <= len(hashes) <= BATCH_BLOCKS_MAX:
+        raise InvalidRequest(f"a request has 1..{BATCH_BLOCKS_MAX} hashes, not {len(hashes)}")
+    for index, value in enumerate(hashes):
+        if not HASH_BYTES_MIN <= len(value) <= HASH_BYTES_MAX:
+            raise InvalidRequest(
+                f"hash {index} has {len(value)} bytes; chain hashes have "
+                f"{HASH_BYTES_MIN}..{HASH_BYTES_MAX}"
+            )
+
+
+def check_deadline(deadline_s: float) -> None:
+    """Raise InvalidRequest unless it is a positive, finite number of seconds."""
+    if not 0 < deadline_s < float("inf"):
+        raise InvalidRequest(f"deadline_s must be positive and finite, not {deadline_s}")
