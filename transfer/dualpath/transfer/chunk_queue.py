@@ -67,26 +67,40 @@ class ChunkQueue:
         """Paths that the chunk failed on, one for each failure."""
         return self._failed_on.get(chunk, ())
 
-    def next_for(self, path: str, others: bool) -> tuple[int, bool] | None:
-        """The waiting chunk that `path` should take, and whether it has failed before.
+    @property
+    def has_retries(self) -> bool:
+        """Whether a chunk that has failed may be waiting."""
+        return bool(self._by_failed_path)
+
+    def next_plain(self) -> int:
+        """First waiting chunk that never failed, -1 if none; forgets what waits no more."""
+        chunk = self._first_of(self._returned)
+        if chunk >= 0:
+            return chunk  # it was granted once, so every fresh one has a higher index
+        states = self._states
+        while self._fresh < len(states) and states[self._fresh] != ChunkState.WAITING:
+            self._fresh += 1
+        return self._fresh if self._fresh < len(states) else -1
+
+    def next_retry(self, path: str, others: bool) -> int:
+        """First waiting chunk that has failed and that `path` should take, -1 if none.
 
         `others`: whether another path could take what has failed on this one.
         """
-        best = self._first_plain()
-        retry = False
+        best = -1
         for failed_path in tuple(self._by_failed_path):
-            if failed_path == path and others:
-                continue
             chunk = self._first_of(self._by_failed_path[failed_path])
             if chunk < 0:
                 del self._by_failed_path[failed_path]
-            elif best < 0 or chunk < best:
-                best, retry = chunk, True
-        return None if best < 0 else (best, retry)
+            elif (failed_path != path or not others) and (best < 0 or chunk < best):
+                best = chunk
+        return best
 
     def grant(self, chunk: int, path: str) -> None:
         """A waiting chunk goes in flight on `path`."""
         self._move(chunk, ChunkState.WAITING, ChunkState.INFLIGHT)
+        if chunk == self._fresh:
+            self._fresh += 1  # from now on it is in a heap whenever it waits
         self.waiting_bytes -= self.nbytes[chunk]
         self._inflight[chunk] = path
 
@@ -143,16 +157,6 @@ class ChunkQueue:
         self._states[chunk] = after
         self.counts[before] -= 1
         self.counts[after] += 1
-
-    def _first_plain(self) -> int:
-        """First waiting chunk that never failed, -1 if none; forgets what waits no more."""
-        chunk = self._first_of(self._returned)
-        if chunk >= 0:
-            return chunk  # it was granted once, so every fresh one has a higher index
-        states = self._states
-        while self._fresh < len(states) and states[self._fresh] != ChunkState.WAITING:
-            self._fresh += 1
-        return self._fresh if self._fresh < len(states) else -1
 
     def _first_of(self, heap: list[int]) -> int:
         while heap and self._states[heap[0]] != ChunkState.WAITING:

@@ -1,34 +1,67 @@
 """Which chunk goes by which path, and when: all loads of one agent.
 
-Owns the queue of loads, the credit of each path, and what happens when a chunk or a path fails.
-A pure state machine: no I/O, no threads, no clock; `now` (seconds, monotonic) is passed in.
+Owns the queue of loads (first come, first served), which paths each may use, and what happens
+when a chunk or a path fails. A pure state machine: no I/O, no threads, no clock; `now` (seconds,
+monotonic) is passed in and the same calls give the same answers. One thread at a time may call.
+
+Guarantees
+- Every chunk is always exactly one of waiting, in flight on one path, verified, dropped; it is
+  verified at most once.
+- A path with free credit takes the next chunk of the first load that may use it. It passes over
+  a load's chunk only if the other paths of that load, which are up, would end it earlier.
+- No path has more in flight than its credit window (two chunks, if that is more).
+- While a path that a load may use stays up and makes progress, each of its chunks is granted.
+- A chunk that failed goes by another path than before if there is one that is up, else once more
+  by the same; chunks of a lost path go back without a mark against them.
+- A load of a fixed policy stays with its path until that is lost.
+
+Does not: fence or move bytes (whoever calls `path_lost`, `drop` or `remove_load` revokes what
+they return first), keep deadlines, or know blocks.
+Costs: `grants` takes O(granted chunks + loads passed over), never a scan of chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import bisect
+import heapq
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dualpath.transfer.credit import CreditConfig
-from dualpath.transfer.placement import PathKind, PathView, PlacementPolicy
-from dualpath.transfer.rates import RateConfig
+from dualpath.transfer.chunk_queue import ChunkQueue, ChunkState
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.path_state import PathCondition, PathConfig, PathState
+from dualpath.transfer.placement import (
+    LoadView,
+    PathKind,
+    PathView,
+    PlacementPolicy,
+    fallback_path,
+)
+
+PATHS_MAX = 64
+CHUNKS_PER_LOAD_MAX = 1 << 20
+OVERLOADED_REASON = "overloaded"
+UNBLAMED_REASONS = frozenset({OVERLOADED_REASON, "cancelled"})
+"""Reasons of `failed` that are no attempt of the chunk."""
+TIE = 1 + 1e-9
+"""Predicted ends this close are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchConfig:
-    """Limits; bytes, seconds, counts."""
+    """`loads_max` loads at once; `attempts_max` tries of a chunk; an idle path that
+    left chunks to faster ones is asked again every `recheck_s`; the patience with paths."""
 
     loads_max: int = 1024
     attempts_max: int = 2
-    stall_s: float = 2.0
-    stall_s_max: float = 20.0
-    backoff_s: float = 0.25
-    backoff_s_max: float = 8.0
-    pause_s: float = 0.020
-    pause_s_max: float = 1.0
-    report_ttl_s: float = 2.0
-    credit: CreditConfig = field(default_factory=CreditConfig)
-    rate: RateConfig = field(default_factory=RateConfig)
+    recheck_s: float = 0.02
+    path: PathConfig = field(default_factory=PathConfig)
+
+    def __post_init__(self) -> None:
+        assert self.loads_max >= 1
+        assert self.attempts_max >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +74,129 @@ class Grant:
     nbytes: int
 
 
-class Dispatcher:
-    """Signatures first: bodies follow in the next commit."""
+class _Load:
+    """A load and where it stands."""
 
-    def __init__(self, config: DispatchConfig) -> None:
-        raise NotImplementedError
+    __slots__ = (
+        "accounted",
+        "events",
+        "hint",
+        "paths",
+        "policy",
+        "queue",
+        "queued",
+        "seq",
+        "shares",
+        "view",
+    )
+
+    def __init__(
+        self,
+        seq: int,
+        view: LoadView,
+        queue: ChunkQueue,
+        policy: PlacementPolicy,
+        hint: frozenset[str],
+    ) -> None:
+        self.seq = seq
+        self.view = view
+        self.queue = queue
+        self.policy = policy
+        self.hint = hint
+        self.paths: tuple[str, ...] = ()  # that may take its fresh chunks
+        self.queued: frozenset[str] = frozenset()  # whose queue it is in
+        self.accounted = 0  # waiting bytes that _bound counts for `paths`
+        self.shares: Counter[str] = Counter()
+        self.events: Counter[str] = Counter()
+
+
+class Dispatcher:
+    """See the module's docstring."""
+
+    def __init__(self, config: DispatchConfig | None = None) -> None:
+        self._config = config or DispatchConfig()
+        self._paths: dict[str, PathState] = {}
+        self._loads: dict[str, _Load] = {}
+        self._by_seq: dict[int, _Load] = {}
+        self._bound: Counter[tuple[str, ...]] = Counter()
+        self._turns: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
+        self._seq = 0
+        self._now = -math.inf
+
+    # ---------------------------------------------------------------- paths
 
     def add_path(self, name: str, kind: PathKind, now: float, limit_bytes_per_s: float = 0) -> None:
-        """Register a path, up. Raises InvalidRequest if known."""
-        raise NotImplementedError
+        """Register a path, up. `limit_bytes_per_s` 0: none. Raises InvalidRequest if known."""
+        self._see(now)
+        if name in self._paths:
+            raise InvalidRequest(f"path {name!r} is already there")
+        if len(self._paths) >= PATHS_MAX:
+            raise InvalidRequest(f"path {name!r} would be one more than {PATHS_MAX}")
+        self._paths[name] = PathState(self._config.path, name, kind, limit_bytes_per_s)
+        self._replace_loads("path_added")
 
-    def remove_path(self, name: str, now: float) -> dict[str, tuple[int, ...]]:
-        """Forget a path; returns by load the chunks that it had in flight (given back)."""
-        raise NotImplementedError
+    def remove_path(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Forget a path; returns by load what it had in flight (given back). Unknown: {}."""
+        path = self._paths.get(name)
+        if path is None:
+            return {}
+        given_back = self._give_back(path, "path_removed")
+        path.condition = PathCondition.DOWN
+        self._replace_loads("path_removed")
+        for load in self._loads.values():
+            load.queued -= {name}  # of chunks to be tried again, on any path
+        del self._paths[name]
+        return given_back
 
     def set_up(self, name: str, up: bool, now: float) -> None:
-        """up: use it again at once, forget its backoff. Not up: no new grants until set up again;
-        what is in flight stays (use path_lost to give it back)."""
-        raise NotImplementedError
+        """Tell that a path works (again), or must not be used until set up again.
+
+        Up ends its backoff at once. Down leaves what is in flight there: it may still arrive;
+        `path_lost` gives it back. Raises InvalidRequest if the path is unknown.
+        """
+        self._see(now)
+        path = self._paths.get(name)
+        if path is None:
+            raise InvalidRequest(f"unknown path {name!r}; known: {', '.join(self._paths)}")
+        path.condition = PathCondition.UP if up else PathCondition.DOWN
+        self._replace_loads("path_up" if up else "path_down")
 
     def report_queue(self, name: str, queue_bytes: int, now: float) -> None:
-        """What the path's node says waits there for others."""
-        raise NotImplementedError
+        """What the path's node says waits there for others. Unknown path: no effect."""
+        self._see(now)
+        path = self._paths.get(name)
+        if path is not None:
+            path.report(max(0, queue_bytes), now)
+
+    def path_lost(self, name: str, reason: str, now: float) -> dict[str, tuple[int, ...]]:
+        """The path is down for a backoff and then tried again; returns by load what it had.
+
+        Those chunks wait again. Loads that were bound to it go direct or by any up path.
+        """
+        self._see(now)
+        path = self._paths.get(name)
+        if path is None:
+            return {}
+        if path.up:
+            self._counters[f"path_lost:{reason}"] += 1
+        path.lose(now)
+        given_back = self._give_back(path, reason)
+        self._replace_loads(reason)
+        return given_back
+
+    def stalled(self, now: float) -> tuple[str, ...]:
+        """Paths with chunks in flight that have not moved for their patience (`stall_s` or,
+        for a slow path, a few chunks' time)."""
+        self._see(now)
+        return tuple(path.name for path in self._paths.values() if now >= path.stalls_at_s())
+
+    def views(self, now: float) -> tuple[PathView, ...]:
+        """All paths in the order of `add_path`."""
+        self._see(now)
+        return tuple(self._views(frozenset()))
+
+    # ---------------------------------------------------------------- loads
 
     def add_load(
         self,
@@ -74,62 +208,381 @@ class Dispatcher:
         decode_peer: str = "",
         allowed: Collection[str] = (),
     ) -> None:
-        """Queue a load. InvalidRequest: duplicate id, bad chunk, no such path; Overloaded."""
-        raise NotImplementedError
+        """Queue a load; `chunk_nbytes` must not change any more. `allowed` (): all paths.
 
-    def grants(self, now: float) -> list[Grant]:
-        """What to fetch now; call after every event and when next_event_s has passed."""
-        raise NotImplementedError
-
-    def verified(self, load_id: str, chunk: int, path: str, now: float) -> bool:
-        """A chunk has landed and its checksum holds. False: it was not in flight there (late)."""
-        raise NotImplementedError
-
-    def failed(self, load_id: str, chunk: int, path: str, reason: str, now: float) -> bool:
-        """True: it will be tried again (or the report is late); False: attempts are used up."""
-        raise NotImplementedError
-
-    def path_lost(self, name: str, reason: str, now: float) -> dict[str, tuple[int, ...]]:
-        """The path is down for a backoff; returns by load the chunks given back."""
-        raise NotImplementedError
-
-    def drop(self, load_id: str, chunks: Collection[int]) -> dict[str, tuple[int, ...]]:
-        """Never load these; returns by path those in flight."""
-        raise NotImplementedError
+        Raises InvalidRequest (known id, empty chunk, too many, no known path in `allowed`) or
+        Overloaded.
+        """
+        self._see(now)
+        if load_id in self._loads:
+            raise InvalidRequest(f"load {load_id!r} is already there")
+        if len(self._loads) >= self._config.loads_max:
+            raise Overloaded(
+                f"{len(self._loads)} loads are under way, the most allowed", retry_after_s=0.1
+            )
+        if len(chunk_nbytes) > CHUNKS_PER_LOAD_MAX:
+            raise InvalidRequest(
+                f"a load of {len(chunk_nbytes)} chunks exceeds {CHUNKS_PER_LOAD_MAX}; load less"
+            )
+        if chunk_nbytes and min(chunk_nbytes) < 1:
+            raise InvalidRequest(f"a chunk has at least one byte, not {min(chunk_nbytes)}")
+        hint = frozenset(allowed)
+        if hint and not hint & self._paths.keys():
+            raise InvalidRequest(
+                f"no path among {sorted(hint)} is known; known: {', '.join(self._paths)}"
+            )
+        queue = ChunkQueue(chunk_nbytes)
+        turn = self._turns[policy.name]
+        self._turns[policy.name] += 1
+        view = LoadView(load_id, queue.waiting_bytes, decode_peer, turn)
+        load = _Load(self._seq, view, queue, policy, hint)
+        self._seq += 1
+        self._loads[load_id] = self._by_seq[load.seq] = load
+        self._bind(load, policy.paths_for(view, self._views(hint)))
 
     def remove_load(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Forget a load; returns by path what was in flight. Unknown: {}."""
-        raise NotImplementedError
+        load = self._loads.get(load_id)
+        if load is None:
+            return {}
+        inflight = load.queue.inflight_by_path()
+        for chunk, path in load.queue.inflight.items():
+            self._paths[path].release(load.queue.nbytes[chunk])
+        self._unqueue(load, load.queued)
+        self._account(load, (), 0)
+        del self._loads[load_id], self._by_seq[load.seq]
+        return inflight
+
+    def drop(self, load_id: str, chunks: Collection[int]) -> dict[str, tuple[int, ...]]:
+        """Never load these; returns by path those in flight. Unknown load: {}.
+
+        What is verified or dropped already stays as it is.
+        """
+        load = self._loads.get(load_id)
+        if load is None:
+            return {}
+        for chunk in chunks:
+            _check_chunk(load, chunk)
+        inflight = load.queue.inflight_by_path(chunks)
+        for chunk in chunks:
+            path = load.queue.drop(chunk)
+            if path:
+                self._paths[path].release(load.queue.nbytes[chunk])
+        self._settle(load)
+        return inflight
 
     def is_done(self, load_id: str) -> bool:
-        """Whether every chunk is verified or dropped. Raises InvalidRequest if unknown."""
-        raise NotImplementedError
+        """Whether every chunk is verified or dropped."""
+        return self._load(load_id).queue.over
 
     def inflight(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Chunks in flight by path."""
-        raise NotImplementedError
+        return self._load(load_id).queue.inflight_by_path()
+
+    def paths_of(self, load_id: str) -> tuple[str, ...]:
+        """Paths that the load is placed on now."""
+        return self._load(load_id).paths
+
+    def progress(self, load_id: str) -> Mapping[ChunkState, int]:
+        """Chunks in each state; they add up to all chunks."""
+        return dict(zip(ChunkState, self._load(load_id).queue.counts, strict=True))
 
     def shares(self, load_id: str) -> Mapping[str, int]:
         """Verified bytes of the load by path."""
-        raise NotImplementedError
+        return dict(self._load(load_id).shares)
 
     def events(self, load_id: str) -> Mapping[str, int]:
-        """Failures and fallbacks of one load by reason, as in `counters`."""
-        raise NotImplementedError
-
-    def stalled(self, now: float) -> tuple[str, ...]:
-        """Paths with grants in flight and no progress for stall_s (longer for slow paths)."""
-        raise NotImplementedError
-
-    def next_event_s(self, now: float) -> float:
-        """Seconds from `now` until `stalled` or `grants` may answer anew; inf if never."""
-        raise NotImplementedError
-
-    def views(self, now: float) -> tuple[PathView, ...]:
-        """All paths in the order of add_path."""
-        raise NotImplementedError
+        """Failures and fallbacks of the load by reason, with the words of `counters`."""
+        return dict(self._load(load_id).events)
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Events of all loads by reason since the start."""
-        raise NotImplementedError
+        """Events of all loads since the start, as `what:reason`.
+
+        path_lost, given_back (chunks), chunk_failed, attempts_used_up, fallback (loads that had
+        to leave their path); `late` counts reports about chunks that were not in flight there.
+        """
+        return dict(self._counters)
+
+    # ---------------------------------------------------------------- chunks
+
+    def grants(self, now: float) -> list[Grant]:
+        """What to fetch now. Call after every event, and when `next_event_s` has passed."""
+        self._see(now)
+        ready = []
+        for order, path in enumerate(self._paths.values()):
+            path.look(now)
+            if path.queue and path.usable(now):
+                ready.append((path.drained_in_s(), order, path))
+        heapq.heapify(ready)
+        granted: dict[tuple[str, str], list[int]] = {}
+        while ready:
+            # The path that would be idle first takes a part of what it may, then all look anew.
+            _, order, path = heapq.heappop(ready)
+            if self._take_turn(path, granted, now):
+                heapq.heappush(ready, (path.drained_in_s(), order, path))
+        return [self._grant(name, load_id, chunks) for (name, load_id), chunks in granted.items()]
+
+    def verified(self, load_id: str, chunk: int, path: str, now: float) -> bool:
+        """A chunk has landed and its checksum holds. False: late, it counts for nothing."""
+        self._see(now)
+        load = self._inflight_load(load_id, chunk, path)
+        if load is None:
+            return False
+        nbytes = load.queue.nbytes[chunk]
+        load.queue.done(chunk)
+        load.shares[path] += nbytes
+        self._paths[path].land(nbytes, now)
+        return True
+
+    def failed(self, load_id: str, chunk: int, path: str, reason: str, now: float) -> bool:
+        """A chunk did not arrive, or not intact.
+
+        True: it will be tried again, by another path if one is up (or the report is late).
+        False: its attempts are used up and it counts as dropped. Reason `overloaded` pauses the
+        path and, like `cancelled`, is not held against the chunk.
+        """
+        self._see(now)
+        load = self._inflight_load(load_id, chunk, path)
+        if load is None:
+            return True
+        state = self._paths[path]
+        state.release(load.queue.nbytes[chunk])
+        state.progress_at_s = now
+        self._count(load, f"chunk_failed:{reason}", 1)
+        again = True
+        if reason in UNBLAMED_REASONS:
+            load.queue.give_back(chunk)
+            if reason == OVERLOADED_REASON:
+                state.pause(now)
+        else:
+            again = load.queue.fail(chunk, self._config.attempts_max)
+        if not again:
+            self._count(load, f"attempts_used_up:{reason}", 1)
+        self._settle(load)
+        return again
+
+    def next_event_s(self, now: float) -> float:
+        """Seconds from `now` until `grants` or `stalled` may answer anew by time alone; inf."""
+        at_s = math.inf
+        for path in self._paths.values():
+            at_s = min(at_s, path.stalls_at_s())
+            if path.condition is PathCondition.BACKOFF:
+                at_s = min(at_s, path.retry_at_s)
+            if path.queue and path.up:
+                if path.paused_until_s > now:
+                    at_s = min(at_s, path.paused_until_s)
+                elif not path.inflight_chunks:
+                    # It leaves chunks to faster paths: look again whether they still are.
+                    at_s = min(at_s, now + self._config.recheck_s)
+        return max(0.0, at_s - now)
+
+    # ---------------------------------------------------------------- decisions
+
+    def _take_turn(
+        self, path: PathState, granted: dict[tuple[str, str], list[int]], now: float
+    ) -> bool:
+        """Grant `path` up to a batch, in the order of loads; whether it took anything."""
+        batch_bytes = self._config.path.credit.batch_bytes(path.window)
+        taken_bytes = 0
+        ahead_bytes = 0
+        index = 0
+        while index < len(path.queue):
+            load = self._by_seq[path.queue[index]]
+            chunk = self._chunk_for(load, path, ahead_bytes, now)
+            if chunk < 0:
+                ahead_bytes += load.queue.waiting_bytes
+                index += 1
+                continue
+            nbytes = load.queue.nbytes[chunk]
+            if not path.may_take(nbytes, 0 if taken_bytes else batch_bytes):
+                break
+            load.queue.grant(chunk, path.name)
+            path.take(nbytes, now)
+            granted.setdefault((path.name, load.view.load_id), []).append(chunk)
+            taken_bytes += nbytes
+            self._settle(load)  # takes it off path.queue when nothing waits any more
+            # Near the end of a split load go chunk by chunk, so that its paths end together.
+            share = load.queue.waiting_bytes // (4 * len(load.paths)) if load.paths else 0
+            if taken_bytes >= (batch_bytes if len(load.paths) < 2 else min(batch_bytes, share)):
+                break
+        return taken_bytes > 0
+
+    def _chunk_for(self, load: _Load, path: PathState, ahead_bytes: int, now: float) -> int:
+        """The chunk of `load` that `path` should take now, -1: none."""
+        queue = load.queue
+        retry = -1
+        if queue.has_retries:
+            others = any(
+                other.condition is PathCondition.UP
+                for other in self._hinted(load.hint)
+                if other is not path
+            )
+            retry = queue.next_retry(path.name, others)
+        plain = queue.next_plain() if path.name in load.paths else -1
+        if plain < 0 or 0 <= retry < plain:
+            return retry
+        if len(load.paths) > 1 and not self._worth_it(load, path, plain, ahead_bytes, now):
+            return retry
+        return plain
+
+    def _worth_it(
+        self, load: _Load, path: PathState, chunk: int, ahead_bytes: int, now: float
+    ) -> bool:
+        """Whether `path` would land `chunk` before the load's other paths are through with all.
+
+        The path that would land it first never refuses, so somebody takes it.
+        """
+        if not path.rate:
+            return True
+        nbytes = load.queue.nbytes[chunk]
+        ends_in_s = (path.inflight_bytes + nbytes) / path.rate
+        left_bytes = ahead_bytes + load.queue.waiting_bytes
+        rate = 0.0
+        soonest_s = math.inf
+        for name in load.paths:
+            other = self._paths[name]
+            if other is path or not other.rate or not _dependable(other, now):
+                continue
+            left_bytes += other.inflight_bytes
+            rate += other.rate
+            soonest_s = min(soonest_s, (other.inflight_bytes + nbytes) / other.rate)
+        return not rate or ends_in_s <= max(soonest_s, left_bytes / rate) * TIE
+
+    def _views(self, hint: frozenset[str]) -> list[PathView]:
+        now = self._now
+        rates = {path.name: path.rate_bytes_per_s(now) for path in self._paths.values()}
+        bound = dict.fromkeys(self._paths, 0.0)
+        for names, nbytes in self._bound.items():
+            # What may go by several paths waits at each of them for its part.
+            known = all(rates[name] for name in names)
+            total = sum(rates[name] for name in names) if known else len(names)
+            for name in names:
+                bound[name] += nbytes * (rates[name] if known else 1) / total
+        return [
+            PathView(
+                path.name,
+                path.kind,
+                path.up,
+                path.inflight_bytes + round(bound[path.name]) + path.reported_bytes(now),
+                path.inflight_bytes,
+                rates[path.name],
+            )
+            for path in self._hinted(hint)
+        ]
+
+    def _replace_loads(self, reason: str) -> None:
+        """Paths came or went: place anew the loads that this concerns."""
+        for load in self._loads.values():
+            if load.policy.fixed:
+                if load.paths and self._paths[load.paths[0]].up:
+                    continue
+                views = self._views(load.hint)
+                paths = (
+                    fallback_path(views) if load.paths else load.policy.paths_for(load.view, views)
+                )
+                if load.paths and not load.queue.over:
+                    self._count(load, f"fallback:{reason}", 1)
+            else:
+                paths = load.policy.paths_for(load.view, self._views(load.hint))
+            self._bind(load, paths)
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    def _see(self, now: float) -> None:
+        """Time has passed: paths whose backoff is over go on trial."""
+        self._now = max(now, self._now)
+        changed = False
+        for path in self._paths.values():
+            if path.condition is PathCondition.BACKOFF and now >= path.retry_at_s:
+                path.condition = PathCondition.TRIAL
+                changed = True
+        if changed:
+            self._replace_loads("path_up")
+
+    def _give_back(self, path: PathState, reason: str) -> dict[str, tuple[int, ...]]:
+        given_back = {}
+        if not path.inflight_chunks:
+            return {}
+        for load in self._loads.values():
+            chunks = load.queue.inflight_by_path().get(path.name, ())
+            if not chunks:
+                continue
+            for chunk in chunks:
+                load.queue.give_back(chunk)
+                path.release(load.queue.nbytes[chunk])
+            given_back[load.view.load_id] = chunks
+            self._count(load, f"given_back:{reason}", len(chunks))
+            self._settle(load)
+        return given_back
+
+    def _bind(self, load: _Load, paths: tuple[str, ...]) -> None:
+        if paths != load.paths:
+            self._account(load, paths, load.queue.waiting_bytes)
+        self._settle(load)
+
+    def _settle(self, load: _Load) -> None:
+        """After any change of a load: account its waiting bytes, queue it where it can go."""
+        queue = load.queue
+        if queue.waiting_bytes != load.accounted:
+            self._account(load, load.paths, queue.waiting_bytes)
+        if not queue.waiting_bytes:
+            wanted: frozenset[str] = frozenset()
+        elif queue.has_retries:
+            wanted = frozenset(path.name for path in self._hinted(load.hint))
+        else:
+            wanted = frozenset(load.paths)
+        if wanted == load.queued:
+            return
+        self._unqueue(load, load.queued - wanted)
+        for name in wanted - load.queued:
+            bisect.insort(self._paths[name].queue, load.seq)
+        load.queued = wanted
+
+    def _unqueue(self, load: _Load, names: Collection[str]) -> None:
+        for name in names:
+            queue = self._paths[name].queue
+            del queue[bisect.bisect_left(queue, load.seq)]
+
+    def _account(self, load: _Load, paths: tuple[str, ...], nbytes: int) -> None:
+        for key, change in ((load.paths, -load.accounted), (paths, nbytes)):
+            if key and change:
+                self._bound[key] += change
+                if not self._bound[key]:
+                    del self._bound[key]
+        load.paths, load.accounted = paths, nbytes
+
+    def _hinted(self, hint: frozenset[str]) -> Iterator[PathState]:
+        return (path for path in self._paths.values() if not hint or path.name in hint)
+
+    def _grant(self, path: str, load_id: str, chunks: list[int]) -> Grant:
+        nbytes = self._loads[load_id].queue.nbytes
+        return Grant(load_id, path, tuple(chunks), sum(nbytes[chunk] for chunk in chunks))
+
+    def _inflight_load(self, load_id: str, chunk: int, path: str) -> _Load | None:
+        load = self._loads.get(load_id)
+        if load is None or load.queue.inflight.get(chunk) != path:
+            self._counters["late"] += 1
+            return None
+        return load
+
+    def _load(self, load_id: str) -> _Load:
+        load = self._loads.get(load_id)
+        if load is None:
+            raise InvalidRequest(f"unknown load {load_id!r}")
+        return load
+
+    def _count(self, load: _Load, event: str, amount: int) -> None:
+        self._counters[event] += amount
+        load.events[event] += amount
+
+
+def _dependable(path: PathState, now: float) -> bool:
+    """Whether chunks may be left to this path."""
+    return path.condition is PathCondition.UP and now >= path.paused_until_s
+
+
+def _check_chunk(load: _Load, chunk: int) -> None:
+    count = len(load.queue.nbytes)
+    if not 0 <= chunk < count:
+        raise InvalidRequest(f"chunk {chunk} is outside of 0..{count - 1}")

@@ -29,7 +29,7 @@ class RateEstimate:
 
     __slots__ = ("_busy_since", "_bytes", "_config", "_last_nbytes", "_time_s")
 
-    def __init__(self, config: RateConfig = RateConfig()) -> None:  # noqa: B008
+    def __init__(self, config: RateConfig = RateConfig()) -> None:
         self._config = config
         self._bytes = 0.0
         self._time_s = 0.0
@@ -54,7 +54,7 @@ class RateEstimate:
         self._bytes += nbytes
         self._last_nbytes = nbytes
 
-    def end(self, now: float) -> None:
+    def end(self) -> None:
         """No work is left. Time since the last arrival is not counted: nothing was due."""
         self._busy_since = None
 

@@ -1,0 +1,207 @@
+"""One path as the dispatcher sees it: condition, credit in use, rate, progress.
+
+Owns what belongs to a single path: whether it may be used now, how long to leave it alone after
+a loss, how many bytes may be in flight, and since when nothing has moved. Knows nothing of
+loads but the order numbers of those that could use it.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+from dualpath.transfer.credit import CreditConfig
+from dualpath.transfer.placement import PathKind
+from dualpath.transfer.rates import RateConfig, RateEstimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathConfig:
+    """Patience with a path; seconds.
+
+    `stall_s`: no progress for that long is a stall; slow paths get up to `stall_s_max`.
+    `backoff_s` after a loss, doubled for each further one up to `backoff_s_max`; `pause_s` and
+    `pause_s_max` likewise after a path said that it is overloaded. What a node reported about
+    its queue is forgotten after `report_ttl_s`, so that an unused path gets another chance.
+    """
+
+    stall_s: float = 2.0
+    stall_s_max: float = 20.0
+    backoff_s: float = 0.25
+    backoff_s_max: float = 8.0
+    pause_s: float = 0.020
+    pause_s_max: float = 1.0
+    report_ttl_s: float = 2.0
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    rate: RateConfig = field(default_factory=RateConfig)
+
+    def __post_init__(self) -> None:
+        assert 0 < self.stall_s <= self.stall_s_max
+        assert 0 < self.backoff_s <= self.backoff_s_max
+        assert 0 < self.pause_s <= self.pause_s_max
+        assert self.report_ttl_s >= 0
+
+
+class PathCondition(enum.Enum):
+    """TRIAL: the backoff is over, one chunk at a time until the first has been verified."""
+
+    UP = "up"
+    TRIAL = "trial"
+    BACKOFF = "backoff"
+    DOWN = "down"
+
+
+STALL_CHUNKS = 4
+"""A path may be silent for as long as this many chunks take at its rate."""
+
+
+class PathState:
+    """Condition and credit of one path."""
+
+    __slots__ = (
+        "_config",
+        "_losses",
+        "_pauses",
+        "_report_at_s",
+        "_report_bytes",
+        "condition",
+        "estimate",
+        "inflight_bytes",
+        "inflight_chunks",
+        "kind",
+        "largest_bytes",
+        "limit_bytes_per_s",
+        "name",
+        "paused_until_s",
+        "progress_at_s",
+        "queue",
+        "rate",
+        "retry_at_s",
+        "window",
+    )
+
+    def __init__(self, config: PathConfig, name: str, kind: PathKind, limit: float) -> None:
+        self._config = config
+        self.name = name
+        self.kind = kind
+        self.limit_bytes_per_s = limit
+        self.condition = PathCondition.UP
+        self.estimate = RateEstimate(config.rate)
+        self.queue: list[int] = []
+        """Order numbers of the loads with waiting chunks for this path, ascending."""
+        self.inflight_bytes = 0
+        self.inflight_chunks = 0
+        self.largest_bytes = 0
+        self.progress_at_s = 0.0
+        self.retry_at_s = 0.0
+        self.paused_until_s = -math.inf
+        self.rate = 0.0
+        self.window = 0
+        self._losses = 0
+        self._pauses = 0
+        self._report_bytes = 0
+        self._report_at_s = -math.inf
+
+    @property
+    def up(self) -> bool:
+        """Whether loads may be placed on it."""
+        return self.condition in (PathCondition.UP, PathCondition.TRIAL)
+
+    def usable(self, now: float) -> bool:
+        """Whether it may be granted chunks now."""
+        if self.condition is PathCondition.TRIAL and self.inflight_chunks:
+            return False
+        return self.up and now >= self.paused_until_s
+
+    def rate_bytes_per_s(self, now: float) -> float:
+        """Measured, never above the configured limit; the limit until measured; 0: unknown."""
+        measured = self.estimate.bytes_per_s(now)
+        if self.limit_bytes_per_s <= 0:
+            return measured
+        return min(measured, self.limit_bytes_per_s) if measured else self.limit_bytes_per_s
+
+    def look(self, now: float) -> None:
+        """Fix `rate` and `window` for the decisions of this moment."""
+        self.rate = self.rate_bytes_per_s(now)
+        self.window = self._config.credit.window_bytes(self.rate)
+
+    def drained_in_s(self) -> float:
+        """Seconds until what is in flight has landed, as of `look`; a guess while unknown."""
+        rate = self.rate or self.window / self._config.credit.window_s
+        return self.inflight_bytes / rate
+
+    def may_take(self, nbytes: int, batch_bytes: int) -> bool:
+        """Whether credit allows a chunk as the first of a batch of at least `batch_bytes`."""
+        credit = self._config.credit
+        if self.condition is PathCondition.TRIAL and self.inflight_chunks:
+            return False
+        if self.inflight_chunks >= credit.chunks_max:
+            return False
+        return credit.allows(self.window, self.inflight_bytes, nbytes) and (
+            self.inflight_bytes + batch_bytes <= max(self.window, 2 * nbytes)
+        )
+
+    def take(self, nbytes: int, now: float) -> None:
+        """A chunk goes in flight."""
+        if not self.inflight_chunks:
+            self.progress_at_s = now
+            self.estimate.begin(now)
+        self.inflight_chunks += 1
+        self.inflight_bytes += nbytes
+        self.largest_bytes = max(self.largest_bytes, nbytes)
+
+    def land(self, nbytes: int, now: float) -> None:
+        """A chunk in flight was verified."""
+        self.estimate.landed(nbytes, now)
+        self.progress_at_s = now
+        self._losses = 0
+        self._pauses = 0
+        if self.condition is PathCondition.TRIAL:
+            self.condition = PathCondition.UP
+        self.release(nbytes)
+
+    def release(self, nbytes: int) -> None:
+        """A chunk is no longer in flight, whatever became of it."""
+        self.inflight_chunks -= 1
+        self.inflight_bytes -= nbytes
+        assert self.inflight_chunks >= 0
+        assert self.inflight_bytes >= 0
+        if not self.inflight_chunks:
+            self.estimate.end()
+
+    def lose(self, now: float) -> None:
+        """Leave it alone for a backoff that doubles until something lands again."""
+        if not self.up:
+            return  # told twice, or set down on purpose
+        wait_s = min(
+            self._config.backoff_s * 2.0 ** min(self._losses, 32), self._config.backoff_s_max
+        )
+        self._losses += 1
+        self.condition = PathCondition.BACKOFF
+        self.retry_at_s = now + wait_s
+
+    def pause(self, now: float) -> None:
+        """It is overloaded: no grants for a while; it stays up."""
+        wait_s = min(self._config.pause_s * 2.0 ** min(self._pauses, 32), self._config.pause_s_max)
+        if now >= self.paused_until_s:
+            self._pauses += 1
+            self.paused_until_s = now + wait_s
+
+    def report(self, queue_bytes: int, now: float) -> None:
+        """What waits there for others."""
+        self._report_bytes, self._report_at_s = queue_bytes, now
+
+    def reported_bytes(self, now: float) -> int:
+        """The last report, 0 if it is too old to mean anything."""
+        fresh = now - self._report_at_s <= self._config.report_ttl_s
+        return self._report_bytes if fresh else 0
+
+    def stalls_at_s(self) -> float:
+        """When it will have stalled unless something moves; inf if nothing is in flight."""
+        if not self.inflight_chunks:
+            return math.inf
+        rate = self.rate_bytes_per_s(self.progress_at_s)
+        patience_s = STALL_CHUNKS * self.largest_bytes / rate if rate else 0.0
+        config = self._config
+        return self.progress_at_s + min(max(config.stall_s, patience_s), config.stall_s_max)
