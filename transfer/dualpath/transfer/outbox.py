@@ -1,0 +1,184 @@
+"""Writes to one peer from `write` to their completion.
+
+Owns the pending writes of one connection: their order, deadlines, progress and the bound on
+their bytes. Not thread-safe; the connection locks. Guarantees that each write leaves exactly
+once, by `settle`, `expire` or `drain`; the caller delivers its completion by `deliver`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+from dataclasses import dataclass
+
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.lane_queue import LaneQueue
+from dualpath.transfer.transport import (
+    WRITE_BYTES_MAX,
+    Completion,
+    OnCompletion,
+    Write,
+    WriteStatus,
+)
+
+QUEUED_WRITES_MAX = 1 << 16
+RETRY_AFTER_S = 0.05
+_TAG_LIMIT = 1 << 64
+
+_log = logging.getLogger(__name__)
+
+
+def check_write(write: Write) -> None:
+    """Raise InvalidRequest, naming the value, unless `write` could be carried out."""
+    nbytes = write.source_slices.nbytes
+    if nbytes != write.target_slices.nbytes:
+        raise InvalidRequest(
+            f"source has {nbytes} bytes and target {write.target_slices.nbytes}; they must agree"
+        )
+    if not 1 <= nbytes <= WRITE_BYTES_MAX:
+        raise InvalidRequest(f"a write has 1 to {WRITE_BYTES_MAX} bytes, not {nbytes}; split it")
+    if write.source_slices.end > write.source.nbytes:
+        raise InvalidRequest(
+            f"source slices end at {write.source_slices.end}, the region has "
+            f"{write.source.nbytes} bytes"
+        )
+    window, target = write.target, write.target_slices
+    if target.start < window.offset or target.end > window.offset + window.nbytes:
+        raise InvalidRequest(
+            f"target slices [{target.start}, {target.end}) are outside of the window "
+            f"[{window.offset}, {window.offset + window.nbytes})"
+        )
+    if not 0 <= write.tag < _TAG_LIMIT:
+        raise InvalidRequest(f"tag {write.tag} does not fit into 64 bits")
+    if not math.isfinite(write.deadline_s):
+        raise InvalidRequest(f"a write needs a finite deadline, not {write.deadline_s} s")
+
+
+class PendingWrite:
+    """A write that has no completion yet. `sent` bytes of it were handed to the wire."""
+
+    __slots__ = ("deadline", "ident", "nbytes", "on_completion", "sent", "truncate_at", "write")
+
+    def __init__(
+        self, ident: int, write: Write, on_completion: OnCompletion, deadline: float
+    ) -> None:
+        self.ident = ident
+        self.write = write
+        self.on_completion = on_completion
+        self.deadline = deadline
+        self.nbytes = write.source_slices.nbytes
+        self.sent = 0
+        self.truncate_at = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The next bytes to send: [offset, offset + nbytes) of a pending write."""
+
+    pending: PendingWrite
+    offset: int
+    nbytes: int
+
+
+class Outbox:
+    """Pending writes of one connection. Times are seconds of one monotonic clock."""
+
+    def __init__(self, peer: str, queue_bytes_max: int) -> None:
+        self.peer = peer
+        self.queued_bytes = 0
+        self._queue_bytes_max = queue_bytes_max
+        self._lanes: LaneQueue[PendingWrite] = LaneQueue()
+        self._pending: dict[int, PendingWrite] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._next_ident = 1
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything to send."""
+        return len(self._lanes) > 0
+
+    def add(self, write: Write, on_completion: OnCompletion, now: float) -> PendingWrite:
+        """Queue a checked write; raises Overloaded if the peer has too much waiting."""
+        nbytes = write.source_slices.nbytes
+        if self.queued_bytes + nbytes > self._queue_bytes_max:
+            raise Overloaded(
+                f"{self.queued_bytes} bytes wait for {self.peer!r}; {nbytes} more exceed the "
+                f"limit of {self._queue_bytes_max}",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        if len(self._pending) >= QUEUED_WRITES_MAX:
+            raise Overloaded(
+                f"{QUEUED_WRITES_MAX} writes wait for {self.peer!r}", retry_after_s=RETRY_AFTER_S
+            )
+        pending = PendingWrite(self._next_ident, write, on_completion, now + write.deadline_s)
+        self._next_ident += 1
+        self._pending[pending.ident] = pending
+        self._lanes.push(write.lane, pending)
+        heapq.heappush(self._deadlines, (pending.deadline, pending.ident))
+        self.queued_bytes += nbytes
+        return pending
+
+    def next_fragment(self, nbytes_max: int) -> Fragment | None:
+        """Take the next bytes to send, at most `nbytes_max`."""
+        lane = self._lanes.next_lane()
+        if lane is None:
+            return None
+        pending = self._lanes.head(lane)
+        offset = pending.sent
+        nbytes = min(nbytes_max, pending.nbytes - offset)
+        pending.sent += nbytes
+        if pending.sent == pending.nbytes:
+            self._lanes.pop(lane)
+        self._lanes.charge(lane, nbytes)
+        return Fragment(pending, offset, nbytes)
+
+    def has(self, ident: int) -> bool:
+        """Whether the write has no completion yet."""
+        return ident in self._pending
+
+    def settle(self, ident: int) -> PendingWrite | None:
+        """Take the write out, if it has no completion yet."""
+        pending = self._pending.pop(ident, None)
+        if pending is not None:
+            self.queued_bytes -= pending.nbytes
+            if pending.sent < pending.nbytes:
+                self._lanes.remove(pending.write.lane, pending)
+        return pending
+
+    def expire(self, now: float) -> list[PendingWrite]:
+        """Take out the writes whose deadline has passed."""
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, ident = heapq.heappop(self._deadlines)
+            pending = self.settle(ident)
+            if pending is not None:
+                expired.append(pending)
+        return expired
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a pending write."""
+        while self._deadlines and self._deadlines[0][1] not in self._pending:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def drain(self) -> list[PendingWrite]:
+        """Take out everything."""
+        pending = list(self._pending.values())
+        self._pending.clear()
+        self._lanes.clear()
+        self._deadlines.clear()
+        self.queued_bytes = 0
+        return pending
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+
+def deliver(peer: str, pending: PendingWrite, status: WriteStatus, detail: str = "") -> None:
+    """Hand the completion of a settled write to its owner."""
+    completion = Completion(peer, pending.write.tag, status, pending.nbytes, detail)
+    try:
+        pending.on_completion(completion)
+    except Exception:  # noqa: BLE001 - a callback of others
+        _log.exception("on_completion of tag %d raised", pending.write.tag)

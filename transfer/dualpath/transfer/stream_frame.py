@@ -1,0 +1,379 @@
+"""Frames of the stream transports (tcp and shm): encoding, and a parser without I/O.
+
+A frame is a prefix (type u8, zero u8, body bytes u16, payload bytes u32, little endian), a body
+of fixed form, and raw payload bytes that only WRITE and DATA have. `parse` never trusts a
+length: whatever does not follow the form raises MalformedFrame, and costs the connection.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.invitations import INVITATION_BYTES, PEER_NAME_BYTES_MAX
+from dualpath.transfer.lane import Lane
+from dualpath.transfer.slices import Slices
+from dualpath.transfer.transport import WRITE_BYTES_MAX
+
+STREAM_VERSION = 1
+FRAGMENT_BYTES_MAX = 1 << 20
+"""Most payload bytes of one frame."""
+BODY_BYTES_MAX = 4096
+HEAD_BYTES_MAX = BODY_BYTES_MAX + 8
+ACKS_MAX = 256
+"""Most acknowledgements of one frame."""
+
+_PREFIX = struct.Struct("<BBHI")
+PREFIX_BYTES = _PREFIX.size
+_HELLO = struct.Struct("<8sHB16s")
+_WELCOME = struct.Struct("<8sHB")
+_WRITE = struct.Struct("<QQIQB6Q")
+_SOURCE = struct.Struct("<Q6Q")
+_IDENT = struct.Struct("<Q")
+_REGION = struct.Struct("<QQ")
+_ACK = struct.Struct("<QB")
+_MAGIC = b"dpstream"
+_DENY_TEXT_BYTES_MAX = 512
+
+REFUSALS = (
+    "",  # 0: not refused
+    "no_window",
+    "not_armed",
+    "other_slices",
+    "fenced",
+    "rejected",
+    "cancelled",
+    "bad_source",
+)
+"""Reasons of a refusal, by the code that travels."""
+
+
+class MalformedFrame(Exception):
+    """What the peer sent is not a frame of this version."""
+
+
+class FrameType(enum.IntEnum):
+    """First byte of a frame."""
+
+    HELLO = 1
+    WELCOME = 2
+    DENY = 3
+    WRITE = 4
+    DATA = 5
+    CANCEL = 6
+    ACK = 7
+    REGION = 8
+    FORGET = 9
+    WRITE_FROM = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The dialler's first frame."""
+
+    version: int
+    name: str
+    invitation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The acceptor's answer to a good Hello."""
+
+    version: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    """The acceptor's answer to a Hello that it turns down; the connection ends."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFrame:
+    """Opens a write; its first `payload` bytes follow. `ident` is unique on the connection."""
+
+    ident: int
+    key: int
+    generation: int
+    tag: int
+    lane: int
+    slices: Slices
+    payload: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataFrame:
+    """`payload` further bytes of an open write follow."""
+
+    ident: int
+    payload: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelFrame:
+    """No further bytes of this open write will come."""
+
+    ident: int
+
+
+@dataclass(frozen=True, slots=True)
+class AckFrame:
+    """Writes that ended at the receiver: (ident, code in REFUSALS; 0 is done)."""
+
+    acks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionFrame:
+    """A memfd of `nbytes` bytes comes with this frame's bytes; `region` names it from now on."""
+
+    region: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetFrame:
+    """`region` will not be named again."""
+
+    region: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFromFrame:
+    """A write whose bytes the receiver takes from a region that it got before."""
+
+    write: WriteFrame
+    region: int
+    source: Slices
+
+
+Frame = (
+    Hello
+    | Welcome
+    | Deny
+    | WriteFrame
+    | DataFrame
+    | CancelFrame
+    | AckFrame
+    | RegionFrame
+    | ForgetFrame
+    | WriteFromFrame
+)
+
+
+def _frame(kind: FrameType, body: bytes, payload: int = 0) -> bytes:
+    return _PREFIX.pack(kind, 0, len(body), payload) + body
+
+
+def hello(name: str, invitation: bytes, version: int = STREAM_VERSION) -> bytes:
+    """Encode Hello."""
+    raw = name.encode()
+    return _frame(FrameType.HELLO, _HELLO.pack(_MAGIC, version, len(raw), invitation) + raw)
+
+
+def welcome(name: str) -> bytes:
+    """Encode Welcome."""
+    raw = name.encode()
+    return _frame(FrameType.WELCOME, _WELCOME.pack(_MAGIC, STREAM_VERSION, len(raw)) + raw)
+
+
+def deny(reason: str) -> bytes:
+    """Encode Deny; a long reason is cut."""
+    raw = reason.encode()[:_DENY_TEXT_BYTES_MAX]
+    return _frame(FrameType.DENY, raw)
+
+
+def _write_body(
+    ident: int, key: int, generation: int, tag: int, lane: int, slices: Slices
+) -> bytes:
+    return _WRITE.pack(ident, key, generation, tag, lane, *_fields(slices))
+
+
+def write(
+    ident: int, key: int, generation: int, tag: int, lane: int, slices: Slices, payload: int
+) -> bytes:
+    """Encode the head of a WriteFrame; the caller sends the payload behind it."""
+    body = _write_body(ident, key, generation, tag, lane, slices)
+    return _frame(FrameType.WRITE, body, payload)
+
+
+def write_from(
+    ident: int,
+    key: int,
+    generation: int,
+    tag: int,
+    lane: int,
+    slices: Slices,
+    region: int,
+    source: Slices,
+) -> bytes:
+    """Encode WriteFromFrame."""
+    body = _write_body(ident, key, generation, tag, lane, slices)
+    return _frame(FrameType.WRITE_FROM, body + _SOURCE.pack(region, *_fields(source)))
+
+
+def data(ident: int, payload: int) -> bytes:
+    """Encode the head of a DataFrame."""
+    return _frame(FrameType.DATA, _IDENT.pack(ident), payload)
+
+
+def cancel(ident: int) -> bytes:
+    """Encode CancelFrame."""
+    return _frame(FrameType.CANCEL, _IDENT.pack(ident))
+
+
+def acks(entries: Sequence[tuple[int, int]]) -> bytes:
+    """Encode up to ACKS_MAX acknowledgements."""
+    return _frame(FrameType.ACK, b"".join(_ACK.pack(*entry) for entry in entries))
+
+
+def region(ident: int, nbytes: int) -> bytes:
+    """Encode RegionFrame."""
+    return _frame(FrameType.REGION, _REGION.pack(ident, nbytes))
+
+
+def forget(ident: int) -> bytes:
+    """Encode ForgetFrame."""
+    return _frame(FrameType.FORGET, _IDENT.pack(ident))
+
+
+def parse(buffer: memoryview) -> tuple[Frame, int] | None:
+    """Decode the frame at the start of `buffer`: the frame and its head's bytes.
+
+    The payload, if any, follows the head. None if the head is not complete yet (heads have at
+    most HEAD_BYTES_MAX bytes). Raises MalformedFrame.
+    """
+    if buffer.nbytes < _PREFIX.size:
+        return None
+    kind, zero, body_bytes, payload = _PREFIX.unpack_from(buffer)
+    decoder = _DECODERS.get(kind)
+    if decoder is None or zero != 0:
+        raise MalformedFrame(f"unknown frame type {kind}/{zero}")
+    if body_bytes > BODY_BYTES_MAX or payload > FRAGMENT_BYTES_MAX:
+        raise MalformedFrame(f"frame of {body_bytes} + {payload} bytes is too long")
+    if payload and kind not in (FrameType.WRITE, FrameType.DATA):
+        raise MalformedFrame(f"frame type {kind} has no payload, {payload} bytes announced")
+    end = _PREFIX.size + body_bytes
+    if buffer.nbytes < end:
+        return None
+    try:
+        frame = decoder(buffer[_PREFIX.size : end], payload)
+    except (struct.error, InvalidRequest, UnicodeDecodeError) as error:
+        raise MalformedFrame(f"frame type {kind}: {error}") from error
+    return frame, end
+
+
+def head_bytes(buffer: bytes | bytearray) -> int:
+    """Bytes of the head whose prefix `buffer` starts with, not checked."""
+    return PREFIX_BYTES + int(_PREFIX.unpack_from(buffer)[2])
+
+
+def _fields(slices: Slices) -> tuple[int, int, int, int, int, int]:
+    return (slices.base, slices.stride, slices.count, slices.length, slices.skip, slices.nbytes)
+
+
+def _name(body: memoryview, start: int, nbytes: int) -> str:
+    if not 1 <= nbytes <= PEER_NAME_BYTES_MAX or body.nbytes != start + nbytes:
+        raise MalformedFrame(f"a name of {nbytes} bytes in a body of {body.nbytes}")
+    return bytes(body[start:]).decode()
+
+
+def _magic(value: bytes) -> None:
+    if value != _MAGIC:
+        raise MalformedFrame(f"not this protocol: {value!r}")
+
+
+def _parse_hello(body: memoryview, payload: int) -> Frame:
+    magic, version, nbytes, invitation = _HELLO.unpack_from(body)
+    _magic(magic)
+    return Hello(version, _name(body, _HELLO.size, nbytes), invitation)
+
+
+def _parse_welcome(body: memoryview, payload: int) -> Frame:
+    magic, version, nbytes = _WELCOME.unpack_from(body)
+    _magic(magic)
+    return Welcome(version, _name(body, _WELCOME.size, nbytes))
+
+
+def _parse_deny(body: memoryview, payload: int) -> Frame:
+    return Deny(bytes(body[:_DENY_TEXT_BYTES_MAX]).decode(errors="replace"))
+
+
+def _write_of(body: memoryview, payload: int) -> WriteFrame:
+    ident, key, generation, tag, lane, *fields = _WRITE.unpack(body)
+    slices = Slices(*fields)
+    if not 1 <= slices.nbytes <= WRITE_BYTES_MAX:
+        raise MalformedFrame(f"a write of {slices.nbytes} bytes")
+    if lane not in _LANES:
+        raise MalformedFrame(f"unknown lane {lane}")
+    return WriteFrame(ident, key, generation, tag, lane, slices, payload)
+
+
+def _parse_write(body: memoryview, payload: int) -> Frame:
+    frame = _write_of(body, payload)
+    if not 1 <= payload <= frame.slices.nbytes:
+        raise MalformedFrame(f"{payload} bytes begin a write of {frame.slices.nbytes}")
+    return frame
+
+
+def _parse_write_from(body: memoryview, payload: int) -> Frame:
+    frame = _write_of(body[: _WRITE.size], 0)
+    region_ident, *fields = _SOURCE.unpack(body[_WRITE.size :])
+    source = Slices(*fields)
+    if source.nbytes != frame.slices.nbytes:
+        raise MalformedFrame(f"{source.nbytes} bytes for a write of {frame.slices.nbytes}")
+    return WriteFromFrame(frame, region_ident, source)
+
+
+def _parse_data(body: memoryview, payload: int) -> Frame:
+    if payload == 0:
+        raise MalformedFrame("a data frame without data")
+    return DataFrame(_IDENT.unpack(body)[0], payload)
+
+
+def _parse_cancel(body: memoryview, payload: int) -> Frame:
+    return CancelFrame(_IDENT.unpack(body)[0])
+
+
+def _parse_acks(body: memoryview, payload: int) -> Frame:
+    if not 1 <= body.nbytes <= ACKS_MAX * _ACK.size:
+        raise MalformedFrame(f"acknowledgements of {body.nbytes} bytes")
+    entries = tuple((ident, code) for ident, code in _ACK.iter_unpack(body))
+    for _, code in entries:
+        if code >= len(REFUSALS):
+            raise MalformedFrame(f"unknown refusal {code}")
+    return AckFrame(entries)
+
+
+def _parse_region(body: memoryview, payload: int) -> Frame:
+    return RegionFrame(*_REGION.unpack(body))
+
+
+def _parse_forget(body: memoryview, payload: int) -> Frame:
+    return ForgetFrame(_IDENT.unpack(body)[0])
+
+
+_LANES = frozenset(int(lane) for lane in Lane)
+
+_DECODERS: dict[int, Callable[[memoryview, int], Frame]] = {
+    FrameType.HELLO: _parse_hello,
+    FrameType.WELCOME: _parse_welcome,
+    FrameType.DENY: _parse_deny,
+    FrameType.WRITE: _parse_write,
+    FrameType.DATA: _parse_data,
+    FrameType.CANCEL: _parse_cancel,
+    FrameType.ACK: _parse_acks,
+    FrameType.REGION: _parse_region,
+    FrameType.FORGET: _parse_forget,
+    FrameType.WRITE_FROM: _parse_write_from,
+}
+
+assert _HELLO.size + PEER_NAME_BYTES_MAX <= BODY_BYTES_MAX
+assert _ACK.size * ACKS_MAX <= BODY_BYTES_MAX
+assert struct.calcsize("16s") == INVITATION_BYTES

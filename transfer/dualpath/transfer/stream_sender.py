@@ -1,0 +1,297 @@
+"""The sending half of a stream connection.
+
+Owns the socket's write side: the outbox of writes, acknowledgements for the peer's writes, and
+the thread that puts them on the wire. Guarantees: sources are read only for writes without a
+completion, and never once `end` has returned; a blocked peer costs no write its deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from dualpath.transfer import stream_frame as frames
+from dualpath.transfer.errors import PeerLost
+from dualpath.transfer.ledger import PeerCounters
+from dualpath.transfer.outbox import Fragment, Outbox, PendingWrite, deliver
+from dualpath.transfer.pacer import Pacer
+from dualpath.transfer.slice_copy import buffers
+from dualpath.transfer.transport import OnCompletion, Write, WriteStatus
+
+UNSENT_ACKS_MAX = 1 << 16
+"""A peer that writes on without reading its acknowledgements loses the connection."""
+BUFFERS_MAX = 512
+"""Most buffers of one sendmsg (IOV_MAX is 1024)."""
+POLL_S_MAX = 0.05
+"""A sender that waits for a full socket looks at deadlines this often."""
+
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+class Truncated(Exception):
+    """A write was cut short on request (see `StreamSender.submit`)."""
+
+
+class StreamSender:
+    """One thread runs `run`; every other method may be called from any thread."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        outbox: Outbox,
+        pacer: Pacer,
+        counters: PeerCounters,
+        fragment_bytes: int,
+    ) -> None:
+        self._socket = sock
+        self._outbox = outbox
+        self._pacer = pacer
+        self._counters = counters
+        self._fragment_bytes = min(fragment_bytes, pacer.piece_bytes)
+        self._changed = threading.Condition()  # guards what follows
+        self._ended = False
+        self._acks: deque[tuple[int, int]] = deque()
+        self._control: deque[bytes] = deque()
+        self._reserved = 0
+        self._reserved_until = 0.0
+        self._wire = threading.Lock()  # held for each send; guards what follows
+        self._carry = b""  # the rest of a frame of acknowledgements
+        self._in_frame = False
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of writes that have no completion yet."""
+        return self._outbox.queued_bytes
+
+    def submit(self, write: Write, on_completion: OnCompletion, truncate_at: int = -1) -> None:
+        """Queue a checked write. Raises Overloaded, or PeerLost once ended.
+
+        With `truncate_at` >= 0 the connection ends after that many bytes of it (fault tests).
+        """
+        with self._changed:
+            if self._ended:
+                raise PeerLost(f"the connection to {self._outbox.peer!r} has ended")
+            pending = self._outbox.add(write, on_completion, time.monotonic())
+            pending.truncate_at = truncate_at
+            self._changed.notify()
+
+    def settle(self, ident: int, status: WriteStatus, detail: str) -> bool:
+        """End a write as the peer said; False if it has ended before."""
+        with self._changed:
+            pending = self._outbox.settle(ident)
+            if pending is not None and 0 < pending.sent < pending.nbytes:
+                # Refused before all of it was sent: what remains need not travel.
+                self._control.append(frames.cancel(ident))
+                self._changed.notify()
+        if pending is None:
+            return False
+        self._settled(pending)
+        deliver(self._outbox.peer, pending, status, detail)
+        return True
+
+    def acknowledge(self, ident: int, code: int) -> None:
+        """Queue an answer to a write of the peer. Raises PeerLost over the bound."""
+        with self._changed:
+            if len(self._acks) >= UNSENT_ACKS_MAX:
+                raise PeerLost(f"{self._outbox.peer!r} does not read its acknowledgements")
+            self._acks.append((ident, code))
+
+    def flush_acks(self) -> None:
+        """Send what `acknowledge` queued: here if the wire is free, else by the thread."""
+        # Whoever holds the wire looks at the acknowledgements again before it sleeps.
+        while self._acks and self._wire.acquire(blocking=False):
+            try:
+                if self._in_frame or self._carry:
+                    return
+                frame = self._take_acks()
+                if not frame:
+                    return
+                sent = 0
+                with contextlib.suppress(BlockingIOError):
+                    sent = self._socket.send(frame, _FLAGS)
+                self._carry = frame[sent:]
+            finally:
+                self._wire.release()
+            if self._carry:
+                with self._changed:
+                    self._control.append(b"")  # makes the thread send the rest
+                    self._changed.notify()
+
+    def end(self, status: WriteStatus, reason: str) -> bool:
+        """Complete all pending writes with `status`; False if that was done before."""
+        with self._changed:
+            if self._ended:
+                return False
+            self._ended = True
+            pending = self._outbox.drain()
+            self._changed.notify_all()
+        with self._wire, contextlib.suppress(OSError):
+            # No send is under way now, and none starts: sources are no longer read.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        for write in pending:
+            deliver(self._outbox.peer, write, status, reason)
+        return True
+
+    def run(self) -> None:
+        """Send until the connection ends. Raises OSError or Truncated."""
+        while True:
+            with self._changed:
+                if self._ended:
+                    return
+                now = time.monotonic()
+                expired = self._expire(now)
+                control = self._take_control()
+                fragment = None if control is not None else self._next_fragment(now)
+                if control is None and fragment is None and not expired:
+                    self._changed.wait(self._idle_s(now))
+                    continue
+            for pending in expired:
+                deliver(self._outbox.peer, pending, WriteStatus.EXPIRED, "deadline")
+            if control is not None:
+                self._transmit([control], None)
+            elif fragment is not None:
+                self._transmit_fragment(fragment)
+
+    # What a transport with another way for the bytes overrides.
+
+    def _settled(self, pending: PendingWrite) -> None:
+        """A write has ended; called without locks."""
+
+    def _transmit_fragment(self, fragment: Fragment) -> None:
+        pending, offset, nbytes = fragment.pending, fragment.offset, fragment.nbytes
+        write = pending.write
+        if offset == 0:
+            head = frames.write(
+                pending.ident,
+                write.target.key,
+                write.target.generation,
+                write.tag,
+                write.lane,
+                write.target_slices,
+                nbytes,
+            )
+        else:
+            head = frames.data(pending.ident, nbytes)
+        cut = 0 <= pending.truncate_at < offset + nbytes
+        if cut:
+            nbytes = max(0, pending.truncate_at - offset)
+        part = write.source_slices
+        if nbytes != pending.nbytes:
+            part = part.part(offset, nbytes)
+        payload = buffers(write.source.view, part, nbytes) if nbytes else []
+        self._transmit([head, *payload], pending)
+        self._counters.sent_bytes += nbytes
+        if cut:
+            raise Truncated(f"cut after {pending.truncate_at} bytes of a write")
+
+    # The wire.
+
+    def _transmit(self, parts: Sequence[bytes | memoryview], pending: PendingWrite | None) -> None:
+        left: Sequence[bytes | memoryview] = parts
+        while True:
+            with self._wire:
+                if self._ended:
+                    return
+                if self._carry:
+                    left = [self._carry, *left]
+                    self._carry = b""
+                left = self._send_some(left)
+                self._in_frame = bool(left)
+            if not left:
+                return
+            self._wait_writable()
+            left = self._expire_while_blocked(left, pending)
+
+    def _send_some(self, parts: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
+        try:
+            sent = self._socket.sendmsg(parts[:BUFFERS_MAX], (), _FLAGS)
+        except BlockingIOError:
+            return parts
+        for index, part in enumerate(parts):
+            size = len(part)
+            if sent < size:
+                return [memoryview(part)[sent:], *parts[index + 1 :]]
+            sent -= size
+        return []
+
+    def _wait_writable(self) -> None:
+        with self._changed:
+            if self._ended:
+                return
+            deadline = self._outbox.next_deadline()
+        wait_s = POLL_S_MAX
+        if deadline is not None:
+            wait_s = min(wait_s, max(0.0, deadline - time.monotonic()))
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        poll.poll(wait_s * 1000)
+
+    def _expire_while_blocked(
+        self, left: Sequence[bytes | memoryview], current: PendingWrite | None
+    ) -> Sequence[bytes | memoryview]:
+        with self._changed:
+            expired = self._expire(time.monotonic())
+        if current is not None and current in expired:
+            # The frame must be finished, but its source is no longer ours to read.
+            left = [b"".join(left)]
+        for pending in expired:
+            deliver(self._outbox.peer, pending, WriteStatus.EXPIRED, "deadline")
+        return left
+
+    # What to send next; all under `_changed`.
+
+    def _expire(self, now: float) -> list[PendingWrite]:
+        expired = self._outbox.expire(now)
+        for pending in expired:
+            if 0 < pending.sent < pending.nbytes:
+                self._control.append(frames.cancel(pending.ident))
+        return expired
+
+    def _take_control(self) -> bytes | None:
+        if not self._control and not self._acks:
+            return None
+        control = b"".join(self._control)
+        self._control.clear()
+        return control + self._pop_acks()
+
+    def _take_acks(self) -> bytes:
+        with self._changed:
+            return self._pop_acks()
+
+    def _pop_acks(self) -> bytes:
+        count = min(len(self._acks), frames.ACKS_MAX)
+        if not count:
+            return b""
+        return frames.acks([self._acks.popleft() for _ in range(count)])
+
+    def _next_fragment(self, now: float) -> Fragment | None:
+        if not self._pacer.limited:
+            return self._outbox.next_fragment(self._fragment_bytes)
+        if not self._outbox.waiting:
+            return None
+        if not self._reserved:
+            self._reserved = self._fragment_bytes
+            self._reserved_until = self._pacer.reserve(self._reserved)
+        if self._reserved_until > now:
+            return None
+        fragment = self._outbox.next_fragment(self._reserved)
+        if fragment is not None:
+            self._pacer.give_back(self._reserved - fragment.nbytes)
+            self._reserved = 0
+        return fragment
+
+    def _idle_s(self, now: float) -> float | None:
+        until = [
+            moment
+            for moment in (
+                self._outbox.next_deadline(),
+                self._reserved_until if self._reserved and self._outbox.waiting else None,
+            )
+            if moment is not None
+        ]
+        return max(0.0, min(until) - now) if until else None

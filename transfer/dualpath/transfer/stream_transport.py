@@ -1,0 +1,356 @@
+"""What tcp and shm have in common: listening, inviting, dialling, peers, windows.
+
+Owns the table of connections, the accepting thread and the handshakes under way (bounded in
+number and time). A subclass says how to bind and dial, and builds the two halves of a
+connection. The contract is that of `transport.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+
+from dualpath.transfer.errors import (
+    DeadlineExceeded,
+    DualPathError,
+    InvalidRequest,
+    PeerLost,
+    PermissionDenied,
+    Unavailable,
+)
+from dualpath.transfer.invitations import INVITATION_BYTES, Invitations, check_peer_name
+from dualpath.transfer.ledger import Ledger, PeerCounters
+from dualpath.transfer.outbox import Outbox, check_write
+from dualpath.transfer.pacer import Pacer
+from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slices import Slices
+from dualpath.transfer.stream_connection import StreamConnection
+from dualpath.transfer.stream_frame import MalformedFrame
+from dualpath.transfer.stream_handshake import introduce, receive_introduction, send_welcome
+from dualpath.transfer.stream_receiver import StreamReceiver
+from dualpath.transfer.stream_sender import StreamSender
+from dualpath.transfer.transport import OnArrival, OnCompletion, OnPeerLost, PeerTraffic, Write
+from dualpath.transfer.window import WindowTable
+
+HANDSHAKES_MAX = 32
+"""Accepted connections that have not said yet who they are; more are hung up on."""
+JOIN_S = 5.0
+ACCEPT_RETRY_MS = 100
+
+_log = logging.getLogger(__name__)
+
+
+class StreamTransport(ABC):
+    """Base of the transports over a stream socket; see the port's contract."""
+
+    def __init__(
+        self,
+        name_of_self: str,
+        on_peer_lost: OnPeerLost,
+        *,
+        queue_bytes_max: int,
+        connections_max: int,
+        send_pacer: Pacer,
+        receive_pacer: Pacer,
+    ) -> None:
+        self._own_name = check_peer_name(name_of_self)
+        self._on_peer_lost = on_peer_lost
+        self._queue_bytes_max = queue_bytes_max
+        self._connections_max = connections_max
+        self._send_pacer = send_pacer
+        self._receive_pacer = receive_pacer
+        self._windows = WindowTable()
+        self._invitations = Invitations()
+        self._ledger = Ledger()
+        self._lock = threading.Lock()  # guards what follows
+        self._connections: dict[str, StreamConnection] = {}
+        self._threads: set[threading.Thread] = set()
+        self._ending: set[StreamConnection] = set()
+        self._handshakes: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+        self._address = ""
+        self._closed = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    # What differs.
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """`tcp` or `shm`."""
+
+    @abstractmethod
+    def _bind(self, address: str) -> tuple[socket.socket, str]:
+        """A bound, listening socket and its address."""
+
+    @abstractmethod
+    def _dial(self, address: str, deadline: float) -> socket.socket:
+        """A connected socket. Raises OSError, or InvalidRequest for the address."""
+
+    @abstractmethod
+    def _halves(
+        self, sock: socket.socket, outbox: Outbox, counters: PeerCounters, stop: threading.Event
+    ) -> tuple[StreamSender, StreamReceiver]:
+        """Prepare the socket and make the halves of its connection."""
+
+    def _check_source(self, region: Region) -> None:  # noqa: B027 - most take any region
+        """Raise InvalidRequest if `region` cannot be written from."""
+
+    # Connections.
+
+    @property
+    def address(self) -> str:
+        """Where peers dial, "" before `listen`."""
+        return self._address
+
+    def listen(self, address: str) -> str:
+        """See Transport.listen."""
+        with self._lock:
+            self._check_open()
+            if self._listener is not None:
+                raise InvalidRequest(f"this transport listens at {self._address} already")
+            try:
+                self._listener, self._address = self._bind(address)
+            except OSError as error:
+                raise Unavailable(f"cannot listen at {address!r}: {error}") from error
+            self._listener.setblocking(False)
+            self._spawn(self._accept, f"dualpath-accept-{self._own_name}")
+            return self._address
+
+    def invite(self, peer: str) -> bytes:
+        """See Transport.invite."""
+        return self._invitations.issue(peer, time.monotonic())
+
+    def connect(self, peer: str, address: str, invitation: bytes, *, deadline_s: float) -> None:
+        """See Transport.connect."""
+        check_peer_name(peer)
+        if len(invitation) != INVITATION_BYTES:
+            raise PermissionDenied(
+                f"an invitation has {INVITATION_BYTES} bytes, not {len(invitation)}"
+            )
+        with self._lock:
+            self._check_open()
+        deadline = time.monotonic() + deadline_s
+        try:
+            sock = self._dial(address, deadline)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{peer!r} at {address} did not answer in time") from error
+        except OSError as error:
+            raise Unavailable(f"cannot reach {peer!r} at {address}: {error}") from error
+        try:
+            introduce(sock, self._own_name, peer, invitation, deadline)
+            connection = self._connection(sock, peer)
+            self._register(connection)
+        except BaseException:
+            sock.close()
+            raise
+        connection.start()
+
+    def disconnect(self, peer: str) -> None:
+        """See Transport.disconnect."""
+        with self._lock:
+            connection = self._connections.get(peer)
+        if connection is not None:
+            connection.end("disconnected")
+
+    # Windows.
+
+    def expose(
+        self, region: Region, offset: int, nbytes: int, on_arrival: OnArrival
+    ) -> RegionDescriptor:
+        """See Transport.expose."""
+        return self._windows.expose(region, offset, nbytes, on_arrival)
+
+    def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
+        """See Transport.arm."""
+        self._windows.arm(window, targets)
+
+    def disarm(self, window: RegionDescriptor, tags: Collection[int]) -> frozenset[int]:
+        """See Transport.disarm."""
+        return self._windows.disarm(window, tags)
+
+    def revoke(self, window: RegionDescriptor) -> None:
+        """See Transport.revoke."""
+        self._windows.revoke(window)
+
+    # Writes.
+
+    def write(self, peer: str, write: Write, on_completion: OnCompletion) -> None:
+        """See Transport.write."""
+        self._submit(peer, write, on_completion, -1)
+
+    def write_truncated(
+        self, peer: str, write: Write, nbytes: int, on_completion: OnCompletion
+    ) -> None:
+        """Send only the first `nbytes` bytes of `write`, then end the connection (for tests)."""
+        self._submit(peer, write, on_completion, nbytes)
+
+    def _submit(
+        self, peer: str, write: Write, on_completion: OnCompletion, truncate_at: int
+    ) -> None:
+        check_write(write)
+        self._check_source(write.source)
+        with self._lock:
+            connection = self._connections.get(peer)
+        if connection is None:
+            raise PeerLost(f"{peer!r} is not connected")
+        connection.submit(write, on_completion, truncate_at)
+
+    def traffic(self) -> Sequence[PeerTraffic]:
+        """See Transport.traffic."""
+        with self._lock:
+            queued = {
+                peer: connection.queued_bytes for peer, connection in self._connections.items()
+            }
+        return self._ledger.traffic(queued)
+
+    def close(self) -> None:
+        """See Transport.close."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            connections = [*self._connections.values(), *self._ending]
+            self._connections.clear()
+            threads = list(self._threads)
+            for sock in self._handshakes:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        os.eventfd_write(self._wake_fd, 1)
+        self._windows.close()
+        for connection in connections:
+            connection.end("closed", closing=True)
+        late = [repr(each) for each in connections if not each.join(JOIN_S)]
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(JOIN_S)
+                late += [thread.name] if thread.is_alive() else []
+        if late:
+            _log.error("still running %s s after close: %s", JOIN_S, ", ".join(late))
+        os.close(self._wake_fd)
+
+    def __repr__(self) -> str:
+        with self._lock:
+            peers = ", ".join(sorted(self._connections)) or "no peers"
+        return f"<{type(self).__name__} {self._own_name!r} at {self._address!r}: {peers}>"
+
+    # Inside.
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("the transport is closed", reason="closed")
+
+    def _connection(self, sock: socket.socket, peer: str) -> StreamConnection:
+        stop = threading.Event()
+        outbox = Outbox(peer, self._queue_bytes_max)
+        with self._lock:
+            connected = dict(self._connections)
+        counters = self._ledger.of(peer, connected)
+        sender, receiver = self._halves(sock, outbox, counters, stop)
+        return StreamConnection(sock, peer, sender, receiver, stop, self._connection_ended)
+
+    def _register(self, connection: StreamConnection) -> None:
+        """Make it the peer's connection; the one it had before is lost."""
+        while True:
+            with self._lock:
+                self._check_open()
+                old = self._connections.get(connection.peer)
+                if old is None:
+                    if len(self._connections) >= self._connections_max:
+                        raise Unavailable(
+                            f"{self._connections_max} peers are connected; raise "
+                            "connections_max or disconnect some"
+                        )
+                    self._connections[connection.peer] = connection
+                    return
+            old.end("replaced by a new connection")
+            with self._lock:
+                # Whoever ended it first may still be on the way to removing it.
+                if self._connections.get(connection.peer) is old:
+                    del self._connections[connection.peer]
+                    self._ending.add(old)
+
+    def _connection_ended(self, connection: StreamConnection, reason: str) -> None:
+        with self._lock:
+            if self._connections.get(connection.peer) is connection:
+                del self._connections[connection.peer]
+            # Kept until its threads have stopped, so that `close` can join them.
+            self._ending = {each for each in self._ending if not each.join(0)}
+            self._ending.add(connection)
+        _log.info("%s: connection to %r ended: %s", self._own_name, connection.peer, reason)
+        try:
+            self._on_peer_lost(connection.peer, reason)
+        except Exception:  # noqa: BLE001 - a callback of others
+            _log.exception("on_peer_lost of %r raised", connection.peer)
+
+    def _spawn(self, target: Callable[[], None], name: str) -> None:
+        """Start a thread that `close` joins; called with the lock held."""
+        self._threads = {thread for thread in self._threads if thread.is_alive()}
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        listener = self._listener
+        assert listener is not None
+        ready, woken = select.poll(), select.poll()
+        ready.register(listener, select.POLLIN)
+        ready.register(self._wake_fd, select.POLLIN)
+        woken.register(self._wake_fd, select.POLLIN)
+        with listener:
+            while not self._closed:
+                ready.poll()
+                try:
+                    sock, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                except OSError as error:  # out of descriptors, for one: others may give some up
+                    _log.warning("%s cannot accept: %s", self._own_name, error)
+                    woken.poll(ACCEPT_RETRY_MS)
+                    continue
+                self._greet_soon(sock)
+
+    def _greet_soon(self, sock: socket.socket) -> None:
+        with self._lock:
+            if not self._closed and len(self._handshakes) < HANDSHAKES_MAX:
+                self._handshakes.add(sock)
+                self._spawn(lambda: self._greet(sock), f"dualpath-greet-{self._own_name}")
+                return
+        _log.warning("%s hung up on a caller: too many handshakes under way", self._own_name)
+        sock.close()
+
+    def _greet(self, sock: socket.socket) -> None:
+        connection = None
+        try:
+            peer = receive_introduction(
+                sock,
+                lambda secret, name: self._invitations.redeem(secret, name, time.monotonic()),
+            )
+            connection = self._connection(sock, peer)
+            self._register(connection)
+            send_welcome(sock, self._own_name)
+        except (OSError, MalformedFrame, DualPathError) as error:
+            _log.info("%s turned a caller down: %s", self._own_name, error)
+            if connection is not None:
+                connection.end(f"handshake failed: {error}")
+            sock.close()
+        else:
+            connection.start()
+        finally:
+            with self._lock:
+                self._handshakes.discard(sock)
+
+
+def seconds_left(deadline: float) -> float:
+    """Time until `deadline` on the monotonic clock. Raises TimeoutError if there is none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline has passed")
+    return left

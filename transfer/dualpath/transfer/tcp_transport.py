@@ -1,0 +1,166 @@
+"""The `tcp` transport: needs nothing but sockets.
+
+Owns socket options and addresses; frames, fencing and threads are those of the stream transport.
+Bytes go from the source region to the socket and from the socket into the target's slices
+without a copy of our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from dataclasses import dataclass
+
+from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.ledger import PeerCounters
+from dualpath.transfer.outbox import Outbox
+from dualpath.transfer.pacer import Pacer
+from dualpath.transfer.stream_frame import FRAGMENT_BYTES_MAX
+from dualpath.transfer.stream_receiver import StreamReceiver
+from dualpath.transfer.stream_sender import StreamSender
+from dualpath.transfer.stream_transport import StreamTransport, seconds_left
+from dualpath.transfer.transport import OnPeerLost
+
+LISTEN_BACKLOG = 128
+PACED_RECEIVE_BUFFER_BYTES = 512 << 10
+"""A paced receiver keeps the socket's buffer small, so that the sender feels the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class TcpConfig:
+    """Settings of one TcpTransport, which stands for one link.
+
+    `receive_bytes_per_s` and `send_bytes_per_s` limit payload over all of its connections in
+    user space (0: no limit). `socket_buffer_bytes` sets both buffers of each socket (0: the
+    kernel's tuning). `congestion` is used where the kernel has it. `vanished_s` is after how
+    long a peer that answers nothing is given up. `fragment_bytes` is what one write sends before
+    a more urgent one may overtake it. `queue_bytes_max` bounds the bytes without a completion of
+    one peer.
+    """
+
+    receive_bytes_per_s: float = 0
+    send_bytes_per_s: float = 0
+    socket_buffer_bytes: int = 0
+    congestion: str = "cubic"
+    vanished_s: float = 5.0
+    fragment_bytes: int = 512 << 10
+    queue_bytes_max: int = 256 << 20
+    connections_max: int = 256
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fragment_bytes <= FRAGMENT_BYTES_MAX:
+            raise InvalidRequest(
+                f"fragment_bytes is 1 to {FRAGMENT_BYTES_MAX}, not {self.fragment_bytes}"
+            )
+        if self.vanished_s < 1:
+            raise InvalidRequest(f"vanished_s is at least 1, not {self.vanished_s}")
+        if min(self.socket_buffer_bytes, self.queue_bytes_max, self.connections_max) < 0:
+            raise InvalidRequest("sizes and limits of a TcpConfig are not negative")
+
+
+class TcpTransport(StreamTransport):
+    """See the port's contract. Addresses are `host:port`, IPv6 hosts in brackets."""
+
+    def __init__(
+        self,
+        name_of_self: str,
+        on_peer_lost: OnPeerLost,
+        config: TcpConfig = TcpConfig(),
+    ) -> None:
+        super().__init__(
+            name_of_self,
+            on_peer_lost,
+            queue_bytes_max=config.queue_bytes_max,
+            connections_max=config.connections_max,
+            send_pacer=Pacer(config.send_bytes_per_s),
+            receive_pacer=Pacer(config.receive_bytes_per_s),
+        )
+        self._config = config
+
+    @property
+    def name(self) -> str:
+        """`tcp`."""
+        return "tcp"
+
+    def _bind(self, address: str) -> tuple[socket.socket, str]:
+        host, port = parse_address(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._size_buffers(sock)
+            sock.bind((host, port))
+            sock.listen(LISTEN_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        bound_host, bound_port = sock.getsockname()[:2]
+        return sock, format_address(bound_host, bound_port)
+
+    def _dial(self, address: str, deadline: float) -> socket.socket:
+        host, port = parse_address(address)
+        if port == 0:
+            raise InvalidRequest(f"cannot dial port 0: {address!r}")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self._size_buffers(sock)
+            sock.settimeout(seconds_left(deadline))
+            sock.connect((host, port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _halves(
+        self, sock: socket.socket, outbox: Outbox, counters: PeerCounters, stop: threading.Event
+    ) -> tuple[StreamSender, StreamReceiver]:
+        self._tune(sock)
+        sender = StreamSender(sock, outbox, self._send_pacer, counters, self._config.fragment_bytes)
+        receiver = StreamReceiver(
+            sock, outbox.peer, self._windows, self._receive_pacer, sender, counters, stop
+        )
+        return sender, receiver
+
+    def _size_buffers(self, sock: socket.socket) -> None:
+        # Before connect and listen, or the window's scale is fixed already.
+        nbytes = self._config.socket_buffer_bytes
+        if nbytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
+        if not nbytes and self._receive_pacer.limited:
+            nbytes = PACED_RECEIVE_BUFFER_BYTES
+        if nbytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, nbytes)
+
+    def _tune(self, sock: socket.socket) -> None:
+        seconds = int(self._config.vanished_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, seconds // 2))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, seconds // 2))
+        sock.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._config.vanished_s * 1000)
+        )
+        with contextlib.suppress(OSError):  # the kernel lacks it: its default serves
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._config.congestion.encode()
+            )
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split `host:port` or `[v6]:port`. Raises InvalidRequest."""
+    host, colon, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise InvalidRequest(f"address {address!r} is not host:port (IPv6: [host]:port)")
+    return host, int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """Inverse of `parse_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,244 @@
+"""Windows: which writes of peers may land in this process's memory, and how they are fenced.
+
+Owns the life of windows, armed tags and landings; every transport asks `WindowTable.begin`
+before it touches a destination. Guarantees: a tag lands at most once; once `disarm` or `revoke`
+has returned, nothing more is written under those tags, because bytes go into a region only
+under the lock of their `Landing` and only while it is open. Does not move bytes itself.
+
+Life of a tag: armed -> landing -> landed (forgotten; may be armed again) or spent (its
+connection ended in the middle; no longer accepted, until it was disarmed and armed again).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slices import Slices
+from dualpath.transfer.transport import WRITE_BYTES_MAX, Arrival, OnArrival
+
+WINDOWS_MAX = 1 << 16
+ARMED_TAGS_MAX = 1 << 20
+"""Most armed tags of one window."""
+TAG_LIMIT = 1 << 64
+
+_log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """A write that may not land. `reason` goes back to the writer as the completion's detail."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class _Window:
+    descriptor: RegionDescriptor
+    region: Region
+    on_arrival: OnArrival
+    armed: dict[int, Slices] = field(default_factory=dict)
+    landings: dict[int, Landing] = field(default_factory=dict)
+    spent: set[int] = field(default_factory=set)
+
+
+class Landing:
+    """One accepted write on its way into a region.
+
+    The transport writes only while it holds `lock` and `open` is true, in steps that never
+    block; so whoever takes the lock and closes the landing knows that no byte follows.
+    """
+
+    __slots__ = ("_window", "lock", "open", "peer", "region", "slices", "tag")
+
+    def __init__(self, window: _Window, peer: str, tag: int, slices: Slices) -> None:
+        self._window = window
+        self.lock = threading.Lock()
+        self.open = True
+        self.peer = peer
+        self.region = window.region
+        self.tag = tag
+        self.slices = slices
+
+    def close(self) -> bool:
+        """Let nothing more in; say whether it was still open."""
+        with self.lock:
+            was_open, self.open = self.open, False
+            return was_open
+
+
+class WindowTable:
+    """All windows that one transport exposes. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._windows: dict[int, _Window] = {}
+        self._generation = 0
+        self._closed = False
+
+    def expose(
+        self, region: Region, offset: int, nbytes: int, on_arrival: OnArrival
+    ) -> RegionDescriptor:
+        """Open a window on `nbytes` bytes of `region` from `offset`."""
+        if region.read_only:
+            raise InvalidRequest("a read-only region cannot be exposed to writes")
+        if offset < 0 or nbytes <= 0 or offset + nbytes > region.nbytes:
+            raise InvalidRequest(
+                f"window [{offset}, {offset + nbytes}) is outside of a region of "
+                f"{region.nbytes} bytes"
+            )
+        with self._lock:
+            if self._closed:
+                raise InvalidRequest("the transport is closed", reason="closed")
+            if len(self._windows) >= WINDOWS_MAX:
+                raise Overloaded(
+                    f"{WINDOWS_MAX} windows are open; revoke those that ended", retry_after_s=1.0
+                )
+            self._generation = (self._generation + 1) & 0xFFFFFFFF
+            key = secrets.randbits(64)
+            while key in self._windows:
+                key = secrets.randbits(64)
+            descriptor = RegionDescriptor(key, self._generation, offset, nbytes)
+            self._windows[key] = _Window(descriptor, region, on_arrival)
+            return descriptor
+
+    def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
+        """Allow one write for each (tag, slices); all of them or, if it raises, none."""
+        fresh: dict[int, Slices] = {}
+        for tag, slices in targets:
+            _check_target(window, tag, slices)
+            if tag in fresh:
+                raise InvalidRequest(f"tag {tag} is given twice")
+            fresh[tag] = slices
+        with self._lock:
+            record = self._live(window)
+            for tag in fresh:
+                if tag in record.armed or tag in record.landings or tag in record.spent:
+                    raise InvalidRequest(f"tag {tag} is armed already; disarm it first")
+            if len(record.armed) + len(fresh) > ARMED_TAGS_MAX:
+                raise Overloaded(
+                    f"more than {ARMED_TAGS_MAX} tags armed in one window", retry_after_s=1.0
+                )
+            record.armed.update(fresh)
+
+    def disarm(self, window: RegionDescriptor, tags: Collection[int]) -> frozenset[int]:
+        """Fence `tags`; return those that were armed and had not landed."""
+        unlanded: set[int] = set()
+        landings: list[Landing] = []
+        with self._lock:
+            record = self._windows.get(window.key)
+            if record is None or record.descriptor.generation != window.generation:
+                return frozenset()
+            for tag in tags:
+                if record.armed.pop(tag, None) is not None or tag in record.spent:
+                    record.spent.discard(tag)
+                    unlanded.add(tag)
+                elif (landing := record.landings.pop(tag, None)) is not None:
+                    landings.append(landing)
+        unlanded.update(landing.tag for landing in landings if landing.close())
+        return frozenset(unlanded)
+
+    def revoke(self, window: RegionDescriptor) -> None:
+        """Fence the whole window; nothing happens if it is not live."""
+        with self._lock:
+            record = self._windows.get(window.key)
+            if record is None or record.descriptor.generation != window.generation:
+                return
+            del self._windows[window.key]
+        _fence(record)
+
+    def close(self) -> None:
+        """Fence all windows and open no further ones."""
+        with self._lock:
+            self._closed = True
+            records = list(self._windows.values())
+            self._windows.clear()
+        for record in records:
+            _fence(record)
+
+    def begin(self, peer: str, key: int, generation: int, tag: int, slices: Slices) -> Landing:
+        """Accept a write of `peer`, or raise Refused. It ends by `land` or `abandon`."""
+        with self._lock:
+            record = self._windows.get(key)
+            if record is None or record.descriptor.generation != generation:
+                raise Refused("no_window")
+            armed = record.armed.get(tag)
+            if armed is None:
+                raise Refused("not_armed")
+            if armed != slices:
+                raise Refused("other_slices")
+            del record.armed[tag]
+            landing = Landing(record, peer, tag, slices)
+            record.landings[tag] = landing
+            return landing
+
+    def land(self, landing: Landing) -> None:
+        """All bytes are in place: count the tag as landed and tell the window's owner.
+
+        Raises Refused if it was fenced before, or if the owner rejects the bytes.
+        """
+        if not landing.close():
+            raise Refused("fenced")
+        record = landing._window
+        with self._lock:
+            record.landings.pop(landing.tag, None)
+        arrival = Arrival(landing.peer, record.descriptor.key, landing.tag, landing.slices)
+        if not _tell(record.on_arrival, arrival):
+            raise Refused("rejected")
+
+    def abandon(self, landing: Landing) -> None:
+        """The rest of the bytes will not come: the tag is spent until it is disarmed."""
+        landing.close()
+        with self._lock:
+            if landing._window.landings.pop(landing.tag, None) is not None:
+                landing._window.spent.add(landing.tag)
+
+    def __repr__(self) -> str:
+        with self._lock:
+            armed = sum(len(record.armed) for record in self._windows.values())
+            landing = sum(len(record.landings) for record in self._windows.values())
+            return f"<WindowTable windows={len(self._windows)} armed={armed} landing={landing}>"
+
+    def _live(self, window: RegionDescriptor) -> _Window:
+        record = self._windows.get(window.key)
+        if record is None or record.descriptor != window:
+            raise InvalidRequest(
+                f"window of generation {window.generation} is not live: it was revoked or "
+                "belongs to another transport"
+            )
+        return record
+
+
+def _fence(record: _Window) -> None:
+    for landing in list(record.landings.values()):
+        landing.close()
+    record.landings.clear()
+    record.armed.clear()
+
+
+def _check_target(window: RegionDescriptor, tag: int, slices: Slices) -> None:
+    if not 0 <= tag < TAG_LIMIT:
+        raise InvalidRequest(f"tag {tag} does not fit into 64 bits")
+    if not 1 <= slices.nbytes <= WRITE_BYTES_MAX:
+        raise InvalidRequest(
+            f"a write has 1 to {WRITE_BYTES_MAX} bytes, not {slices.nbytes}; split it"
+        )
+    if slices.start < window.offset or slices.end > window.offset + window.nbytes:
+        raise InvalidRequest(
+            f"slices [{slices.start}, {slices.end}) are outside of the window "
+            f"[{window.offset}, {window.offset + window.nbytes})"
+        )
+
+
+def _tell(on_arrival: Callable[[Arrival], bool], arrival: Arrival) -> bool:
+    try:
+        return bool(on_arrival(arrival))
+    except Exception:  # noqa: BLE001 - a callback of others
+        _log.exception("on_arrival of tag %d raised; the write counts as rejected", arrival.tag)
+        return False
