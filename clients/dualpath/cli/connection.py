@@ -1,0 +1,64 @@
+"""How the commands that move blocks reach the store: by an agent inside this process that talks
+to a daemon, or by an agent that runs on this node.
+
+Owns the table `client` of the configuration. Keeps no connection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+from dualpath.agent.config import AgentConfig
+from dualpath.cli.config_file import add_config_arguments, given_flags, read_config
+from dualpath.client.kv_client import KVClient
+from dualpath.transfer.errors import InvalidRequest
+
+TABLE = "client"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Where the store is and how long a command may take."""
+
+    daemon: str = "127.0.0.1:7070"
+    """Control address of the daemon: host:port or unix:PATH."""
+    agent: str = ""
+    """Use this agent of the node (unix:PATH) instead of one inside this process."""
+    token: str = ""
+    """Shown to the daemon or the agent."""
+    deadline_s: float = 60.0
+    """Longest time for each batch of blocks."""
+    batch_bytes: int = 64 << 20
+    """Bytes moved at once; at least one block."""
+
+    def __post_init__(self) -> None:
+        if not self.deadline_s > 0:
+            raise InvalidRequest(f"deadline_s must be positive, not {self.deadline_s}")
+
+
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `ClientConfig`, and --json."""
+    add_config_arguments(parser, ClientConfig)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def connection_of(args: argparse.Namespace) -> ClientConfig:
+    """From the file's [client], DUALPATH_CLIENT_* and flags."""
+    return read_config(
+        ClientConfig,
+        TABLE,
+        file=args.config,
+        environment=os.environ,
+        flags=given_flags(args, ClientConfig),
+    )
+
+
+async def open_client(config: ClientConfig) -> KVClient:
+    """A client session; the caller closes it. Raises Unavailable."""
+    if config.agent:
+        return await KVClient.connect(config.agent, token=config.token)
+    return await KVClient.embedded(
+        AgentConfig(name=f"cli-{os.getpid()}", daemons=(config.daemon,), token=config.token)
+    )

@@ -1,0 +1,77 @@
+"""`dualpath doctor`: what this machine offers, what each absence costs, how to get it.
+
+Exit code 1 only if something is missing without which nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from dualpath.cli.finding import Finding, Status
+from dualpath.cli.probe_memory import memory_findings
+from dualpath.cli.probe_network import network_findings
+from dualpath.cli.probe_software import software_findings
+from dualpath.cli.probe_storage import storage_findings
+
+_EXAMPLE = """example:
+  dualpath doctor
+  dualpath doctor --data DIR --json"""
+
+
+class DoctorCommand:
+    """See the module docstring."""
+
+    name = "doctor"
+    help = "show what this machine offers"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Data directory, --json."""
+        parser.epilog = _EXAMPLE
+        parser.add_argument(
+            "--data", default=".", metavar="DIR", help="data directory of the daemon (default .)"
+        )
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Probe and print."""
+        findings = [
+            *software_findings(),
+            *storage_findings(Path(args.data)),
+            *memory_findings(),
+            *network_findings(),
+        ]
+        fatal = [finding for finding in findings if finding.fatal]
+        if args.json:
+            print(json.dumps(_as_json(findings)))
+        else:
+            print(f"{platform.system()} {platform.release()} on {platform.machine()}")
+            for finding in findings:
+                _print(finding)
+        for finding in fatal:
+            print(f"missing: {finding.name}: {finding.detail}", file=sys.stderr)
+        return 1 if fatal else 0
+
+
+def _as_json(findings: list[Finding]) -> dict[str, object]:
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "ok": not any(finding.fatal for finding in findings),
+        "findings": [asdict(finding) | {"status": finding.status.value} for finding in findings],
+    }
+
+
+def _print(finding: Finding) -> None:
+    print(f"  {finding.status.value:8} {finding.name:22} {finding.detail}")
+    if finding.status is not Status.OK:
+        for word, text in (("costs", finding.cost), ("get it", finding.remedy)):
+            if text:
+                print(f"  {'':8} {word:>22}: {text}")
+
+
+command = DoctorCommand()

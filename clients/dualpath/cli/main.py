@@ -1,0 +1,100 @@
+"""Entry point of `dualpath`: find the command, parse, run, turn errors into an exit code.
+
+Exit codes: 0 ok, 1 failed, 2 usage (also for an InvalidRequest, the caller's own mistake), 130
+interrupted. A DualPathError is one line on stderr, never a traceback. Modules of commands are
+imported only when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from dualpath.cli.command import Command, CommandSource, known_commands
+from dualpath.cli.config_file import nearest
+from dualpath.transfer.errors import DualPathError, InvalidRequest
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_EPILOG = """example:
+  dualpath serve --data DIR &
+  dualpath put README.md --key readme
+  dualpath get --key readme -o copy.md
+
+`dualpath COMMAND --help` shows the flags and an example of each command.
+exit codes: 0 ok, 1 failed, 2 wrong usage"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except DualPathError as error:
+        print(f"dualpath: {error.reason}: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, InvalidRequest) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def product_version() -> str:
+    """Of the installed distribution."""
+    try:
+        return version("dualpath")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-V", "--version"):
+        print(f"dualpath {product_version()}")
+        return EXIT_OK
+    known = known_commands()
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(known))
+        return EXIT_OK if arguments else EXIT_USAGE
+    source = known.get(arguments[0])
+    if source is None:
+        raise InvalidRequest(
+            f"'{arguments[0]}' is not a command{nearest(arguments[0], known)}", reason="usage"
+        )
+    command = source.load()
+    parser = command_parser(command)
+    return command.run(parser.parse_args(arguments[1:]))
+
+
+def command_parser(command: Command) -> argparse.ArgumentParser:
+    """The parser of one command, as `dualpath NAME --help` shows it."""
+    parser = argparse.ArgumentParser(
+        prog=f"dualpath {command.name}",
+        description=command.help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    return parser
+
+
+def _overview(known: Mapping[str, CommandSource]) -> str:
+    lines = ["usage: dualpath COMMAND [flags]", "", "KV-cache storage that loads by two paths", ""]
+    for source in known.values():
+        lines.append(f"  {source.name:12} {source.help or _help_of(source)}")
+    return "\n".join([*lines, "", "  --version    show the version", "", _EPILOG])
+
+
+def _help_of(source: CommandSource) -> str:
+    try:
+        return source.load().help
+    except DualPathError as error:
+        return f"(not available: {error})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
