@@ -59,3 +59,40 @@ __all__ = [
     "Write",
     "WriteStatus",
 ]
+
+from dualpath.transfer.credit import CreditConfig
+from dualpath.transfer.dispatch_config import DispatchConfig
+from dualpath.transfer.dispatcher import Dispatcher, Grant
+from dualpath.transfer.links import Link, LinkGraph, LinkKind, Path
+from dualpath.transfer.placement import (
+    DIRECT_PATH,
+    POLICY_NAMES,
+    LoadView,
+    PathKind,
+    PathView,
+    PlacementPolicy,
+    policy_named,
+    relay_path,
+)
+from dualpath.transfer.rates import RateConfig, RateEstimate
+
+__all__ = [
+    "DIRECT_PATH",
+    "POLICY_NAMES",
+    "CreditConfig",
+    "DispatchConfig",
+    "Dispatcher",
+    "Grant",
+    "Link",
+    "LinkGraph",
+    "LinkKind",
+    "LoadView",
+    "Path",
+    "PathKind",
+    "PathView",
+    "PlacementPolicy",
+    "RateConfig",
+    "RateEstimate",
+    "policy_named",
+    "relay_path",
+]

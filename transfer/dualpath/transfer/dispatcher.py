@@ -26,12 +26,15 @@ import bisect
 import heapq
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from dualpath.transfer.chunk_queue import ChunkQueue, ChunkState
+from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.errors import InvalidRequest, Overloaded
-from dualpath.transfer.path_state import PathCondition, PathConfig, PathState
+from dualpath.transfer.overtaking import overtaken
+from dualpath.transfer.path_state import PathCondition, PathState
+from dualpath.transfer.path_table import PathTable
 from dualpath.transfer.placement import (
     LoadView,
     PathKind,
@@ -39,29 +42,14 @@ from dualpath.transfer.placement import (
     PlacementPolicy,
     fallback_path,
 )
+from dualpath.transfer.queued_load import QueuedLoad
 
-PATHS_MAX = 64
 CHUNKS_PER_LOAD_MAX = 1 << 20
 OVERLOADED_REASON = "overloaded"
-UNBLAMED_REASONS = frozenset({OVERLOADED_REASON, "cancelled"})
+CANCELLED_REASON = "cancelled"
+OVERTAKEN_REASON = "overtaken"
+UNBLAMED_REASONS = frozenset({OVERLOADED_REASON, CANCELLED_REASON, OVERTAKEN_REASON})
 """Reasons of `failed` that are no attempt of the chunk."""
-TIE = 1 + 1e-9
-"""Predicted ends this close are the same."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchConfig:
-    """`loads_max` loads at once; `attempts_max` tries of a chunk; an idle path that
-    left chunks to faster ones is asked again every `recheck_s`; the patience with paths."""
-
-    loads_max: int = 1024
-    attempts_max: int = 2
-    recheck_s: float = 0.02
-    path: PathConfig = field(default_factory=PathConfig)
-
-    def __post_init__(self) -> None:
-        assert self.loads_max >= 1
-        assert self.attempts_max >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,51 +62,14 @@ class Grant:
     nbytes: int
 
 
-class _Load:
-    """A load and where it stands."""
-
-    __slots__ = (
-        "accounted",
-        "events",
-        "hint",
-        "paths",
-        "policy",
-        "queue",
-        "queued",
-        "seq",
-        "shares",
-        "view",
-    )
-
-    def __init__(
-        self,
-        seq: int,
-        view: LoadView,
-        queue: ChunkQueue,
-        policy: PlacementPolicy,
-        hint: frozenset[str],
-    ) -> None:
-        self.seq = seq
-        self.view = view
-        self.queue = queue
-        self.policy = policy
-        self.hint = hint
-        self.paths: tuple[str, ...] = ()  # that may take its fresh chunks
-        self.queued: frozenset[str] = frozenset()  # whose queue it is in
-        self.accounted = 0  # waiting bytes that _bound counts for `paths`
-        self.shares: Counter[str] = Counter()
-        self.events: Counter[str] = Counter()
-
-
 class Dispatcher:
     """See the module's docstring."""
 
     def __init__(self, config: DispatchConfig | None = None) -> None:
         self._config = config or DispatchConfig()
-        self._paths: dict[str, PathState] = {}
-        self._loads: dict[str, _Load] = {}
-        self._by_seq: dict[int, _Load] = {}
-        self._bound: Counter[tuple[str, ...]] = Counter()
+        self._paths = PathTable(self._config)
+        self._loads: dict[str, QueuedLoad] = {}
+        self._by_seq: dict[int, QueuedLoad] = {}
         self._turns: Counter[str] = Counter()
         self._counters: Counter[str] = Counter()
         self._seq = 0
@@ -129,11 +80,7 @@ class Dispatcher:
     def add_path(self, name: str, kind: PathKind, now: float, limit_bytes_per_s: float = 0) -> None:
         """Register a path, up. `limit_bytes_per_s` 0: none. Raises InvalidRequest if known."""
         self._see(now)
-        if name in self._paths:
-            raise InvalidRequest(f"path {name!r} is already there")
-        if len(self._paths) >= PATHS_MAX:
-            raise InvalidRequest(f"path {name!r} would be one more than {PATHS_MAX}")
-        self._paths[name] = PathState(self._config.path, name, kind, limit_bytes_per_s)
+        self._paths.add(name, kind, limit_bytes_per_s)
         self._replace_loads("path_added")
 
     def remove_path(self, name: str) -> dict[str, tuple[int, ...]]:
@@ -146,7 +93,7 @@ class Dispatcher:
         self._replace_loads("path_removed")
         for load in self._loads.values():
             load.queued -= {name}  # of chunks to be tried again, on any path
-        del self._paths[name]
+        self._paths.remove(name)
         return given_back
 
     def set_up(self, name: str, up: bool, now: float) -> None:
@@ -156,9 +103,9 @@ class Dispatcher:
         `path_lost` gives it back. Raises InvalidRequest if the path is unknown.
         """
         self._see(now)
-        path = self._paths.get(name)
-        if path is None:
-            raise InvalidRequest(f"unknown path {name!r}; known: {', '.join(self._paths)}")
+        path = self._paths.known(name)
+        if path.condition is (PathCondition.UP if up else PathCondition.DOWN):
+            return
         path.condition = PathCondition.UP if up else PathCondition.DOWN
         self._replace_loads("path_up" if up else "path_down")
 
@@ -189,12 +136,12 @@ class Dispatcher:
         """Paths with chunks in flight that have not moved for their patience (`stall_s` or,
         for a slow path, a few chunks' time)."""
         self._see(now)
-        return tuple(path.name for path in self._paths.values() if now >= path.stalls_at_s())
+        return tuple(path.name for path in self._paths if now >= path.stalls_at_s())
 
     def views(self, now: float) -> tuple[PathView, ...]:
         """All paths in the order of `add_path`."""
         self._see(now)
-        return tuple(self._views(frozenset()))
+        return tuple(self._paths.views(frozenset(), self._now))
 
     # ---------------------------------------------------------------- loads
 
@@ -227,27 +174,24 @@ class Dispatcher:
         if chunk_nbytes and min(chunk_nbytes) < 1:
             raise InvalidRequest(f"a chunk has at least one byte, not {min(chunk_nbytes)}")
         hint = frozenset(allowed)
-        if hint and not hint & self._paths.keys():
-            raise InvalidRequest(
-                f"no path among {sorted(hint)} is known; known: {', '.join(self._paths)}"
-            )
+        self._paths.check_hint(hint)
         queue = ChunkQueue(chunk_nbytes)
         turn = self._turns[policy.name]
         self._turns[policy.name] += 1
         view = LoadView(load_id, queue.waiting_bytes, decode_peer, turn)
-        load = _Load(self._seq, view, queue, policy, hint)
+        load = QueuedLoad(self._seq, view, queue, policy, hint)
         self._seq += 1
         self._loads[load_id] = self._by_seq[load.seq] = load
-        self._bind(load, policy.paths_for(view, self._views(hint)))
+        self._bind(load, policy.paths_for(view, self._paths.views(hint, self._now)))
 
     def remove_load(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Forget a load; returns by path what was in flight. Unknown: {}."""
         load = self._loads.get(load_id)
         if load is None:
             return {}
-        inflight = load.queue.inflight_by_path()
-        for chunk, path in load.queue.inflight.items():
-            self._paths[path].release(load.queue.nbytes[chunk])
+        inflight = load.chunks.inflight_by_path()
+        for chunk, path in load.chunks.inflight.items():
+            self._paths[path].release(load.chunks.nbytes[chunk])
         self._unqueue(load, load.queued)
         self._account(load, (), 0)
         del self._loads[load_id], self._by_seq[load.seq]
@@ -262,22 +206,22 @@ class Dispatcher:
         if load is None:
             return {}
         for chunk in chunks:
-            _check_chunk(load, chunk)
-        inflight = load.queue.inflight_by_path(chunks)
+            load.check(chunk)
+        inflight = load.chunks.inflight_by_path(frozenset(chunks))
         for chunk in chunks:
-            path = load.queue.drop(chunk)
+            path = load.chunks.drop(chunk)
             if path:
-                self._paths[path].release(load.queue.nbytes[chunk])
+                self._paths[path].release(load.chunks.nbytes[chunk])
         self._settle(load)
         return inflight
 
     def is_done(self, load_id: str) -> bool:
         """Whether every chunk is verified or dropped."""
-        return self._load(load_id).queue.over
+        return self._load(load_id).chunks.over
 
     def inflight(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Chunks in flight by path."""
-        return self._load(load_id).queue.inflight_by_path()
+        return self._load(load_id).chunks.inflight_by_path()
 
     def paths_of(self, load_id: str) -> tuple[str, ...]:
         """Paths that the load is placed on now."""
@@ -285,7 +229,7 @@ class Dispatcher:
 
     def progress(self, load_id: str) -> Mapping[ChunkState, int]:
         """Chunks in each state; they add up to all chunks."""
-        return dict(zip(ChunkState, self._load(load_id).queue.counts, strict=True))
+        return dict(zip(ChunkState, self._load(load_id).chunks.counts, strict=True))
 
     def shares(self, load_id: str) -> Mapping[str, int]:
         """Verified bytes of the load by path."""
@@ -310,7 +254,7 @@ class Dispatcher:
         """What to fetch now. Call after every event, and when `next_event_s` has passed."""
         self._see(now)
         ready = []
-        for order, path in enumerate(self._paths.values()):
+        for order, path in enumerate(self._paths):
             path.look(now)
             if path.queue and path.usable(now):
                 ready.append((path.drained_in_s(), order, path))
@@ -329,8 +273,8 @@ class Dispatcher:
         load = self._inflight_load(load_id, chunk, path)
         if load is None:
             return False
-        nbytes = load.queue.nbytes[chunk]
-        load.queue.done(chunk)
+        nbytes = load.chunks.nbytes[chunk]
+        load.chunks.done(chunk)
         load.shares[path] += nbytes
         self._paths[path].land(nbytes, now)
         return True
@@ -340,33 +284,52 @@ class Dispatcher:
 
         True: it will be tried again, by another path if one is up (or the report is late).
         False: its attempts are used up and it counts as dropped. Reason `overloaded` pauses the
-        path and, like `cancelled`, is not held against the chunk.
+        path and, like `cancelled` and `overtaken`, is not held against the chunk.
         """
         self._see(now)
         load = self._inflight_load(load_id, chunk, path)
         if load is None:
             return True
         state = self._paths[path]
-        state.release(load.queue.nbytes[chunk])
-        state.progress_at_s = now
+        if reason == OVERTAKEN_REASON:
+            state.overtaken(now)
+        elif reason != CANCELLED_REASON:
+            state.progress_at_s = now
+        state.release(load.chunks.nbytes[chunk])
         self._count(load, f"chunk_failed:{reason}", 1)
         again = True
         if reason in UNBLAMED_REASONS:
-            load.queue.give_back(chunk)
+            load.chunks.give_back(chunk)
             if reason == OVERLOADED_REASON:
                 state.pause(now)
         else:
-            again = load.queue.fail(chunk, self._config.attempts_max)
+            again = load.chunks.fail(chunk, self._config.attempts_max)
         if not again:
             self._count(load, f"attempts_used_up:{reason}", 1)
         self._settle(load)
         return again
 
+    def overtaken(self, now: float) -> list[Grant]:
+        """Chunks in flight on a slow path that an idle one would land sooner (`overtake_s`).
+
+        Changes nothing. Fence them, then call `failed` with reason `overtaken` for each that had
+        not landed; the next `grants` gives them to the idle path.
+        """
+        self._see(now)
+        slow = overtaken(self._paths, self._loads.values(), self._config.overtake_s, now)
+        return [self._grant(path, load.view.load_id, chunks) for load, path, chunks in slow]
+
     def next_event_s(self, now: float) -> float:
-        """Seconds from `now` until `grants` or `stalled` may answer anew by time alone; inf."""
+        """Seconds from `now` until time alone may change an answer; inf if it cannot.
+
+        Then ask `stalled`, `overtaken` and `grants` again.
+        """
         at_s = math.inf
-        for path in self._paths.values():
+        idle = any(not path.inflight_chunks and path.dependable(now) for path in self._paths)
+        for path in self._paths:
             at_s = min(at_s, path.stalls_at_s())
+            if path.inflight_chunks and idle:
+                at_s = min(at_s, max(path.progress_at_s, now) + self._config.overtake_s)
             if path.condition is PathCondition.BACKOFF:
                 at_s = min(at_s, path.retry_at_s)
             if path.queue and path.up:
@@ -383,7 +346,7 @@ class Dispatcher:
         self, path: PathState, granted: dict[tuple[str, str], list[int]], now: float
     ) -> bool:
         """Grant `path` up to a batch, in the order of loads; whether it took anything."""
-        batch_bytes = self._config.path.credit.batch_bytes(path.window)
+        batch_bytes = self._config.credit.batch_bytes(path.window)
         taken_bytes = 0
         ahead_bytes = 0
         index = 0
@@ -391,85 +354,38 @@ class Dispatcher:
             load = self._by_seq[path.queue[index]]
             chunk = self._chunk_for(load, path, ahead_bytes, now)
             if chunk < 0:
-                ahead_bytes += load.queue.waiting_bytes
+                ahead_bytes += load.chunks.waiting_bytes
                 index += 1
                 continue
-            nbytes = load.queue.nbytes[chunk]
+            nbytes = load.chunks.nbytes[chunk]
             if not path.may_take(nbytes, 0 if taken_bytes else batch_bytes):
                 break
-            load.queue.grant(chunk, path.name)
+            load.chunks.grant(chunk, path.name)
             path.take(nbytes, now)
             granted.setdefault((path.name, load.view.load_id), []).append(chunk)
             taken_bytes += nbytes
             self._settle(load)  # takes it off path.queue when nothing waits any more
             # Near the end of a split load go chunk by chunk, so that its paths end together.
-            share = load.queue.waiting_bytes // (4 * len(load.paths)) if load.paths else 0
+            share = load.chunks.waiting_bytes // (4 * len(load.paths)) if load.paths else 0
             if taken_bytes >= (batch_bytes if len(load.paths) < 2 else min(batch_bytes, share)):
                 break
         return taken_bytes > 0
 
-    def _chunk_for(self, load: _Load, path: PathState, ahead_bytes: int, now: float) -> int:
+    def _chunk_for(self, load: QueuedLoad, path: PathState, ahead_bytes: int, now: float) -> int:
         """The chunk of `load` that `path` should take now, -1: none."""
-        queue = load.queue
+        queue = load.chunks
         retry = -1
         if queue.has_retries:
-            others = any(
-                other.condition is PathCondition.UP
-                for other in self._hinted(load.hint)
-                if other is not path
-            )
+            others = self._paths.has_other_up(path, load.hint)
             retry = queue.next_retry(path.name, others)
         plain = queue.next_plain() if path.name in load.paths else -1
         if plain < 0 or 0 <= retry < plain:
             return retry
-        if len(load.paths) > 1 and not self._worth_it(load, path, plain, ahead_bytes, now):
+        if len(load.paths) > 1 and not self._paths.worth_taking(
+            path, queue.nbytes[plain], load.paths, ahead_bytes + queue.waiting_bytes, now
+        ):
             return retry
         return plain
-
-    def _worth_it(
-        self, load: _Load, path: PathState, chunk: int, ahead_bytes: int, now: float
-    ) -> bool:
-        """Whether `path` would land `chunk` before the load's other paths are through with all.
-
-        The path that would land it first never refuses, so somebody takes it.
-        """
-        if not path.rate:
-            return True
-        nbytes = load.queue.nbytes[chunk]
-        ends_in_s = (path.inflight_bytes + nbytes) / path.rate
-        left_bytes = ahead_bytes + load.queue.waiting_bytes
-        rate = 0.0
-        soonest_s = math.inf
-        for name in load.paths:
-            other = self._paths[name]
-            if other is path or not other.rate or not _dependable(other, now):
-                continue
-            left_bytes += other.inflight_bytes
-            rate += other.rate
-            soonest_s = min(soonest_s, (other.inflight_bytes + nbytes) / other.rate)
-        return not rate or ends_in_s <= max(soonest_s, left_bytes / rate) * TIE
-
-    def _views(self, hint: frozenset[str]) -> list[PathView]:
-        now = self._now
-        rates = {path.name: path.rate_bytes_per_s(now) for path in self._paths.values()}
-        bound = dict.fromkeys(self._paths, 0.0)
-        for names, nbytes in self._bound.items():
-            # What may go by several paths waits at each of them for its part.
-            known = all(rates[name] for name in names)
-            total = sum(rates[name] for name in names) if known else len(names)
-            for name in names:
-                bound[name] += nbytes * (rates[name] if known else 1) / total
-        return [
-            PathView(
-                path.name,
-                path.kind,
-                path.up,
-                path.inflight_bytes + round(bound[path.name]) + path.reported_bytes(now),
-                path.inflight_bytes,
-                rates[path.name],
-            )
-            for path in self._hinted(hint)
-        ]
 
     def _replace_loads(self, reason: str) -> None:
         """Paths came or went: place anew the loads that this concerns."""
@@ -477,14 +393,14 @@ class Dispatcher:
             if load.policy.fixed:
                 if load.paths and self._paths[load.paths[0]].up:
                     continue
-                views = self._views(load.hint)
+                views = self._paths.views(load.hint, self._now)
                 paths = (
                     fallback_path(views) if load.paths else load.policy.paths_for(load.view, views)
                 )
-                if load.paths and not load.queue.over:
+                if load.paths and not load.chunks.over:
                     self._count(load, f"fallback:{reason}", 1)
             else:
-                paths = load.policy.paths_for(load.view, self._views(load.hint))
+                paths = load.policy.paths_for(load.view, self._paths.views(load.hint, self._now))
             self._bind(load, paths)
 
     # ---------------------------------------------------------------- bookkeeping
@@ -493,7 +409,7 @@ class Dispatcher:
         """Time has passed: paths whose backoff is over go on trial."""
         self._now = max(now, self._now)
         changed = False
-        for path in self._paths.values():
+        for path in self._paths:
             if path.condition is PathCondition.BACKOFF and now >= path.retry_at_s:
                 path.condition = PathCondition.TRIAL
                 changed = True
@@ -505,31 +421,31 @@ class Dispatcher:
         if not path.inflight_chunks:
             return {}
         for load in self._loads.values():
-            chunks = load.queue.inflight_by_path().get(path.name, ())
+            chunks = load.chunks.inflight_by_path().get(path.name, ())
             if not chunks:
                 continue
             for chunk in chunks:
-                load.queue.give_back(chunk)
-                path.release(load.queue.nbytes[chunk])
+                load.chunks.give_back(chunk)
+                path.release(load.chunks.nbytes[chunk])
             given_back[load.view.load_id] = chunks
             self._count(load, f"given_back:{reason}", len(chunks))
             self._settle(load)
         return given_back
 
-    def _bind(self, load: _Load, paths: tuple[str, ...]) -> None:
+    def _bind(self, load: QueuedLoad, paths: tuple[str, ...]) -> None:
         if paths != load.paths:
-            self._account(load, paths, load.queue.waiting_bytes)
+            self._account(load, paths, load.chunks.waiting_bytes)
         self._settle(load)
 
-    def _settle(self, load: _Load) -> None:
+    def _settle(self, load: QueuedLoad) -> None:
         """After any change of a load: account its waiting bytes, queue it where it can go."""
-        queue = load.queue
-        if queue.waiting_bytes != load.accounted:
+        queue = load.chunks
+        if queue.waiting_bytes != load.accounted_bytes:
             self._account(load, load.paths, queue.waiting_bytes)
         if not queue.waiting_bytes:
             wanted: frozenset[str] = frozenset()
         elif queue.has_retries:
-            wanted = frozenset(path.name for path in self._hinted(load.hint))
+            wanted = frozenset(path.name for path in self._paths.hinted(load.hint))
         else:
             wanted = frozenset(load.paths)
         if wanted == load.queued:
@@ -539,50 +455,33 @@ class Dispatcher:
             bisect.insort(self._paths[name].queue, load.seq)
         load.queued = wanted
 
-    def _unqueue(self, load: _Load, names: Collection[str]) -> None:
+    def _unqueue(self, load: QueuedLoad, names: Collection[str]) -> None:
         for name in names:
             queue = self._paths[name].queue
             del queue[bisect.bisect_left(queue, load.seq)]
 
-    def _account(self, load: _Load, paths: tuple[str, ...], nbytes: int) -> None:
-        for key, change in ((load.paths, -load.accounted), (paths, nbytes)):
-            if key and change:
-                self._bound[key] += change
-                if not self._bound[key]:
-                    del self._bound[key]
-        load.paths, load.accounted = paths, nbytes
+    def _account(self, load: QueuedLoad, paths: tuple[str, ...], nbytes: int) -> None:
+        self._paths.bind(load.paths, -load.accounted_bytes)
+        self._paths.bind(paths, nbytes)
+        load.paths, load.accounted_bytes = paths, nbytes
 
-    def _hinted(self, hint: frozenset[str]) -> Iterator[PathState]:
-        return (path for path in self._paths.values() if not hint or path.name in hint)
-
-    def _grant(self, path: str, load_id: str, chunks: list[int]) -> Grant:
-        nbytes = self._loads[load_id].queue.nbytes
+    def _grant(self, path: str, load_id: str, chunks: Sequence[int]) -> Grant:
+        nbytes = self._loads[load_id].chunks.nbytes
         return Grant(load_id, path, tuple(chunks), sum(nbytes[chunk] for chunk in chunks))
 
-    def _inflight_load(self, load_id: str, chunk: int, path: str) -> _Load | None:
+    def _inflight_load(self, load_id: str, chunk: int, path: str) -> QueuedLoad | None:
         load = self._loads.get(load_id)
-        if load is None or load.queue.inflight.get(chunk) != path:
+        if load is None or load.chunks.inflight.get(chunk) != path:
             self._counters["late"] += 1
             return None
         return load
 
-    def _load(self, load_id: str) -> _Load:
+    def _load(self, load_id: str) -> QueuedLoad:
         load = self._loads.get(load_id)
         if load is None:
             raise InvalidRequest(f"unknown load {load_id!r}")
         return load
 
-    def _count(self, load: _Load, event: str, amount: int) -> None:
+    def _count(self, load: QueuedLoad, event: str, amount: int) -> None:
         self._counters[event] += amount
         load.events[event] += amount
-
-
-def _dependable(path: PathState, now: float) -> bool:
-    """Whether chunks may be left to this path."""
-    return path.condition is PathCondition.UP and now >= path.paused_until_s
-
-
-def _check_chunk(load: _Load, chunk: int) -> None:
-    count = len(load.queue.nbytes)
-    if not 0 <= chunk < count:
-        raise InvalidRequest(f"chunk {chunk} is outside of 0..{count - 1}")

@@ -9,38 +9,10 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field
 
-from dualpath.transfer.credit import CreditConfig
+from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.placement import PathKind
-from dualpath.transfer.rates import RateConfig, RateEstimate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathConfig:
-    """Patience with a path; seconds.
-
-    `stall_s`: no progress for that long is a stall; slow paths get up to `stall_s_max`.
-    `backoff_s` after a loss, doubled for each further one up to `backoff_s_max`; `pause_s` and
-    `pause_s_max` likewise after a path said that it is overloaded. What a node reported about
-    its queue is forgotten after `report_ttl_s`, so that an unused path gets another chance.
-    """
-
-    stall_s: float = 2.0
-    stall_s_max: float = 20.0
-    backoff_s: float = 0.25
-    backoff_s_max: float = 8.0
-    pause_s: float = 0.020
-    pause_s_max: float = 1.0
-    report_ttl_s: float = 2.0
-    credit: CreditConfig = field(default_factory=CreditConfig)
-    rate: RateConfig = field(default_factory=RateConfig)
-
-    def __post_init__(self) -> None:
-        assert 0 < self.stall_s <= self.stall_s_max
-        assert 0 < self.backoff_s <= self.backoff_s_max
-        assert 0 < self.pause_s <= self.pause_s_max
-        assert self.report_ttl_s >= 0
+from dualpath.transfer.rates import RateEstimate
 
 
 class PathCondition(enum.Enum):
@@ -54,6 +26,8 @@ class PathCondition(enum.Enum):
 
 STALL_CHUNKS = 4
 """A path may be silent for as long as this many chunks take at its rate."""
+OVERTAKEN_MAX = 3
+"""Times that work may be taken back from a path before anything landed again."""
 
 
 class PathState:
@@ -62,6 +36,8 @@ class PathState:
     __slots__ = (
         "_config",
         "_losses",
+        "_overtaken",
+        "_overtaken_at_s",
         "_pauses",
         "_report_at_s",
         "_report_bytes",
@@ -81,7 +57,7 @@ class PathState:
         "window",
     )
 
-    def __init__(self, config: PathConfig, name: str, kind: PathKind, limit: float) -> None:
+    def __init__(self, config: DispatchConfig, name: str, kind: PathKind, limit: float) -> None:
         self._config = config
         self.name = name
         self.kind = kind
@@ -99,6 +75,8 @@ class PathState:
         self.rate = 0.0
         self.window = 0
         self._losses = 0
+        self._overtaken = 0
+        self._overtaken_at_s = -math.inf
         self._pauses = 0
         self._report_bytes = 0
         self._report_at_s = -math.inf
@@ -113,6 +91,10 @@ class PathState:
         if self.condition is PathCondition.TRIAL and self.inflight_chunks:
             return False
         return self.up and now >= self.paused_until_s
+
+    def dependable(self, now: float) -> bool:
+        """Whether chunks may be left to it: proven, and not asking for a rest."""
+        return self.condition is PathCondition.UP and now >= self.paused_until_s
 
     def rate_bytes_per_s(self, now: float) -> float:
         """Measured, never above the configured limit; the limit until measured; 0: unknown."""
@@ -156,6 +138,7 @@ class PathState:
         self.estimate.landed(nbytes, now)
         self.progress_at_s = now
         self._losses = 0
+        self._overtaken = 0
         self._pauses = 0
         if self.condition is PathCondition.TRIAL:
             self.condition = PathCondition.UP
@@ -178,6 +161,7 @@ class PathState:
             self._config.backoff_s * 2.0 ** min(self._losses, 32), self._config.backoff_s_max
         )
         self._losses += 1
+        self._overtaken = 0
         self.condition = PathCondition.BACKOFF
         self.retry_at_s = now + wait_s
 
@@ -187,6 +171,24 @@ class PathState:
         if now >= self.paused_until_s:
             self._pauses += 1
             self.paused_until_s = now + wait_s
+
+    def overtaken(self, now: float) -> None:
+        """Work was taken back because it was slow: let the estimate know the time that took."""
+        self.estimate.waited(now)
+        if now > self._overtaken_at_s:
+            self._overtaken += 1
+            self._overtaken_at_s = now
+
+    def drains_after(self, wait_s: float, now: float) -> bool:
+        """Whether what is in flight is expected to take longer than `wait_s` from now."""
+        rate = self.rate_while_busy(now)
+        return bool(rate) and self.inflight_bytes > wait_s * rate
+
+    def rate_while_busy(self, now: float) -> float:
+        """The estimate; while nothing ever landed, at most a chunk in the time waited so far."""
+        measured = self.estimate.bytes_per_s(now)
+        waited_s = now - self.progress_at_s
+        return measured or (self.largest_bytes / waited_s if waited_s > 0 else 0.0)
 
     def report(self, queue_bytes: int, now: float) -> None:
         """What waits there for others."""
@@ -199,6 +201,8 @@ class PathState:
 
     def stalls_at_s(self) -> float:
         """When it will have stalled unless something moves; inf if nothing is in flight."""
+        if self.up and self._overtaken >= OVERTAKEN_MAX:
+            return -math.inf
         if not self.inflight_chunks:
             return math.inf
         rate = self.rate_bytes_per_s(self.progress_at_s)

@@ -54,6 +54,11 @@ class RateEstimate:
         self._bytes += nbytes
         self._last_nbytes = nbytes
 
+    def waited(self, now: float) -> None:
+        """Count the time since the last arrival, though nothing came; only while busy."""
+        if self._busy_since is not None:
+            self._advance(now)
+
     def end(self) -> None:
         """No work is left. Time since the last arrival is not counted: nothing was due."""
         self._busy_since = None
