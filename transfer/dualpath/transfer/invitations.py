@@ -45,15 +45,12 @@ class Invitations:
             self._peers[secret] = (peer, now + INVITATION_TTL_S)
             return secret
 
-    def redeem(self, secret: bytes, peer: str, now: float) -> bool:
-        """Use up an invitation; False unless it is live and was issued to `peer`."""
+    def redeem(self, secret: bytes, now: float) -> str:
+        """Use up an invitation: the name of the peer it was issued to, "" unless it is live."""
         with self._lock:
             self._drop_expired(now)
-            entry = self._peers.get(secret)
-            if entry is None or entry[0] != peer:
-                return False
-            del self._peers[secret]
-            return True
+            peer, _ = self._peers.pop(secret, ("", 0.0))
+            return peer
 
     def _drop_expired(self, now: float) -> None:
         # All live equally long, so the oldest entry expires first.

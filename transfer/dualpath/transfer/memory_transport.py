@@ -132,16 +132,13 @@ class MemoryTransport:
     def connect(self, peer: str, address: str, invitation: bytes, *, deadline_s: float) -> None:
         """See Transport.connect."""
         remote = self._hub.find(address)
-        if remote._own_name != peer:
-            raise PermissionDenied(f"dialled {peer!r} but reached {remote._own_name!r}")
-        if not remote._invitations.redeem(invitation, self._own_name, time.monotonic()):
-            raise PermissionDenied(
-                f"{peer!r} has no such invitation: it is wrong, used, expired or another's"
-            )
+        invited = remote._invitations.redeem(invitation, time.monotonic())
+        if not invited:
+            raise PermissionDenied(f"{peer!r} has no such invitation: it is wrong, used or expired")
         self._drop(peer, "replaced by a new connection")
-        remote._drop(self._own_name, "replaced by a new connection")
+        remote._drop(invited, "replaced by a new connection")
         here = _Link(peer, remote, self._queue_bytes_max)
-        there = _Link(self._own_name, self, remote._queue_bytes_max)
+        there = _Link(invited, self, remote._queue_bytes_max)
         here.back, there.back = there, here
         remote._add(there)
         self._add(here)
@@ -274,11 +271,12 @@ class MemoryTransport:
 
     def _carry_out(self, link: _Link, pending: PendingWrite) -> None:
         write, remote = pending.write, link.remote
-        counters = remote._ledger.of(self._own_name, remote._links)
+        known_as = link.back.peer if link.back is not None else self._own_name
+        counters = remote._ledger.of(known_as, remote._links)
         status, detail = WriteStatus.DONE, ""
         try:
             landing = remote._windows.begin(
-                self._own_name,
+                known_as,
                 write.target.key,
                 write.target.generation,
                 write.tag,

@@ -40,13 +40,13 @@ def introduce(
             f"{frames.STREAM_VERSION}; upgrade the older one",
             reason="version",
         )
-    if answer.name != peer:
-        raise PermissionDenied(f"dialled {peer!r} but reached {answer.name!r}; check the address")
     sock.setblocking(False)
 
 
-def receive_introduction(sock: socket.socket, redeem: Callable[[bytes, str], bool]) -> str:
-    """The acceptor's side up to the answer: the peer's name.
+def receive_introduction(sock: socket.socket, redeem: Callable[[bytes], str]) -> str:
+    """The acceptor's side up to the answer: the name that the peer was invited under.
+
+    What the peer calls itself is only for messages: the invitation names it.
 
     Raises PermissionDenied (the peer was told), OSError or MalformedFrame.
     """
@@ -54,15 +54,15 @@ def receive_introduction(sock: socket.socket, redeem: Callable[[bytes, str], boo
     said = _receive(sock, deadline)
     if not isinstance(said, frames.Hello):
         raise MalformedFrame(f"{type(said).__name__} instead of a handshake")
-    reason = ""
+    reason = peer = ""
     if said.version != frames.STREAM_VERSION:
         reason = f"stream version {said.version}, this side speaks {frames.STREAM_VERSION}"
-    elif not redeem(said.invitation, said.name):
-        reason = f"no invitation of {said.name!r}: it is wrong, used, expired or another's"
+    elif not (peer := redeem(said.invitation)):
+        reason = f"no invitation of {said.name!r}: it is wrong, used or expired"
     if reason:
         _send(sock, frames.deny(reason), deadline)
         raise PermissionDenied(reason)
-    return said.name
+    return peer
 
 
 def send_welcome(sock: socket.socket, own_name: str) -> None:

@@ -331,7 +331,7 @@ class StreamTransport(ABC):
         try:
             peer = receive_introduction(
                 sock,
-                lambda secret, name: self._invitations.redeem(secret, name, time.monotonic()),
+                lambda secret: self._invitations.redeem(secret, time.monotonic()),
             )
             connection = self._connection(sock, peer)
             self._register(connection)

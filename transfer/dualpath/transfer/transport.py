@@ -10,9 +10,11 @@ Connections
     The side that will *receive* dials, with an `invitation` got over the control channel from
     the side that will write; so data connections go the same way as control connections. An
     invitation is random (128 bits), single-use and short-lived; it names the peer, so nobody
-    can attach under another's name. A connection is full duplex: either side may write. A peer
-    has one connection per transport; a new one under the same name replaces (and loses) the
-    old one. `on_peer_lost` is called once a connection ends for any reason but `close()`.
+    can attach under another's name. Names are local: the inviter knows the connection by the
+    name it invited, the dialler by the name it passed to `connect`. A connection is full
+    duplex: either side may write. A peer has one connection per transport; a new one under the
+    same name replaces (and loses) the old one. `on_peer_lost` is called once a connection ends
+    for any reason but `close()`.
 Windows
     `expose` opens a window on a local region. A write lands only if its window key and
     generation are live, its tag is *armed* in that window by `arm`, and its target slices equal
