@@ -1,0 +1,83 @@
+"""What doctor finds, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from dualpath.cli import probe_storage
+from dualpath.cli.finding import Status
+from dualpath.cli.main import main
+from dualpath.cli.probe_memory import memory_findings
+from dualpath.cli.probe_network import network_findings
+from dualpath.cli.probe_software import software_findings
+from dualpath.cli.probe_storage import storage_findings
+
+
+def test_whatever_is_missing_says_what_it_costs_and_how_to_get_it(tmp_path: Path) -> None:
+    findings = [
+        *software_findings(),
+        *storage_findings(tmp_path),
+        *memory_findings(),
+        *network_findings(),
+    ]
+    assert len({finding.name for finding in findings}) == len(findings)
+    for finding in findings:
+        assert finding.detail
+        if finding.status is not Status.OK:
+            assert finding.cost, finding
+            assert finding.remedy, finding
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_is_json_and_the_code_is_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--data", str(tmp_path / "not" / "yet"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = {finding["name"] for finding in report["findings"]}
+    assert {"io_uring", "O_DIRECT", "memlock", "RDMA devices", "GPU", "link shaping"} <= names
+
+
+def test_a_directory_that_cannot_be_used_is_fatal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["doctor", "--data", str(tmp_path / "file")]) == 1
+    assert "data directory" in capsys.readouterr().err
+
+
+def test_a_refused_ring_says_by_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    switch = tmp_path / "io_uring_disabled"
+    switch.write_text("2\n")
+    monkeypatch.setattr(probe_storage, "_IO_URING_DISABLED", switch)
+    assert "io_uring_disabled is 2" in probe_storage._ring_refused(errno.EPERM)
+    switch.write_text("0\n")
+    assert "seccomp" in probe_storage._ring_refused(errno.EPERM)
+    assert "has no io_uring" in probe_storage._ring_refused(errno.ENOSYS)
+
+
+def test_a_file_system_that_refuses_o_direct_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real_open = os.open
+
+    def refusing(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    finding = probe_storage._direct(tmp_path)
+    assert finding.status is Status.ABSENT
+    assert "page cache" in finding.cost
+
+
+def test_shaping_tools_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    shaping = next(found for found in network_findings() if found.name == "link shaping")
+    assert shaping.status is Status.ABSENT
+    assert "tc" in shaping.detail
