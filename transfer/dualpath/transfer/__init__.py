@@ -1,5 +1,8 @@
 """Moves bytes between processes: regions, transports, links, paths, lanes, placement."""
 
+from dualpath.transfer.credit import CreditConfig
+from dualpath.transfer.dispatch_config import DispatchConfig
+from dualpath.transfer.dispatcher import Dispatcher, Grant
 from dualpath.transfer.errors import (
     Corrupt,
     DeadlineExceeded,
@@ -13,7 +16,19 @@ from dualpath.transfer.errors import (
     Unavailable,
 )
 from dualpath.transfer.lane import SAVE_FLOOR, Lane
+from dualpath.transfer.links import Link, LinkGraph, LinkKind, Path
 from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
+from dualpath.transfer.placement import (
+    DIRECT_PATH,
+    POLICY_NAMES,
+    LoadView,
+    PathKind,
+    PathView,
+    PlacementPolicy,
+    policy_named,
+    relay_path,
+)
+from dualpath.transfer.rates import RateConfig, RateEstimate
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
@@ -30,25 +45,41 @@ from dualpath.transfer.transport import (
 )
 
 __all__ = [
+    "DIRECT_PATH",
+    "POLICY_NAMES",
     "SAVE_FLOOR",
     "Arrival",
     "Completion",
     "Corrupt",
+    "CreditConfig",
     "DeadlineExceeded",
+    "DispatchConfig",
+    "Dispatcher",
     "DualPathError",
+    "Grant",
     "InvalidRequest",
     "Lane",
     "LeaseExpired",
+    "Link",
+    "LinkGraph",
+    "LinkKind",
+    "LoadView",
     "MemoryHub",
     "MemoryTransport",
     "OnArrival",
     "OnCompletion",
     "OnPeerLost",
     "Overloaded",
+    "Path",
     "PathDown",
+    "PathKind",
+    "PathView",
     "PeerLost",
     "PeerTraffic",
     "PermissionDenied",
+    "PlacementPolicy",
+    "RateConfig",
+    "RateEstimate",
     "Region",
     "RegionDescriptor",
     "Slices",
@@ -58,41 +89,6 @@ __all__ = [
     "Unavailable",
     "Write",
     "WriteStatus",
-]
-
-from dualpath.transfer.credit import CreditConfig
-from dualpath.transfer.dispatch_config import DispatchConfig
-from dualpath.transfer.dispatcher import Dispatcher, Grant
-from dualpath.transfer.links import Link, LinkGraph, LinkKind, Path
-from dualpath.transfer.placement import (
-    DIRECT_PATH,
-    POLICY_NAMES,
-    LoadView,
-    PathKind,
-    PathView,
-    PlacementPolicy,
-    policy_named,
-    relay_path,
-)
-from dualpath.transfer.rates import RateConfig, RateEstimate
-
-__all__ = [
-    "DIRECT_PATH",
-    "POLICY_NAMES",
-    "CreditConfig",
-    "DispatchConfig",
-    "Dispatcher",
-    "Grant",
-    "Link",
-    "LinkGraph",
-    "LinkKind",
-    "LoadView",
-    "Path",
-    "PathKind",
-    "PathView",
-    "PlacementPolicy",
-    "RateConfig",
-    "RateEstimate",
     "policy_named",
     "relay_path",
 ]
