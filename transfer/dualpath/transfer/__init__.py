@@ -30,6 +30,7 @@ from dualpath.transfer.placement import (
 )
 from dualpath.transfer.rates import RateConfig, RateEstimate
 from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
 from dualpath.transfer.transport import (
@@ -82,6 +83,8 @@ __all__ = [
     "RateEstimate",
     "Region",
     "RegionDescriptor",
+    "ShmConfig",
+    "ShmTransport",
     "Slices",
     "TcpConfig",
     "TcpTransport",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
@@ -136,6 +137,11 @@ class Outbox:
     def has(self, ident: int) -> bool:
         """Whether the write has no completion yet."""
         return ident in self._pending
+
+    def sources_of(self, idents: Iterable[int]) -> frozenset[int]:
+        """The serials of the regions that these writes read."""
+        found = (self._pending.get(ident) for ident in idents)
+        return frozenset(each.write.source.serial for each in found if each is not None)
 
     def settle(self, ident: int) -> PendingWrite | None:
         """Take the write out, if it has no completion yet."""

@@ -9,6 +9,7 @@ the transports that expose it have revoked its windows.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
 import struct
@@ -29,15 +30,19 @@ class Region:
     """A contiguous range of this process's memory.
 
     `view` is its bytes, writable unless `read_only`. `fd` is the memfd behind it, if any; only
-    regions with an `fd` can be the source or the target of the `shm` transport.
+    regions with an `fd` can be the source of the `shm` transport. `serial` tells the regions of
+    this process apart, also after one was closed.
     """
 
-    __slots__ = ("_mmap", "fd", "nbytes", "read_only", "view")
+    __slots__ = ("__weakref__", "_mmap", "fd", "nbytes", "read_only", "serial", "view")
+
+    _serials = itertools.count(1)
 
     def __init__(self, view: memoryview, *, fd: int = -1, mapping: mmap.mmap | None = None) -> None:
         self.view = view
         self.nbytes = view.nbytes
         self.read_only = view.readonly
+        self.serial = next(Region._serials)
         self.fd = fd
         self._mmap = mapping
 

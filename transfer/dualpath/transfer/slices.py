@@ -76,6 +76,16 @@ class Slices:
             index, inside = index + 1, 0
 
     @property
+    def piece_count(self) -> int:
+        """How many contiguous pieces `pieces` yields."""
+        if self.nbytes == 0:
+            return 0
+        if self.stride == self.length:
+            return 1
+        first = self.skip // self.length
+        return (self.skip + self.nbytes - 1) // self.length - first + 1
+
+    @property
     def end(self) -> int:
         """One past the last byte of the region that this range touches."""
         if self.nbytes == 0:

@@ -104,6 +104,7 @@ class StreamConnection:
             _log.exception("receiving from %r failed", self.peer)
             self.end(f"internal error: {error}")
         self._threads[0].join()
+        self._sender.release()
         with contextlib.suppress(OSError):
             self._socket.close()
 

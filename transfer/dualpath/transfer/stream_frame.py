@@ -31,7 +31,7 @@ PREFIX_BYTES = _PREFIX.size
 _HELLO = struct.Struct("<8sHB16s")
 _WELCOME = struct.Struct("<8sHB")
 _WRITE = struct.Struct("<QQIQB6Q")
-_SOURCE = struct.Struct("<Q6Q")
+_SOURCE = struct.Struct("<HQ6Q")
 _IDENT = struct.Struct("<Q")
 _REGION = struct.Struct("<QQ")
 _ACK = struct.Struct("<QB")
@@ -146,9 +146,14 @@ class ForgetFrame:
 
 @dataclass(frozen=True, slots=True)
 class WriteFromFrame:
-    """A write whose bytes the receiver takes from a region that it got before."""
+    """A write whose bytes the receiver takes from a region that it got before.
+
+    `pledge` is the slot of the writer's pledge page that holds `write.ident` for as long as the
+    source may be read.
+    """
 
     write: WriteFrame
+    pledge: int
     region: int
     source: Slices
 
@@ -210,12 +215,13 @@ def write_from(
     tag: int,
     lane: int,
     slices: Slices,
+    pledge: int,
     region: int,
     source: Slices,
 ) -> bytes:
     """Encode WriteFromFrame."""
     body = _write_body(ident, key, generation, tag, lane, slices)
-    return _frame(FrameType.WRITE_FROM, body + _SOURCE.pack(region, *_fields(source)))
+    return _frame(FrameType.WRITE_FROM, body + _SOURCE.pack(pledge, region, *_fields(source)))
 
 
 def data(ident: int, payload: int) -> bytes:
@@ -324,11 +330,11 @@ def _parse_write(body: memoryview, payload: int) -> Frame:
 
 def _parse_write_from(body: memoryview, payload: int) -> Frame:
     frame = _write_of(body[: _WRITE.size], 0)
-    region_ident, *fields = _SOURCE.unpack(body[_WRITE.size :])
+    pledge, region_ident, *fields = _SOURCE.unpack(body[_WRITE.size :])
     source = Slices(*fields)
     if source.nbytes != frame.slices.nbytes:
         raise MalformedFrame(f"{source.nbytes} bytes for a write of {frame.slices.nbytes}")
-    return WriteFromFrame(frame, region_ident, source)
+    return WriteFromFrame(frame, pledge, region_ident, source)
 
 
 def _parse_data(body: memoryview, payload: int) -> Frame:

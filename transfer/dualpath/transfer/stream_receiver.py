@@ -39,7 +39,7 @@ class PeerClosed(Exception):
     """The peer ended the connection between two frames."""
 
 
-class _OpenWrite:
+class OpenWrite:
     """A write whose bytes are arriving; `landing` is None where they are thrown away."""
 
     __slots__ = ("code", "ident", "landing", "received", "slices")
@@ -77,7 +77,7 @@ class StreamReceiver:
         self._buffer = memoryview(bytearray(frames.HEAD_BYTES_MAX + LOOKAHEAD_BYTES))
         self._start = 0
         self._end = 0
-        self._open: dict[int, _OpenWrite] = {}
+        self._open: dict[int, OpenWrite] = {}
         self._delayed_acks = 0
         self._scratch = memoryview(b"")
 
@@ -119,7 +119,7 @@ class StreamReceiver:
         else:
             raise MalformedFrame(f"unexpected {type(frame).__name__}")
 
-    def _begin(self, frame: frames.WriteFrame) -> _OpenWrite:
+    def _begin(self, frame: frames.WriteFrame) -> OpenWrite:
         if frame.ident in self._open or len(self._open) >= OPEN_WRITES_MAX:
             raise MalformedFrame(f"write {frame.ident} opened twice or too many open")
         landing, code = None, 0
@@ -129,7 +129,7 @@ class StreamReceiver:
             )
         except Refused as refused:
             code = _CODES[refused.reason]
-        write = _OpenWrite(frame.ident, frame.slices, landing, code)
+        write = OpenWrite(frame.ident, frame.slices, landing, code)
         self._open[frame.ident] = write
         return write
 
@@ -139,7 +139,7 @@ class StreamReceiver:
         if write is not None and write.landing is not None:
             self._windows.abandon(write.landing)
 
-    def _finish(self, write: _OpenWrite) -> None:
+    def _finish(self, write: OpenWrite) -> None:
         del self._open[write.ident]
         code = write.code
         if write.landing is not None:
@@ -189,7 +189,7 @@ class StreamReceiver:
     def _read_head(self, target: memoryview) -> int:
         return self._socket.recv_into(target, 0, socket.MSG_DONTWAIT)
 
-    def _payload(self, write: _OpenWrite, nbytes: int) -> None:
+    def _payload(self, write: OpenWrite, nbytes: int) -> None:
         """Receive `nbytes` further bytes of `write`, and finish it with its last."""
         left = nbytes - self._from_buffer(write, nbytes)
         while left and not self._stop.is_set():
@@ -197,7 +197,7 @@ class StreamReceiver:
         if not left and write.received == write.slices.nbytes:
             self._finish(write)
 
-    def _from_buffer(self, write: _OpenWrite, nbytes: int) -> int:
+    def _from_buffer(self, write: OpenWrite, nbytes: int) -> int:
         """Move payload that was read together with its head."""
         have = min(nbytes, self._end - self._start)
         left = have
@@ -212,7 +212,7 @@ class StreamReceiver:
             self._start += len(target)
         return self._start - start
 
-    def _receive_piece(self, write: _OpenWrite, nbytes: int) -> int:
+    def _receive_piece(self, write: OpenWrite, nbytes: int) -> int:
         """Receive up to `nbytes` bytes, as many as the link's limit lets through at once."""
         if self._pacer.limited:
             self._wait_readable()
@@ -233,7 +233,7 @@ class StreamReceiver:
             return self._socket.recv_into(targets[0], 0, socket.MSG_DONTWAIT)
         return self._socket.recvmsg_into(targets, 0, socket.MSG_DONTWAIT)[0]
 
-    def _move(self, write: _OpenWrite, nbytes: int, take: Callable[[list[memoryview]], int]) -> int:
+    def _move(self, write: OpenWrite, nbytes: int, take: Callable[[list[memoryview]], int]) -> int:
         """Let `take` fill up to `nbytes` bytes of the write's target; it must not block."""
         landing = write.landing
         if landing is None:

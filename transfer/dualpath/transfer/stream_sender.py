@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.errors import PeerLost
 from dualpath.transfer.ledger import PeerCounters
+from dualpath.transfer.memfd_channel import send_with_fds
 from dualpath.transfer.outbox import Fragment, Outbox, PendingWrite, deliver
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
@@ -90,8 +91,7 @@ class StreamSender:
                 self._changed.notify()
         if pending is None:
             return False
-        self._settled(pending)
-        deliver(self._outbox.peer, pending, status, detail)
+        self._complete([pending], status, detail)
         return True
 
     def acknowledge(self, ident: int, code: int) -> None:
@@ -133,8 +133,7 @@ class StreamSender:
         with self._wire, contextlib.suppress(OSError):
             # No send is under way now, and none starts: sources are no longer read.
             self._socket.shutdown(socket.SHUT_RDWR)
-        for write in pending:
-            deliver(self._outbox.peer, write, status, reason)
+        self._complete(pending, status, reason)
         return True
 
     def run(self) -> None:
@@ -150,8 +149,7 @@ class StreamSender:
                 if control is None and fragment is None and not expired:
                     self._changed.wait(self._idle_s(now))
                     continue
-            for pending in expired:
-                deliver(self._outbox.peer, pending, WriteStatus.EXPIRED, "deadline")
+            self._complete(expired, WriteStatus.EXPIRED, "deadline")
             if control is not None:
                 self._transmit([control], None)
             elif fragment is not None:
@@ -159,8 +157,10 @@ class StreamSender:
 
     # What a transport with another way for the bytes overrides.
 
-    def _settled(self, pending: PendingWrite) -> None:
-        """A write has ended; called without locks."""
+    def _complete(self, settled: Sequence[PendingWrite], status: WriteStatus, detail: str) -> None:
+        """Deliver the completions of writes that left the outbox; called without locks."""
+        for pending in settled:
+            deliver(self._outbox.peer, pending, status, detail)
 
     def _transmit_fragment(self, fragment: Fragment) -> None:
         pending, offset, nbytes = fragment.pending, fragment.offset, fragment.nbytes
@@ -189,9 +189,17 @@ class StreamSender:
         if cut:
             raise Truncated(f"cut after {pending.truncate_at} bytes of a write")
 
+    def release(self) -> None:
+        """Give up what the sender holds; called once, after both threads have stopped."""
+
     # The wire.
 
-    def _transmit(self, parts: Sequence[bytes | memoryview], pending: PendingWrite | None) -> None:
+    def _transmit(
+        self,
+        parts: Sequence[bytes | memoryview],
+        pending: PendingWrite | None,
+        fds: Sequence[int] = (),
+    ) -> None:
         left: Sequence[bytes | memoryview] = parts
         while True:
             with self._wire:
@@ -200,24 +208,21 @@ class StreamSender:
                 if self._carry:
                     left = [self._carry, *left]
                     self._carry = b""
-                left = self._send_some(left)
+                sent = self._send_some(left, fds)
+                left = _without(left, sent)
                 self._in_frame = bool(left)
             if not left:
                 return
+            if sent:
+                fds = ()
             self._wait_writable()
             left = self._expire_while_blocked(left, pending)
 
-    def _send_some(self, parts: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
+    def _send_some(self, parts: Sequence[bytes | memoryview], fds: Sequence[int]) -> int:
         try:
-            sent = self._socket.sendmsg(parts[:BUFFERS_MAX], (), _FLAGS)
+            return send_with_fds(self._socket, parts[:BUFFERS_MAX], fds, _FLAGS)
         except BlockingIOError:
-            return parts
-        for index, part in enumerate(parts):
-            size = len(part)
-            if sent < size:
-                return [memoryview(part)[sent:], *parts[index + 1 :]]
-            sent -= size
-        return []
+            return 0
 
     def _wait_writable(self) -> None:
         with self._changed:
@@ -239,8 +244,7 @@ class StreamSender:
         if current is not None and current in expired:
             # The frame must be finished, but its source is no longer ours to read.
             left = [b"".join(left)]
-        for pending in expired:
-            deliver(self._outbox.peer, pending, WriteStatus.EXPIRED, "deadline")
+        self._complete(expired, WriteStatus.EXPIRED, "deadline")
         return left
 
     # What to send next; all under `_changed`.
@@ -295,3 +299,13 @@ class StreamSender:
             if moment is not None
         ]
         return max(0.0, min(until) - now) if until else None
+
+
+def _without(parts: Sequence[bytes | memoryview], sent: int) -> Sequence[bytes | memoryview]:
+    """What of `parts` is left after the first `sent` bytes."""
+    for index, part in enumerate(parts):
+        size = len(part)
+        if sent < size:
+            return [memoryview(part)[sent:], *parts[index + 1 :]]
+        sent -= size
+    return ()
