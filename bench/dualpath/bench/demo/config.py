@@ -1,0 +1,133 @@
+"""What a demo is asked to do: one frozen value, checked once."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualpath.bench.demo.topology import Topology
+from dualpath.transfer.errors import InvalidRequest
+
+POLICIES = ("direct", "round-robin", "shorter-queue", "split")
+CONCURRENCY_MAX = 256
+SESSIONS_MAX = 10_000
+BUDGET_BYTES_MIN = 1 << 20
+BUDGET_BYTES_MAX = 1 << 40
+LAYERS = 16
+LAYER_BYTES = 16 << 10
+RATE_MIN_BYTES_PER_S = 1e6
+RATE_MAX_BYTES_PER_S = 1e11
+
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?(b|bit)(?:/s|ps)", re.IGNORECASE)
+_SCALE = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_rate(text: str) -> float:
+    """Bytes a second of `50MB/s`, `400Mbit/s`, `1GiB/s`. Raises InvalidRequest."""
+    match = _RATE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidRequest(f"{text!r} is not a rate; write for example 50MB/s or 400Mbit/s")
+    rate = float(match[1]) * _SCALE[(match[2] or "").lower()]
+    rate /= 8 if match[3].lower() == "bit" else 1
+    if not RATE_MIN_BYTES_PER_S <= rate <= RATE_MAX_BYTES_PER_S:
+        raise InvalidRequest(f"the rate {text!r} is outside of 1 MB/s .. 100 GB/s")
+    return rate
+
+
+class Shaping(enum.Enum):
+    """How links get their limits."""
+
+    AUTO = "auto"
+    """The kernel where it can, else pacing."""
+    KERNEL = "kernel"
+    PACING = "pacing"
+    """Token buckets in the agents."""
+    NONE = "none"
+
+
+class Destination(enum.Enum):
+    """What kind of engine memory loads go into."""
+
+    GPU = "gpu"
+    """Behind the compute link: every byte crosses the node's CNIC, on the direct path too."""
+    HOST = "host"
+
+
+class Context(enum.Enum):
+    """A row of the paper's table of agent trajectories."""
+
+    K32 = "32k"
+    K48 = "48k"
+    K64 = "64k"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """See `dualpath demo --help`. `sessions` 0: as many as fit the concurrency.
+
+    `budget_bytes` is what each policy loads. `data` "" uses a temporary folder. `keep` leaves that
+    folder in place.
+    """
+
+    prefill: int = 1
+    decode: int = 1
+    policies: tuple[str, ...] = POLICIES
+    concurrency: int = 8
+    sessions: int = 0
+    trace: str = ""
+    context: Context = Context.K64
+    storage_bytes_per_s: float = 50e6
+    compute_ratio: float = 8.0
+    destination: Destination = Destination.GPU
+    budget_bytes: int = 512 << 20
+    shaping: Shaping = Shaping.AUTO
+    seed: int = 1
+    json: str = ""
+    plot: str = ""
+    data: str = ""
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        Topology.of(self.prefill, self.decode)
+        unknown = [name for name in self.policies if name not in POLICIES]
+        if unknown or not self.policies:
+            raise InvalidRequest(
+                f"unknown policy {unknown[0]!r}; there are {', '.join(POLICIES)}"
+                if unknown
+                else f"--policies is empty; there are {', '.join(POLICIES)}"
+            )
+        if len(set(self.policies)) != len(self.policies):
+            raise InvalidRequest(f"--policies names one twice: {','.join(self.policies)}")
+        _within("--concurrency", self.concurrency, 1, CONCURRENCY_MAX)
+        _within("--sessions", self.sessions, 0, SESSIONS_MAX)
+        _within("--budget-mib", self.budget_bytes, BUDGET_BYTES_MIN, BUDGET_BYTES_MAX)
+        _within("--compute-ratio", self.compute_ratio, 0.1, 100)
+        _within("--seed", self.seed, 0, (1 << 63) - 1)
+        _within(
+            "--storage-rate",
+            self.storage_bytes_per_s,
+            RATE_MIN_BYTES_PER_S,
+            RATE_MAX_BYTES_PER_S,
+        )
+        for flag, path in (("--json", self.json), ("--plot", self.plot)):
+            if path and not Path(path).absolute().parent.is_dir():
+                raise InvalidRequest(f"{flag} {path}: there is no folder {Path(path).parent}")
+        if self.trace and not Path(self.trace).is_file():
+            raise InvalidRequest(f"--trace {self.trace}: there is no such file")
+
+    @property
+    def compute_bytes_per_s(self) -> float:
+        """Rate of each compute link, each direction."""
+        return self.storage_bytes_per_s * self.compute_ratio
+
+    @property
+    def lone(self) -> bool:
+        """Loads go one at a time: what counts is the time of one load."""
+        return self.concurrency == 1
+
+
+def _within(flag: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise InvalidRequest(f"{flag} must lie in {low:g}..{high:g}, not {value:g}")

@@ -1,0 +1,345 @@
+"""Runs a demo from beginning to end: cluster, fill, unshaped baseline, each policy, report.
+
+Owns the order of things and the folders. In kernel mode the same cluster is measured without
+limits first and then shaped; agents that pace themselves are started again with their limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from dualpath.bench.demo import config as settings
+from dualpath.bench.demo.cluster import FILLER, Cluster, ClusterConfig
+from dualpath.bench.demo.config import DemoConfig, Destination, Shaping
+from dualpath.bench.demo.cpu_meter import CpuMeter
+from dualpath.bench.demo.engine import LoadOutcome, PrefillEngine, fill_store
+from dualpath.bench.demo.link_meter import (
+    AgentCounters,
+    KernelCounters,
+    LinkCounters,
+    LinkMeter,
+    links_of,
+)
+from dualpath.bench.demo.machine import describe_machine, describe_versions
+from dualpath.bench.demo.namespaces import Namespaces, why_not_kernel
+from dualpath.bench.demo.progress import Progress
+from dualpath.bench.demo.replay import PolicyRun, Replay, load_deadline_s
+from dualpath.bench.demo.report import DemoReport
+from dualpath.bench.demo.shaping import LinkRates
+from dualpath.bench.demo.topology import Topology
+from dualpath.bench.demo.trace_formats import read_trace
+from dualpath.bench.demo.workload import Workload, from_trace, generated
+from dualpath.client.kv_client import KVClient
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.namespace import Namespace
+from dualpath.transfer.errors import InvalidRequest, Unavailable
+
+BASELINE_BYTES = 384 << 20
+WARM_UP_BYTES = 32 << 20
+LOAD_BYTES_MEAN = 6 << 20
+LONE_LOAD_BYTES_MEAN = 48 << 20
+POOL_BYTES_MAX = 2 << 30
+"""Most memory of an engine's pool; loads wait for pages beyond."""
+STAGING_BYTES = 64 << 20
+STORE_SLACK_BYTES = 256 << 20
+DRAM_BYTES_MAX = 2 << 30
+
+Result = TypeVar("Result")
+
+
+def plan(config: DemoConfig) -> Workload:
+    """The workload of a config. Raises InvalidRequest (trace)."""
+    block_bytes = settings.LAYERS * settings.LAYER_BYTES
+    load_bytes_mean = LONE_LOAD_BYTES_MEAN if config.lone else LOAD_BYTES_MEAN
+    sessions = config.sessions or max(2 * config.concurrency, 4)
+    if config.trace:
+        return from_trace(
+            Path(config.trace).name,
+            read_trace(config.trace),
+            sessions=sessions,
+            block_bytes=block_bytes,
+            load_bytes_mean=load_bytes_mean,
+            budget_bytes=config.budget_bytes,
+            seed=config.seed,
+        )
+    return generated(
+        config.context,
+        sessions=sessions,
+        block_bytes=block_bytes,
+        load_bytes_mean=load_bytes_mean,
+        budget_bytes=config.budget_bytes,
+        seed=config.seed,
+    )
+
+
+def choose_shaping(wanted: Shaping) -> tuple[Shaping, str]:
+    """(how, why). Raises Unavailable if the kernel was demanded and cannot."""
+    if wanted is Shaping.NONE:
+        return wanted, "as asked"
+    if wanted is Shaping.PACING:
+        return wanted, "as asked"
+    reason = why_not_kernel()
+    if not reason:
+        return Shaping.KERNEL, "network namespaces with HTB"
+    if wanted is Shaping.KERNEL:
+        raise Unavailable(f"the kernel cannot shape links here: {reason}; try --shaping pacing")
+    return Shaping.PACING, f"token buckets in the agents, because: {reason}"
+
+
+class Demonstration:
+    """One run of `dualpath demo`."""
+
+    def __init__(self, config: DemoConfig, progress: Progress) -> None:
+        self._config = config
+        self._progress = progress
+        self._rates = LinkRates(config.storage_bytes_per_s, config.compute_bytes_per_s)
+        self._workload = plan(config)
+        layout = KVLayout(
+            layers=settings.LAYERS,
+            block_tokens=self._workload.block_tokens,
+            layer_bytes=settings.LAYER_BYTES,
+            dtype="uint8",
+        )
+        self._namespace = Namespace("dualpath-demo", layout, salt=f"seed-{config.seed}")
+
+    async def run(self) -> DemoReport:
+        """Measure everything. Raises DualPathError if it could not be measured at all."""
+        started_s = time.monotonic()
+        shaping, reason = choose_shaping(self._config.shaping)
+        self._progress.say(f"shaping: {shaping.value} ({reason})")
+        folder = Path(tempfile.mkdtemp(prefix="dualpath-demo-"))
+        try:
+            unshaped, runs = await self._measure(shaping, folder)
+        finally:
+            if self._config.keep:
+                self._progress.say(f"kept: {folder}")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        return DemoReport(
+            config=self._config,
+            topology=self._topology(shaping).label,
+            shaping=shaping.value,
+            shaping_reason=reason,
+            unshaped_bytes_per_s=unshaped,
+            workload=self._workload,
+            runs=tuple(runs),
+            machine=describe_machine(),
+            versions=describe_versions(),
+            seconds=time.monotonic() - started_s,
+        )
+
+    def _topology(self, shaping: Shaping) -> Topology:
+        make = Topology.of if shaping is Shaping.KERNEL else Topology.on_loopback
+        return make(self._config.prefill, self._config.decode)
+
+    def _cluster_config(
+        self, shaping: Shaping, folder: Path, namespaces: Namespaces | None
+    ) -> ClusterConfig:
+        data = Path(self._config.data) if self._config.data else folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        stored_bytes = self._workload.stored_blocks * self._workload.block_bytes
+        disk_bytes = stored_bytes * 5 // 4 + STORE_SLACK_BYTES
+        free_bytes = shutil.disk_usage(data).free
+        if disk_bytes > free_bytes:
+            raise InvalidRequest(
+                f"the workload needs {disk_bytes >> 20} MiB in {data}, {free_bytes >> 20} MiB are "
+                "free; take a smaller --budget-mib or another --data"
+            )
+        return ClusterConfig(
+            topology=self._topology(shaping),
+            folder=folder,
+            data=data,
+            disk_bytes=disk_bytes,
+            dram_bytes=min(DRAM_BYTES_MAX, disk_bytes),
+            staging_bytes=STAGING_BYTES,
+            namespaces=namespaces,
+        )
+
+    async def _measure(self, shaping: Shaping, folder: Path) -> tuple[float, list[PolicyRun]]:
+        if shaping is not Shaping.KERNEL:
+            return await self._measure_on_loopback(shaping, folder)
+        topology = self._topology(shaping)
+        with contextlib.closing(Namespaces(topology)) as namespaces:
+            config = self._cluster_config(shaping, folder, namespaces)
+            async with self._cluster(config) as cluster:
+                await self._fill(cluster)
+                async with self._engines(cluster) as engines:
+                    unshaped = await self._baseline(cluster, engines)
+                    namespaces.shape(self._rates)
+                    return unshaped, await self._policies(cluster, engines, shaping)
+
+    async def _measure_on_loopback(
+        self, shaping: Shaping, folder: Path
+    ) -> tuple[float, list[PolicyRun]]:
+        config = self._cluster_config(shaping, folder, None)
+        async with self._cluster(config) as cluster:
+            await self._fill(cluster)
+            async with self._engines(cluster) as engines:
+                unshaped = await self._baseline(cluster, engines)
+                if shaping is Shaping.NONE:
+                    return unshaped, await self._policies(cluster, engines, shaping)
+        async with (
+            self._cluster(replace(config, pacing=self._rates)) as cluster,
+            self._engines(cluster) as engines,
+        ):
+            return unshaped, await self._policies(cluster, engines, shaping)
+
+    @contextlib.asynccontextmanager
+    async def _cluster(self, config: ClusterConfig) -> AsyncIterator[Cluster]:
+        topology = config.topology
+        self._progress.stage(f"start daemon and {len(topology.nodes)} agents, {topology.label}")
+        async with Cluster(config) as cluster:
+            self._progress.done("ready")
+            yield cluster
+
+    @contextlib.asynccontextmanager
+    async def _engines(self, cluster: Cluster) -> AsyncIterator[list[PrefillEngine]]:
+        config = self._config
+        blocks_max = self._workload.load_blocks_max
+        each = -(-config.concurrency // config.prefill)
+        pages = min(
+            each * blocks_max, max(blocks_max, POOL_BYTES_MAX // self._workload.block_bytes)
+        )
+        engines: list[PrefillEngine] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier:
+            try:
+                for index in range(config.prefill):
+                    engine = await PrefillEngine.open(
+                        cluster.socket(f"prefill-{index}"),
+                        self._namespace,
+                        token=cluster.token,
+                        pages=pages,
+                        behind_compute_link=config.destination is Destination.GPU,
+                        seed=config.seed,
+                        verifier=verifier,
+                    )
+                    engines.append(engine)
+                yield engines
+            finally:
+                for engine in engines:
+                    await engine.close()
+
+    async def _watched(self, cluster: Cluster, work: Coroutine[None, None, Result]) -> Result:
+        """Run `work`; a process of the cluster that ends meanwhile ends it with its reason."""
+        watch = asyncio.create_task(cluster.watch(), name="watch")
+        task = asyncio.create_task(work, name="work")
+        try:
+            await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done() and not task.done():
+                watch.result()
+            return await task
+        finally:
+            for each in (watch, task):
+                each.cancel()
+            await asyncio.gather(watch, task, return_exceptions=True)
+
+    async def _fill(self, cluster: Cluster) -> None:
+        total = self._workload.stored_blocks * self._workload.block_bytes
+        self._progress.stage(f"fill the store with {total >> 20} MiB")
+
+        def moved(nbytes: int) -> None:
+            self._progress.move(nbytes / total, f"{nbytes >> 20} MiB")
+
+        started_s = time.monotonic()
+        work = fill_store(
+            cluster.socket(FILLER),
+            self._namespace,
+            self._workload,
+            token=cluster.token,
+            seed=self._config.seed,
+            on_progress=moved,
+        )
+        nbytes = await self._watched(cluster, work)
+        await cluster.stop(FILLER)
+        rate = nbytes / max(1e-9, time.monotonic() - started_s)
+        self._progress.done(f"{nbytes >> 20} MiB, {rate / 1e6:.0f} MB/s")
+
+    def _replay(self, engines: list[PrefillEngine]) -> Replay:
+        config = self._config
+        return Replay(
+            engines,
+            [f"decode-{index}" for index in range(config.decode)],
+            concurrency=config.concurrency,
+            deadline_s=load_deadline_s(
+                self._workload, config.concurrency, config.storage_bytes_per_s
+            ),
+        )
+
+    async def _baseline(self, cluster: Cluster, engines: list[PrefillEngine]) -> float:
+        """Bytes a second of the same topology without limits, under the split policy."""
+        self._progress.stage("measure without limits")
+        replay = self._replay(engines)
+        rate = 0.0
+        for nbytes in (WARM_UP_BYTES, BASELINE_BYTES):
+            part = self._workload.limited(nbytes)
+            work = replay.run(part, "split", lambda _outcome: None)
+            seconds, outcomes = await self._watched(cluster, work)
+            rate = sum(each.nbytes for each in outcomes) / max(1e-9, seconds)
+        self._progress.done(f"{rate / 1e6:.0f} MB/s")
+        return rate
+
+    async def _policies(
+        self, cluster: Cluster, engines: list[PrefillEngine], shaping: Shaping
+    ) -> list[PolicyRun]:
+        runs = []
+        counters, clients = await self._counters(cluster, shaping)
+        try:
+            for policy in self._config.policies:
+                runs.append(await self._policy(policy, cluster, engines, shaping, counters))
+        finally:
+            for client in clients:
+                await client.close()
+        return runs
+
+    async def _counters(
+        self, cluster: Cluster, shaping: Shaping
+    ) -> tuple[LinkCounters, list[KVClient]]:
+        nodes = [node.name for node in self._topology(shaping).nodes[1:]]
+        if shaping is Shaping.KERNEL:
+            return KernelCounters({name: cluster.pids[name] for name in nodes}), []
+        clients = {
+            name: await KVClient.connect(cluster.socket(name), token=cluster.token)
+            for name in nodes
+        }
+        return AgentCounters(clients), list(clients.values())
+
+    async def _policy(
+        self,
+        policy: str,
+        cluster: Cluster,
+        engines: list[PrefillEngine],
+        shaping: Shaping,
+        counters: LinkCounters,
+    ) -> PolicyRun:
+        total, loaded = self._workload.load_bytes, 0
+        started_s = time.monotonic()
+
+        def on_outcome(outcome: LoadOutcome) -> None:
+            nonlocal loaded
+            loaded += outcome.nbytes
+            rate = loaded / max(1e-9, time.monotonic() - started_s)
+            self._progress.move(loaded / total, f"{loaded >> 20} MiB, {rate / 1e6:.0f} MB/s")
+            if outcome.failure:
+                self._progress.say(
+                    f"load {outcome.session}/{outcome.turn} under {policy}: {outcome.failure} "
+                    f"{outcome.detail}".rstrip()
+                )
+
+        self._progress.stage(policy)
+        rates = None if shaping is Shaping.NONE else self._rates
+        cpu = CpuMeter(cluster.pids.values())
+        async with LinkMeter(links_of(self._topology(shaping), rates), counters) as meter:
+            work = self._replay(engines).run(self._workload, policy, on_outcome)
+            seconds, outcomes = await self._watched(cluster, work)
+        run = PolicyRun(policy, seconds, outcomes, meter.uses, cpu.cores())
+        self._progress.done(f"{run.nbytes >> 20} MiB, {run.bytes_per_s / 1e6:.0f} MB/s")
+        return run

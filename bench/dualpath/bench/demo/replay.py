@@ -1,0 +1,99 @@
+"""Replays a workload under one policy: N sessions at a time, the turns of each one in order.
+
+Owns the assignment of sessions to engines and decode peers (round robin), the pool of workers and
+what is measured around them: time, links, processor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dualpath.bench.demo.engine import LoadOutcome, PrefillEngine
+from dualpath.bench.demo.link_meter import LinkUse
+from dualpath.bench.demo.workload import PlannedLoad, Workload
+
+DEADLINE_S_MIN = 30.0
+DEADLINE_S_MAX = 600.0
+_DEADLINE_SLACK = 8.0
+
+OnOutcome = Callable[[LoadOutcome], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRun:
+    """Everything measured while one policy ran. `seconds` is the completion of all loads."""
+
+    policy: str
+    seconds: float
+    outcomes: tuple[LoadOutcome, ...]
+    links: tuple[LinkUse, ...]
+    cpu_cores: float
+
+    @property
+    def nbytes(self) -> int:
+        """Verified bytes that were loaded."""
+        return sum(outcome.nbytes for outcome in self.outcomes)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Verified bytes a second of the whole run."""
+        return self.nbytes / self.seconds if self.seconds else 0.0
+
+
+def load_deadline_s(workload: Workload, concurrency: int, storage_bytes_per_s: float) -> float:
+    """Several times what a load needs when all others share a single storage link with it."""
+    largest_bytes = workload.load_blocks_max * workload.block_bytes
+    expected_s = concurrency * largest_bytes / storage_bytes_per_s if storage_bytes_per_s else 0.0
+    return min(DEADLINE_S_MAX, max(DEADLINE_S_MIN, _DEADLINE_SLACK * expected_s))
+
+
+class Replay:
+    """A workload on its engines; `run` may be called once a policy."""
+
+    def __init__(
+        self,
+        engines: Sequence[PrefillEngine],
+        decode_names: Sequence[str],
+        *,
+        concurrency: int,
+        deadline_s: float,
+    ) -> None:
+        self._engines = tuple(engines)
+        self._decode_names = tuple(decode_names)
+        self._concurrency = concurrency
+        self._deadline_s = deadline_s
+
+    def _place(self, session: int) -> tuple[PrefillEngine, str]:
+        engine = self._engines[session % len(self._engines)]
+        if not self._decode_names:
+            return engine, ""
+        # Divided first, so that every engine meets every decode peer.
+        peer = (session // len(self._engines)) % len(self._decode_names)
+        return engine, self._decode_names[peer]
+
+    async def run(
+        self, workload: Workload, policy: str, on_outcome: OnOutcome
+    ) -> tuple[float, tuple[LoadOutcome, ...]]:
+        """Return (seconds, outcomes in the order of completion)."""
+        waiting: deque[tuple[PlannedLoad, ...]] = deque(workload.sessions)
+        outcomes: list[LoadOutcome] = []
+
+        async def work() -> None:
+            while waiting:
+                for planned in waiting.popleft():
+                    engine, peer = self._place(planned.session)
+                    outcome = await engine.load(
+                        planned, policy=policy, decode_peer=peer, deadline_s=self._deadline_s
+                    )
+                    outcomes.append(outcome)
+                    on_outcome(outcome)
+
+        started_s = time.monotonic()
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(min(self._concurrency, len(waiting))):
+                workers.create_task(work())
+        return time.monotonic() - started_s, tuple(outcomes)

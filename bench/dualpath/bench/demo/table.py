@@ -1,0 +1,154 @@
+"""Prints a report for people: a table by policy, the links, and what bound each policy.
+
+Uses `rich` where it is installed and the output is a terminal or a file alike; plain text else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from dualpath.bench.demo.report import GIB, DemoReport, PolicyReport, percentile
+
+Row = Sequence[str]
+TABLE_COLUMNS = 132
+"""Width when the output is no terminal: nothing is cut in a log."""
+
+POLICY_HEADINGS = (
+    "policy",
+    "GiB",
+    "s",
+    "GiB/s",
+    "x direct",
+    "p50 ms",
+    "p99 ms",
+    "load time x direct",
+    "blocks verified",
+    "corrupt",
+    "failed",
+    "cores",
+)
+
+
+def policy_rows(report: DemoReport) -> list[Row]:
+    """One row a policy, in the order of POLICY_HEADINGS."""
+    return [_policy_row(name, policy) for name, policy in report.policies.items()]
+
+
+def _policy_row(name: str, policy: PolicyReport) -> Row:
+    times = policy.load_ms
+    return (
+        name,
+        f"{policy.run.nbytes / GIB:.2f}",
+        f"{policy.run.seconds:.1f}",
+        f"{policy.run.bytes_per_s / GIB:.3f}",
+        _ratio(policy.ratio_to_direct),
+        f"{percentile(times, 0.5):.0f}",
+        f"{percentile(times, 0.99):.0f}",
+        _ratio(policy.load_time_ratio_to_direct),
+        str(policy.verified_blocks),
+        str(policy.corrupt_blocks),
+        str(sum(policy.failures.values())),
+        f"{policy.run.cpu_cores:.1f}",
+    )
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def link_headings(report: DemoReport) -> Row:
+    """The links' table has a column a policy."""
+    return ("link", "limit MB/s", *report.policies)
+
+
+def link_rows(report: DemoReport) -> list[Row]:
+    """Bytes and utilisation of each link under each policy."""
+    rows: list[Row] = []
+    for index, first in enumerate(report.runs[0].links if report.runs else ()):
+        cells = []
+        for run in report.runs:
+            use = run.links[index]
+            share = "" if use.utilisation is None else f" ({100 * use.utilisation:.0f} %)"
+            cells.append(f"{use.nbytes / (1 << 20):.0f} MiB{share}")
+        limit = first.link.limit_bytes_per_s
+        rows.append((first.link.name, f"{limit / 1e6:.0f}" if limit else "-", *cells))
+    return rows
+
+
+def path_lines(report: DemoReport) -> list[str]:
+    """Bytes by path and what was made good on the way."""
+    lines = []
+    for name, policy in report.policies.items():
+        total = sum(policy.bytes_by_path.values()) or 1
+        parts = [
+            f"{path} {nbytes / GIB:.2f} GiB ({100 * nbytes / total:.0f} %)"
+            for path, nbytes in sorted(policy.bytes_by_path.items())
+        ]
+        line = f"{name}: " + ", ".join(parts)
+        for title, counts in (("events", policy.events), ("failed", policy.failures)):
+            if counts:
+                line += f"; {title}: " + ", ".join(f"{key} {n}" for key, n in counts.items())
+        lines.append(line)
+    return lines
+
+
+def summary(report: DemoReport) -> list[str]:
+    """What ran, in two lines."""
+    config, workload = report.config, report.workload
+    reason = f" ({report.shaping_reason})" if report.shaping_reason else ""
+    mean_mib = workload.load_bytes / max(1, workload.loads) / (1 << 20)
+    return [
+        f"{report.topology}, shaping: {report.shaping}{reason}; storage links "
+        f"{config.storage_bytes_per_s / 1e6:.0f} MB/s, compute links "
+        f"{config.compute_bytes_per_s / 1e6:.0f} MB/s, destination {config.destination.value}",
+        f"{workload.loads} loads of {mean_mib:.1f} MiB on average in "
+        f"{len(workload.sessions)} sessions, {config.concurrency} at a time; {workload.source}, "
+        f"{workload.block_tokens} tokens a block of {workload.block_bytes >> 10} KiB; the links "
+        f"allow {report.links_sum_bytes_per_s / 1e6:.0f} MB/s, unshaped "
+        f"{report.unshaped_bytes_per_s / 1e6:.0f} MB/s",
+    ]
+
+
+def print_report(report: DemoReport, stream: TextIO | None = None) -> None:
+    """Write everything to `stream` (default: stdout)."""
+    out = stream if stream is not None else sys.stdout
+    print(*summary(report), sep="\n", file=out)
+    _print_table(POLICY_HEADINGS, policy_rows(report), out)
+    _print_table(link_headings(report), link_rows(report), out)
+    print(*path_lines(report), sep="\n", file=out)
+    print(*report.verdict, sep="\n", file=out)
+    state = "all right" if report.ok else "FAILED"
+    print(
+        f"{state}: {report.verified_blocks} blocks verified byte by byte, "
+        f"{report.corrupt_blocks} corrupt, {report.failed_loads} failed loads",
+        file=out,
+        flush=True,
+    )
+
+
+def plain_table(headings: Row, rows: Sequence[Row]) -> str:
+    """Columns padded with spaces, the first one to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
+    lines = []
+    for row in (headings, ["-" * width for width in widths], *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _print_table(headings: Row, rows: Sequence[Row], out: TextIO) -> None:
+    try:
+        from rich.console import Console  # noqa: PLC0415 - an optional dependency
+        from rich.table import Table  # noqa: PLC0415
+    except ImportError:
+        print(plain_table(headings, rows), file=out)
+        return
+    table = Table()
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=out, width=None if out.isatty() else TABLE_COLUMNS).print(table)

@@ -1,0 +1,76 @@
+"""What `dualpath demo` accepts."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from dualpath.bench.demo.command import EXIT_USAGE, command
+from dualpath.bench.demo.config import DemoConfig, parse_rate
+from dualpath.transfer.errors import InvalidRequest
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("50MB/s", 50e6),
+        ("400Mbit/s", 50e6),
+        ("400mbps", 400e6),
+        ("1GiB/s", 1 << 30),
+        ("1.5 GB/s", 1.5e9),
+        ("2000kB/s", 2e6),
+    ],
+)
+def test_rates_are_read_with_their_unit(text: str, rate: float) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "50", "50MB", "fast", "-5MB/s", "1B/s", "1e9GB/s"])
+def test_other_rates_are_refused_by_name(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="rate"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policies": ("fastest",)}, "fastest"),
+        ({"policies": ()}, "--policies"),
+        ({"policies": ("split", "split")}, "twice"),
+        ({"concurrency": 0}, "--concurrency"),
+        ({"sessions": -1}, "--sessions"),
+        ({"budget_bytes": 0}, "--budget-mib"),
+        ({"compute_ratio": 0.0}, "--compute-ratio"),
+        ({"prefill": 0}, "--prefill"),
+        ({"trace": "/nowhere/x.jsonl"}, "/nowhere/x.jsonl"),
+        ({"json": "/nowhere/x.json"}, "/nowhere/x.json"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_flag(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        DemoConfig(**changes)  # type: ignore[arg-type]
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
+
+
+def test_wrong_usage_ends_with_status_2_and_a_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("--storage-rate", "quick") == EXIT_USAGE
+    assert "quick" in capsys.readouterr().err
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"runs": 1}\n')
+    assert run("--trace", str(bad), "--shaping", "none") == EXIT_USAGE
+    assert "bad.jsonl, line 1" in capsys.readouterr().err
+
+
+def test_the_default_is_what_the_help_says() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args([])
+    assert parse_rate(args.storage_rate) == DemoConfig().storage_bytes_per_s
+    assert args.policies == ",".join(DemoConfig().policies)
+    assert args.budget_mib << 20 == DemoConfig().budget_bytes
