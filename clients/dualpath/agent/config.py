@@ -33,7 +33,11 @@ class AgentConfig:
     also selects shared memory for the data). `listen` is our control address for peers, `unix`
     the path of the engines' socket ("" for none; the region socket is `<unix>.regions`),
     `data_listen` our address on the compute network. `relays` are `name=host:port`.
-    Limits are bytes per second of payload in each direction, 0 for none; they pace in user space.
+    `name` is how peers and daemons call us. `policy` is the placement policy of loads that name
+    none: direct, round-robin, shorter-queue or split. `staging_bytes` is the memory in which we
+    relay for peers. `storage_limit_bytes_per_s` and `compute_limit_bytes_per_s` pace each network
+    in user space, payload in each direction, 0 for no limit. `metrics_listen` is the address of the
+    Prometheus endpoint, "" for none.
     """
 
     name: str
