@@ -1,0 +1,299 @@
+"""`BlockStore`: the embedded store, a thin composition that implements `store_api.Store`.
+
+Opens and closes everything in order and passes calls on: reading to `BlockReader`, writing to
+`BlockWriter`. Owns the data directory's lock, the arena and the committer's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dualpath.kvstore import embedded
+from dualpath.kvstore.block_reader import BlockReader
+from dualpath.kvstore.block_table import BlockTable
+from dualpath.kvstore.block_writer import BlockWriter, OnExpired
+from dualpath.kvstore.catalog import Catalog
+from dualpath.kvstore.checksum import Buffer
+from dualpath.kvstore.committer import Committer
+from dualpath.kvstore.data_directory import DataDirectory
+from dualpath.kvstore.device import Device
+from dualpath.kvstore.dram_tier import DramTier
+from dualpath.kvstore.durable_index import DurableIndex
+from dualpath.kvstore.eviction import Lru
+from dualpath.kvstore.fetched_chunk import ArenaChunk
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.lease_table import LeaseTable
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.psync_device import PsyncDevice
+from dualpath.kvstore.recovery import Recovered, Recovery
+from dualpath.kvstore.reservation_table import ReservationTable
+from dualpath.kvstore.residency import Residency
+from dualpath.kvstore.ssd_tier import SsdTier
+from dualpath.kvstore.store_api import (
+    NewBlock,
+    PrefixHit,
+    Reservation,
+    SealRequest,
+    SealStatus,
+    StoreStats,
+    Tier,
+)
+from dualpath.kvstore.store_config import StoreConfig
+from dualpath.kvstore.store_state import StoreState
+from dualpath.transfer.region import Region
+
+__all__ = ["BlockStore", "StoreConfig"]
+
+_log = logging.getLogger(__name__)
+
+
+class BlockStore:
+    """See `Store` for the contract of each method. Use `open`; also a context manager."""
+
+    def __init__(
+        self,
+        directory: DataDirectory,
+        index: DurableIndex,
+        state: StoreState,
+        writer: BlockWriter,
+        committer: Committer,
+        recovered: Recovered,
+    ) -> None:
+        self._directory = directory
+        self._index = index
+        self._state = state
+        self._reader = BlockReader(state)
+        self._writer = writer
+        self._committer = committer
+        self._closing = threading.Lock()
+        self.recovered = recovered
+        """What opening found."""
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        config: StoreConfig | None = None,
+        *,
+        device: Device | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> BlockStore:
+        """Open or create the store in a directory.
+
+        `device` and `clock` (seconds) replace the SSD and the time in tests. Raises Unavailable
+        (locked by another process), InvalidRequest (a newer format, not a data directory),
+        Corrupt (META is damaged), OSError (the file system refuses).
+        """
+        config = config or StoreConfig()
+        directory = DataDirectory(path)
+        try:
+            return _open(directory, config, device, clock)
+        except BaseException:
+            directory.close()
+            raise
+
+    def __repr__(self) -> str:
+        state = self._state
+        return f"<BlockStore {self._directory.path} {state.catalog.blocks} blocks {state.ssd!r}>"
+
+    @property
+    def arena(self) -> Region:
+        """See Store."""
+        return self._state.dram.region
+
+    @property
+    def store_id(self) -> str:
+        """Random id of the data directory."""
+        return self._directory.store_id
+
+    def set_on_expired(self, on_expired: OnExpired | None) -> None:
+        """Call this with the ids of reservations that have expired, before their extents are
+        used again: whoever lets others write there fences them in it. Called on the committer's
+        thread, without a lock; it should be quick and may block for a moment."""
+        self._writer.on_expired = on_expired
+
+    def open_namespace(self, namespace: Namespace) -> bytes:
+        """See Store."""
+        with self._state.lock:
+            self._state.check_open()
+            return self._state.catalog.open(namespace).id
+
+    def layout(self, namespace_id: bytes) -> KVLayout:
+        """See Store."""
+        return self._state.catalog.entry(namespace_id).layout
+
+    def lookup(
+        self, namespace_id: bytes, hashes: Sequence[bytes], *, owner: str, lease_s: float
+    ) -> PrefixHit:
+        """See Store."""
+        return self._reader.lookup(namespace_id, hashes, owner=owner, lease_s=lease_s)
+
+    def renew(self, lease_id: int, *, owner: str, lease_s: float) -> None:
+        """See Store."""
+        self._reader.renew(lease_id, owner=owner, lease_s=lease_s)
+
+    def release(self, lease_id: int, *, owner: str) -> None:
+        """See Store."""
+        self._reader.release(lease_id, owner=owner)
+
+    def fetch(self, lease_id: int, block: int, chunk: int) -> ArenaChunk:
+        """See Store."""
+        return self._reader.fetch(lease_id, block, chunk)
+
+    def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
+        """See Store."""
+        return self._reader.report_corrupt(lease_id, block, chunk)
+
+    def reserve(
+        self, namespace_id: bytes, blocks: Sequence[NewBlock], *, owner: str, ttl_s: float
+    ) -> tuple[Reservation, ...]:
+        """See Store."""
+        return self._writer.reserve(namespace_id, blocks, owner=owner, ttl_s=ttl_s)
+
+    def seal(
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool
+    ) -> tuple[SealStatus, ...]:
+        """See Store."""
+        return self._writer.seal(requests, owner=owner, durable=durable)
+
+    def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
+        """See Store."""
+        self._writer.abandon(reservation_ids, owner=owner)
+
+    def forget_owner(self, owner: str) -> None:
+        """See Store."""
+        self._writer.forget_owner(owner)
+
+    def put(
+        self,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        parents: Sequence[bytes],
+        data: Sequence[Buffer],
+        *,
+        durable: bool = True,
+    ) -> tuple[embedded.PutStatus, ...]:
+        """Store whole blocks, parents first; see `embedded.put`."""
+        return embedded.put(self, namespace_id, hashes, parents, data, durable=durable)
+
+    def get(self, namespace_id: bytes, hashes: Sequence[bytes]) -> list[bytes]:
+        """The longest prefix that is present, every byte verified; see `embedded.get`."""
+        return embedded.get(self, namespace_id, hashes)
+
+    def stats(self) -> StoreStats:
+        """See Store."""
+        state = self._state
+        with state.lock:
+            state.reap()
+            counters = state.counters
+            return StoreStats(
+                blocks=state.catalog.blocks,
+                namespaces=len(state.catalog),
+                leases=len(state.leases),
+                reservations=len(state.reservations),
+                capacity_bytes={
+                    Tier.DRAM: state.dram.slots.capacity_bytes,
+                    Tier.SSD: state.ssd.capacity_bytes,
+                },
+                used_bytes={
+                    Tier.DRAM: state.dram.slots.used_bytes,
+                    Tier.SSD: state.ssd.used_bytes,
+                },
+                read_bytes=dict(counters.read_bytes),
+                written_bytes=dict(counters.written_bytes),
+                evicted_blocks=dict(state.residency.evicted),
+                lookups=counters.lookups,
+                hit_blocks=counters.hit_blocks,
+                missed_blocks=counters.missed_blocks,
+                misses=dict(counters.misses),
+                corrupt_blocks=state.residency.corrupt_blocks,
+                device=state.ssd.device.description,
+            )
+
+    def close(self) -> None:
+        """See Store. Idempotent. Fetched chunks keep their memory, not their meaning."""
+        with self._closing:
+            with self._state.lock:
+                if self._state.closed:
+                    return
+                self._state.closed = True
+                self._state.room.notify_all()
+            finished = self._committer.close(self._state.config.commit_wait_s)
+            if not finished:
+                # The thread still writes: leave everything to it and to the next recovery.
+                _log.error("the SSD tier did not finish in time; the shutdown is not clean")
+                return
+            self._index.close()
+            self._state.ssd.close()
+            try:
+                self._directory.mark_clean()
+            except OSError as error:
+                _log.warning("the shutdown could not be marked clean: %s", error)
+            self._directory.close()
+            if not self._state.dram.close():
+                _log.warning("views of the arena are still held; it is unmapped with the last one")
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def _open(
+    directory: DataDirectory,
+    config: StoreConfig,
+    device: Device | None,
+    clock: Callable[[], float],
+) -> BlockStore:
+    if device is None:
+        device = PsyncDevice(directory.segments_path, direct=config.direct)
+    table = BlockTable()
+    catalog = Catalog(table, config.namespaces_max, config.removals_remembered_max)
+    recovery = Recovery(directory, device, catalog, table)
+    index, records, rebuilt = recovery.open_index()
+    ssd = SsdTier(device, config.disk_bytes, config.segment_bytes)
+    dram = DramTier(config.dram_bytes, config.read_buffers_bytes, shared=config.shared_arena)
+    committers: list[Committer] = []
+
+    def on_delete(key: bytes, generation: int, place: tuple[int, int]) -> None:
+        # Tied late: the committer needs the writer, which needs the residency.
+        committers[0].delete(key, generation, place)
+
+    residency = Residency(table, catalog, dram, ssd, Lru(), on_delete)
+    lock = threading.Lock()
+    state = StoreState(
+        config=config,
+        clock=clock,
+        table=table,
+        catalog=catalog,
+        dram=dram,
+        ssd=ssd,
+        residency=residency,
+        leases=LeaseTable(config.leases_max, first_id=secrets.randbits(48) + 1),
+        reservations=ReservationTable(config.reservations_max, first_id=secrets.randbits(48) + 1),
+        lock=lock,
+        room=threading.Condition(lock),
+    )
+    recovered = recovery.load(index, records, ssd, residency, rebuilt=rebuilt)
+    state.generation = recovered.generation
+    writer = BlockWriter(state)
+    committer = Committer(writer, ssd, index, directory)
+    committers.append(committer)
+    writer.attach(committer)
+    committer.start()
+    return BlockStore(directory, index, state, writer, committer, recovered)

@@ -1,0 +1,182 @@
+"""The catalog: which namespaces exist, which of their blocks are present, and why one is not.
+
+Owns the dictionaries from hash to row and the small memory of recent removals. Needs the
+store's lock. Presence is a dict of bytes to int: nothing that the garbage collector has to walk.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dualpath.kvstore.block_table import BlockTable, ChecksumPool
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BYTES_MIN, MissReason
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+
+_COMPARED_MAX = 256
+"""Most other namespaces that a miss is compared with."""
+
+
+@dataclass(slots=True)
+class NamespaceEntry:
+    """A namespace and its blocks: hash -> row, for present ones and for reserved ones."""
+
+    index: int
+    id: bytes
+    namespace: Namespace
+    layout: KVLayout
+    pool: ChecksumPool
+    present: dict[bytes, int] = field(default_factory=dict)
+    pending: dict[bytes, int] = field(default_factory=dict)
+    ever_stored: bool = False
+    durable: bool = False
+
+
+class Catalog:
+    """See the module docstring."""
+
+    def __init__(self, table: BlockTable, namespaces_max: int, removals_max: int) -> None:
+        self._table = table
+        self._namespaces_max = namespaces_max
+        self._removals_max = removals_max
+        self._by_id: dict[bytes, NamespaceEntry] = {}
+        self._entries: list[NamespaceEntry] = []
+        self._pools: dict[int, ChecksumPool] = {}
+        self._removals: OrderedDict[bytes, MissReason] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def blocks(self) -> int:
+        """Present blocks of all namespaces."""
+        return sum(len(entry.present) for entry in self._entries)
+
+    def open(self, namespace: Namespace) -> NamespaceEntry:
+        """Make known. Idempotent. Raises Overloaded."""
+        namespace_id = namespace.id
+        entry = self._by_id.get(namespace_id)
+        if entry is not None:
+            return entry
+        if len(self._entries) >= self._namespaces_max:
+            raise Overloaded(
+                f"{self._namespaces_max} namespaces are open; raise namespaces_max",
+                retry_after_s=60.0,
+            )
+        layout = namespace.layout
+        pool = self._pools.setdefault(layout.chunk_count, ChecksumPool(layout.chunk_count))
+        entry = NamespaceEntry(len(self._entries), namespace_id, namespace, layout, pool)
+        self._by_id[namespace_id] = entry
+        self._entries.append(entry)
+        return entry
+
+    def entry(self, namespace_id: bytes) -> NamespaceEntry:
+        """By id. Raises InvalidRequest, reason `namespace`."""
+        entry = self._by_id.get(namespace_id)
+        if entry is None:
+            raise InvalidRequest(
+                f"namespace {namespace_id.hex()[:64]} was never opened; call open_namespace first",
+                reason="namespace",
+            )
+        return entry
+
+    def find(self, namespace_id: bytes) -> NamespaceEntry | None:
+        """By id; None if unknown."""
+        return self._by_id.get(namespace_id)
+
+    def entry_of(self, row: int) -> NamespaceEntry:
+        """The namespace of a row."""
+        return self._entries[int(self._table.namespace[row])]
+
+    def key_of(self, row: int) -> bytes:
+        """The store key of a row: namespace id, then hash."""
+        return self.entry_of(row).id + self._table.hash_of(row)
+
+    def prefix(self, entry: NamespaceEntry, hashes: Sequence[bytes]) -> list[int]:
+        """Rows of the longest leading run that is present and is one chain."""
+        rows: list[int] = []
+        get = entry.present.get
+        for block_hash in hashes:
+            row = get(block_hash)
+            if row is None:
+                break
+            rows.append(row)
+        if len(rows) > 1:
+            linked = self._table.parent[rows[1:]] == rows[:-1]
+            if not linked.all():
+                del rows[int(linked.argmin()) + 1 :]
+        return rows
+
+    def remember(self, row: int, reason: MissReason) -> None:
+        """Keep why a block went, for the next miss."""
+        key = self.key_of(row)
+        self._removals[key] = reason
+        self._removals.move_to_end(key)
+        if len(self._removals) > self._removals_max:
+            self._removals.popitem(last=False)
+
+    def forget_removal(self, row: int) -> None:
+        """The block is back."""
+        self._removals.pop(self.key_of(row), None)
+
+    def explain(
+        self, entry: NamespaceEntry, hashes: Sequence[bytes], hits: int
+    ) -> tuple[MissReason, str]:
+        """Why the prefix of `hashes` ends after `hits` blocks, with a detail for a person."""
+        if hits == len(hashes):
+            return MissReason.NONE, ""
+        missed = hashes[hits]
+        if missed in entry.present:
+            return (
+                MissReason.ABSENT,
+                f"block {hits} is stored, but not as a child of the one before",
+            )
+        if missed in entry.pending:
+            return MissReason.PENDING, f"block {hits} is being written"
+        reason = self._removals.get(entry.id + missed)
+        if reason is not None:
+            return reason, f"block {hits} was removed: {reason.value}"
+        if not entry.ever_stored:
+            detail = self._nearest(entry)
+            if detail:
+                return MissReason.NAMESPACE, detail
+        return MissReason.ABSENT, ""
+
+    def _nearest(self, entry: NamespaceEntry) -> str:
+        """How this empty namespace differs from the most alike of its tenant; "" if no other
+        namespace holds anything. Other tenants' namespaces are never described."""
+        nearest: tuple[str, ...] = ()
+        others = False
+        for other in self._entries[:_COMPARED_MAX]:
+            if other is entry or not other.present:
+                continue
+            others = True
+            if other.namespace.tenant != entry.namespace.tenant:
+                continue
+            fields = entry.namespace.differences(other.namespace)
+            if not nearest or len(fields) < len(nearest):
+                nearest = fields
+        if not others:
+            return ""
+        if not nearest:
+            return "nothing was ever stored in this namespace, nor in another of its tenant"
+        return (
+            "nothing was ever stored in this namespace; the nearest of its tenant differs in: "
+            + ", ".join(nearest)
+        )
+
+
+def check_hashes(hashes: Sequence[bytes]) -> None:
+    """Raises InvalidRequest on a batch or a key of a wrong size."""
+    if len(hashes) > BATCH_BLOCKS_MAX:
+        raise InvalidRequest(
+            f"{len(hashes)} blocks in one batch; the most is {BATCH_BLOCKS_MAX}: split it"
+        )
+    sizes = set(map(len, hashes))
+    if sizes and not (min(sizes) >= HASH_BYTES_MIN and max(sizes) <= HASH_BYTES_MAX):
+        raise InvalidRequest(
+            f"hashes have {HASH_BYTES_MIN}..{HASH_BYTES_MAX} bytes, not {sorted(sizes)}"
+        )

@@ -1,0 +1,37 @@
+"""Checksums of chunks: xxh3-64, over contiguous or strided bytes.
+
+Guards against torn, stale and flipped bytes, not against forgery. Both functions release the
+GIL while they hash, and copy nothing.
+"""
+
+from __future__ import annotations
+
+import xxhash
+from dualpath.kvstore.layout import KVLayout
+from dualpath.transfer.slices import Slices
+
+Buffer = bytes | bytearray | memoryview
+
+
+def xxh3_64(view: Buffer) -> int:
+    """xxh3-64 of the bytes, seed 0."""
+    return xxhash.xxh3_64_intdigest(view)
+
+
+def of_slices(view: memoryview, slices: Slices) -> int:
+    """xxh3-64 of the bytes that `slices` names in `view`, as if they were contiguous."""
+    pieces = list(slices.pieces())
+    if len(pieces) == 1:
+        offset, nbytes = pieces[0]
+        return xxhash.xxh3_64_intdigest(view[offset : offset + nbytes])
+    state = xxhash.xxh3_64()
+    for offset, nbytes in pieces:
+        state.update(view[offset : offset + nbytes])
+    return state.intdigest()
+
+
+def of_block(view: Buffer, layout: KVLayout) -> tuple[int, ...]:
+    """The checksum of each chunk of a Full Block, in order."""
+    whole = memoryview(view)
+    extents = (layout.chunk_extent(chunk) for chunk in range(layout.chunk_count))
+    return tuple(xxh3_64(whole[offset : offset + nbytes]) for offset, nbytes in extents)

@@ -1,0 +1,265 @@
+"""The one thread that makes blocks durable, in groups.
+
+Order of a group: (deletes of whatever its slots held before, if not committed yet) -> data ->
+headers -> fdatasync of each segment -> one index transaction -> `settle`, which acknowledges. So
+what the index names is always whole on the medium, and a slot is written again only after the
+delete of its former block has committed. Deletes that nobody waits for ride along.
+
+Does not decide what is visible: the host does, in `admit` and `settle`, under its own lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dualpath.kvstore.data_directory import DataDirectory
+from dualpath.kvstore.durable_index import DurableIndex
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.ssd_tier import SsdTier
+
+GROUP_JOBS_MAX = 1024
+GROUP_BYTES_MAX = 128 << 20
+_IDLE_S = 1.0
+"""How often the host may do its chores when nothing else happens."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class CommitJob:
+    """Write one block. `data` is its whole slot in memory, unchanged until `settle`."""
+
+    row: int
+    parent_row: int
+    record: BlockRecord
+    namespace: Namespace
+    data: memoryview
+    failure: str = ""
+    """Why it could not be stored; "" while all is well."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(segment, slot)."""
+        return self.record.segment, self.record.slot
+
+
+@dataclass(frozen=True, slots=True)
+class _Delete:
+    key: bytes
+    generation: int
+    place: tuple[int, int]
+
+
+class CommitHost(Protocol):
+    """What the committer needs of the store. Called on its thread, without its lock."""
+
+    def admit(self, jobs: Sequence[CommitJob]) -> None:
+        """Set `failure` of jobs that are not wanted any more."""
+
+    def settle(self, jobs: Sequence[CommitJob]) -> None:
+        """The group is over: acknowledge what is durable, give up what failed."""
+
+    def retired_segments(self) -> list[int]:
+        """Segments whose files may go once all deletes so far are committed."""
+
+    def chores(self) -> None:
+        """Called between groups and about every second."""
+
+
+class Committer:
+    """See the module docstring. The queue is bounded by the host: each job holds a DRAM slot."""
+
+    def __init__(
+        self, host: CommitHost, ssd: SsdTier, index: DurableIndex, directory: DataDirectory
+    ) -> None:
+        self._host = host
+        self._ssd = ssd
+        self._index = index
+        self._directory = directory
+        self._wake = threading.Condition()
+        self._jobs: deque[CommitJob] = deque()
+        self._deletes: list[_Delete] = []
+        self._held: set[tuple[int, int]] = set()
+        self._closing = False
+        self._called = False
+        self._refused = False
+        self._thread = threading.Thread(target=self._run, name="dualpath-committer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[CommitJob]) -> None:
+        """Queue jobs, parents before children."""
+        with self._wake:
+            self._jobs.extend(jobs)
+            self._wake.notify()
+
+    def delete(self, key: bytes, generation: int, place: tuple[int, int]) -> None:
+        """A block has left: delete its record before `place` is written again."""
+        with self._wake:
+            self._deletes.append(_Delete(key, generation, place))
+            self._held.add(place)
+            self._wake.notify()
+
+    def call(self) -> None:
+        """Have the host's chores done soon."""
+        with self._wake:
+            self._called = True
+            self._wake.notify()
+
+    def close(self, wait_s: float) -> bool:
+        """Finish what is queued and stop; False if it takes longer than `wait_s` seconds."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            group, deletes, closing = self._next()
+            try:
+                self._host.chores()
+                self._commit(group, deletes)
+            except Exception:  # noqa: BLE001
+                # The thread must outlive any surprise, and waiters must hear of it.
+                _log.exception("a group commit failed unexpectedly")
+                for job in group:
+                    job.failure = job.failure or "internal error"
+                self._host.settle(group)
+            if closing and not group:
+                return
+
+    def _next(self) -> tuple[list[CommitJob], list[_Delete], bool]:
+        with self._wake:
+            if not (self._jobs or self._closing or self._called or self._due()):
+                self._wake.wait(_IDLE_S)
+            self._refused = False
+            self._called = False
+            group: list[CommitJob] = []
+            nbytes = 0
+            while self._jobs and len(group) < GROUP_JOBS_MAX and nbytes < GROUP_BYTES_MAX:
+                job = self._jobs.popleft()
+                nbytes += job.data.nbytes
+                group.append(job)
+            deletes, self._deletes = self._deletes, []
+            return group, deletes, self._closing
+
+    def _due(self) -> bool:
+        """Whether deletes should be committed now; refused ones wait for about a second."""
+        return bool(self._deletes) and not self._refused
+
+    def _commit(self, group: list[CommitJob], deletes: list[_Delete]) -> None:
+        if group:
+            self._host.admit(group)
+        deletes = self._clear_ground(group, deletes)
+        _fail_orphans(group)
+        self._write_data(group)
+        _fail_orphans(group)
+        self._write_headers(group)
+        self._sync(group)
+        _fail_orphans(group)
+        self._record(group, deletes)
+        if group:
+            self._host.settle(group)
+
+    def _clear_ground(self, group: list[CommitJob], deletes: list[_Delete]) -> list[_Delete]:
+        """Commit deletes first where this group would write over a block that the index names,
+        or where files are to go. Return the deletes that are left."""
+        retired = self._host.retired_segments()
+        with self._wake:
+            blocked = [job for job in group if job.place in self._held]
+        if deletes and (blocked or retired):
+            if self._apply(deletes, []):
+                _fail(blocked, "the delete of the slot's former block failed")
+            deletes = []
+        for segment in retired:
+            # Numbers are never used again, so a file that stays behind is only space.
+            try:
+                self._ssd.remove(segment)
+            except OSError as error:
+                _log.warning("segment %d cannot be removed: %s", segment, error)
+        return deletes
+
+    def _write_data(self, group: list[CommitJob]) -> None:
+        for job in group:
+            if job.failure:
+                continue
+            segment, slot = job.place
+            try:
+                self._directory.save_namespace(job.namespace)
+                self._ssd.ensure(segment)
+                self._ssd.write_slot(segment, slot, job.data)
+            except OSError as error:
+                job.failure = f"data: {error}"
+
+    def _write_headers(self, group: list[CommitJob]) -> None:
+        for segment, jobs in _by_segment(group).items():
+            try:
+                self._ssd.write_headers(segment, {job.record.slot: job.record for job in jobs})
+            except OSError as error:
+                _fail(jobs, f"header: {error}")
+
+    def _sync(self, group: list[CommitJob]) -> None:
+        for segment, jobs in _by_segment(group).items():
+            try:
+                self._ssd.sync(segment)
+            except OSError as error:
+                _fail(jobs, f"sync: {error}")
+
+    def _record(self, group: list[CommitJob], deletes: list[_Delete]) -> None:
+        jobs = [job for job in group if not job.failure]
+        if not jobs and not deletes:
+            return
+        failure = self._apply(deletes, jobs)
+        if failure:
+            _fail(jobs, failure)
+
+    def _apply(self, deletes: list[_Delete], jobs: list[CommitJob]) -> str:
+        """One transaction. Return why it failed, or ""; failed deletes are queued again."""
+        try:
+            self._index.apply(
+                [(delete.key, delete.generation) for delete in deletes],
+                [(job.record.key, job.record.to_bytes()) for job in jobs],
+            )
+        except OSError as error:
+            _log.warning("the index refused %d blocks: %s", len(jobs), error)
+            with self._wake:
+                self._deletes = deletes + self._deletes
+                self._refused = True
+            return f"index: {error}"
+        with self._wake:
+            later = {delete.place for delete in self._deletes}
+            self._held -= {delete.place for delete in deletes} - later
+        return ""
+
+
+def _by_segment(group: Sequence[CommitJob]) -> dict[int, list[CommitJob]]:
+    segments: dict[int, list[CommitJob]] = {}
+    for job in group:
+        if not job.failure:
+            segments.setdefault(job.record.segment, []).append(job)
+    return segments
+
+
+def _fail(jobs: Sequence[CommitJob], failure: str) -> None:
+    for job in jobs:
+        job.failure = job.failure or failure
+    if jobs:
+        _log.warning("%d blocks could not be stored: %s", len(jobs), failure)
+
+
+def _fail_orphans(group: Sequence[CommitJob]) -> None:
+    """A child of a block that was not stored must not be stored either."""
+    failed: set[int] = set()
+    for job in group:
+        if not job.failure and job.parent_row in failed:
+            job.failure = "its parent could not be stored"
+        if job.failure:
+            failed.add(job.row)

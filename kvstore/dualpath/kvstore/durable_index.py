@@ -1,0 +1,117 @@
+"""The durable facts: one CRC'd record a block, in LMDB.
+
+Key: namespace id (16 bytes), then hash. Value: `BlockRecord.to_bytes`. Private to the process
+that holds the data directory's lock. Read once at opening; written by one thread. `apply` is one
+transaction: after it has returned its changes survive power loss, before that none of them is
+visible. After an unclean stop `probe` walks it in a child process first, because a damaged map
+can kill its reader.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lmdb
+from dualpath.kvstore.record import BlockRecord
+from dualpath.transfer.errors import Corrupt
+
+_MAP_BYTES_MIN = 64 << 20
+_MAP_BYTES_MAX = 1 << 40
+_PROBE_S_MAX = 120.0
+_PROBE = (
+    "import sys, lmdb\n"
+    "env = lmdb.open(sys.argv[1], readonly=True, lock=False, create=False)\n"
+    "with env.begin() as txn:\n"
+    "    sum(len(k) + len(v) for k, v in txn.cursor())\n"
+)
+
+
+class IndexFailure(OSError):
+    """A transaction could not be committed: the medium or the map refused it."""
+
+
+class DurableIndex:
+    """See the module docstring."""
+
+    def __init__(self, path: Path) -> None:
+        data = path / "data.mdb"
+        size = data.stat().st_size if data.exists() else 0
+        self._map_bytes = max(_MAP_BYTES_MIN, 2 * size)
+        try:
+            self._env = lmdb.open(
+                str(path), map_size=self._map_bytes, lock=False, max_dbs=0, mode=0o600
+            )
+        except lmdb.Error as error:
+            raise Corrupt(f"the index {path} cannot be opened: {error}") from error
+
+    def records(self) -> Iterator[tuple[bytes, bytes]]:
+        """All (key, value). Raises Corrupt."""
+        try:
+            with self._env.begin(buffers=False) as txn:
+                yield from txn.cursor()
+        except lmdb.Error as error:
+            raise Corrupt(f"the index cannot be read: {error}") from error
+
+    def apply(
+        self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
+    ) -> None:
+        """Delete (key, generation) where the stored generation is that one, then put; durable on
+        return. Raises IndexFailure, having changed nothing."""
+        while True:
+            try:
+                self._apply(deletes, puts)
+            except lmdb.MapFullError as error:
+                if self._map_bytes >= _MAP_BYTES_MAX:
+                    raise IndexFailure(f"the index is full: {error}") from error
+                self._map_bytes *= 2
+                self._env.set_mapsize(self._map_bytes)
+            except lmdb.Error as error:
+                raise IndexFailure(f"the index refused a transaction: {error}") from error
+            else:
+                return
+
+    def _apply(
+        self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
+    ) -> None:
+        with self._env.begin(write=True) as txn:
+            for key, generation in deletes:
+                value = txn.get(key)
+                if value is not None and _goes(value, generation):
+                    txn.delete(key)
+            for key, value in puts:
+                txn.put(key, value)
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+
+def _goes(value: bytes, generation: int) -> bool:
+    """Whether a delete for `generation` (-1: any) means this record."""
+    if generation < 0:
+        return True
+    try:
+        return BlockRecord.from_bytes(value).generation == generation
+    except Corrupt:
+        return True
+
+
+def probe(path: Path) -> bool:
+    """Walk the whole index in a child process; False if it fails, crashes or hangs."""
+    if not (path / "data.mdb").exists():
+        return True
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE, str(path)],
+            timeout=_PROBE_S_MAX,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return False
+    return done.returncode == 0

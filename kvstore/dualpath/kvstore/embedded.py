@@ -1,0 +1,114 @@
+"""Put and get for a user in the same process: whole blocks, any `Store`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dualpath.kvstore import checksum
+from dualpath.kvstore.checksum import Buffer
+from dualpath.kvstore.store_api import (
+    NewBlock,
+    Reservation,
+    ReserveStatus,
+    SealRequest,
+    SealStatus,
+    Store,
+)
+from dualpath.transfer.errors import Corrupt, InvalidRequest
+
+OWNER = "embedded"
+_BATCH_BYTES = 32 << 20
+_BATCH_BLOCKS = 64
+_TTL_S = 60.0
+_LEASE_S = 60.0
+
+PutStatus = ReserveStatus | SealStatus
+"""A block's seal status if it was reserved, else why it was not."""
+
+
+def put(
+    store: Store,
+    namespace_id: bytes,
+    hashes: Sequence[bytes],
+    parents: Sequence[bytes],
+    data: Sequence[Buffer],
+    *,
+    durable: bool = True,
+    owner: str = OWNER,
+) -> tuple[PutStatus, ...]:
+    """Store whole blocks, parents first. Raises InvalidRequest on sizes that do not fit."""
+    nbytes = store.layout(namespace_id).block_bytes
+    if not len(hashes) == len(parents) == len(data):
+        raise InvalidRequest(
+            f"{len(hashes)} hashes, {len(parents)} parents and {len(data)} blocks: not as many"
+        )
+    for index, block in enumerate(data):
+        if memoryview(block).nbytes != nbytes:
+            raise InvalidRequest(
+                f"block {index} has {memoryview(block).nbytes} bytes, this layout has {nbytes}"
+            )
+    step = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // nbytes))
+    statuses: list[PutStatus] = []
+    for start in range(0, len(hashes), step):
+        end = min(start + step, len(hashes))
+        blocks = [NewBlock(hashes[i], parents[i]) for i in range(start, end)]
+        reservations = store.reserve(namespace_id, blocks, owner=owner, ttl_s=_TTL_S)
+        statuses += _fill_and_seal(store, reservations, data[start:end], owner, durable)
+    return tuple(statuses)
+
+
+def _fill_and_seal(
+    store: Store,
+    reservations: Sequence[Reservation],
+    data: Sequence[Buffer],
+    owner: str,
+    durable: bool,
+) -> list[PutStatus]:
+    requests = []
+    for reservation, block in zip(reservations, data, strict=True):
+        if reservation.extent is not None:
+            start, end = reservation.extent.start, reservation.extent.end
+            store.arena.view[start:end] = memoryview(block).cast("B")
+            requests.append(SealRequest(reservation.reservation_id))
+    sealed = iter(store.seal(requests, owner=owner, durable=durable))
+    return [next(sealed) if r.extent is not None else r.status for r in reservations]
+
+
+def get(
+    store: Store, namespace_id: bytes, hashes: Sequence[bytes], *, owner: str = OWNER
+) -> list[bytes]:
+    """The longest prefix that is present and verifies, block by block."""
+    hit = store.lookup(namespace_id, hashes, owner=owner, lease_s=_LEASE_S)
+    blocks: list[bytes] = []
+    try:
+        for block in range(hit.blocks):
+            found = _get_block(store, hit.lease_id, block, hit.checksums[block])
+            if found is None:
+                break
+            blocks.append(found)
+            store.renew(hit.lease_id, owner=owner, lease_s=_LEASE_S)
+    finally:
+        if hit.lease_id:
+            store.release(hit.lease_id, owner=owner)
+    return blocks
+
+
+def _get_block(store: Store, lease_id: int, block: int, checksums: Sequence[int]) -> bytes | None:
+    """A verified block; None if it is corrupt even when read again."""
+    parts = []
+    for chunk, expected in enumerate(checksums):
+        for _ in range(2):
+            try:
+                fetched = store.fetch(lease_id, block, chunk)
+            except Corrupt:
+                return None
+            with fetched:
+                part = bytes(fetched.region.view[fetched.slices.start : fetched.slices.end])
+            if checksum.xxh3_64(part) == expected:
+                parts.append(part)
+                break
+            if store.report_corrupt(lease_id, block, chunk):
+                return None
+        else:
+            return None
+    return b"".join(parts)

@@ -1,0 +1,225 @@
+"""Opening: from the durable facts to rows in memory.
+
+A record is taken only if its CRC holds, its namespace is known, its segment's superblock is good
+and its geometry fits; of two records for one slot the later generation is taken. What does not
+hang below a root is dropped, so that presence is prefix-closed. If the index is lost or damaged,
+it is rebuilt from the headers; there every block's bytes are verified, because a header alone
+may describe an evicted block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dualpath.kvstore import checksum
+from dualpath.kvstore.block_table import NO_ROW, BlockTable, RowState
+from dualpath.kvstore.catalog import Catalog, NamespaceEntry
+from dualpath.kvstore.data_directory import DataDirectory
+from dualpath.kvstore.device import Device, DeviceFile
+from dualpath.kvstore.durable_index import DurableIndex, probe
+from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.residency import Residency
+from dualpath.kvstore.segment import SegmentGeometry, page_buffer, read_headers, read_superblock
+from dualpath.kvstore.ssd_tier import SsdTier, segment_number
+from dualpath.transfer.errors import Corrupt
+
+_PUTS_MAX = 4096
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Found:
+    geometry: SegmentGeometry
+    file: DeviceFile
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What opening found. `dropped` records were damaged, orphaned or stale."""
+
+    generation: int
+    blocks: int
+    dropped: int
+    rebuilt: bool
+
+
+class Recovery:
+    """One opening of a store."""
+
+    def __init__(
+        self, directory: DataDirectory, device: Device, catalog: Catalog, table: BlockTable
+    ) -> None:
+        self._directory = directory
+        self._device = device
+        self._catalog = catalog
+        self._table = table
+        self._segments: dict[int, _Found] = {}
+        self._damaged: list[int] = []
+        self._stale: list[tuple[bytes, int]] = []
+
+    def open_index(self) -> tuple[DurableIndex, list[BlockRecord], bool]:
+        """(index, records that may be taken, whether it was rebuilt)."""
+        for namespace in self._directory.namespaces():
+            self._catalog.open(namespace).durable = True
+        self._open_segments()
+        lost = not (self._directory.index_path / "data.mdb").exists() and bool(self._segments)
+        try:
+            if not self._directory.was_clean and not probe(self._directory.index_path):
+                raise Corrupt("the index cannot be walked by a child process")
+            index = DurableIndex(self._directory.index_path)
+            if not lost:
+                return index, self._usable(index), False
+        except Corrupt as error:
+            _log.warning("%s; it is set aside and rebuilt from the headers", error)
+            self._directory.set_index_aside()
+            index = DurableIndex(self._directory.index_path)
+        records = self._from_headers()
+        for start in range(0, len(records), _PUTS_MAX):
+            part = records[start : start + _PUTS_MAX]
+            index.apply([], [(record.key, record.to_bytes()) for record in part])
+        _log.warning("the index was rebuilt from headers: %d blocks", len(records))
+        return index, records, True
+
+    def load(
+        self,
+        index: DurableIndex,
+        records: list[BlockRecord],
+        ssd: SsdTier,
+        residency: Residency,
+        *,
+        rebuilt: bool,
+    ) -> Recovered:
+        """Bring records into memory; delete the others from the index."""
+        kept = self._link(self._one_a_slot(records))
+        taken: dict[int, list[int]] = {}
+        for record, row in kept:
+            self._table.segment[row], self._table.slot[row] = record.segment, record.slot
+            residency.restore(row, record.generation, record.checksums)
+            taken.setdefault(record.segment, []).append(record.slot)
+        for segment in sorted(self._segments):
+            found = self._segments[segment]
+            ssd.adopt(segment, found.geometry, found.file, taken.get(segment, ()))
+        for segment in self._damaged:
+            ssd.skip(segment)
+        if self._stale:
+            index.apply(self._stale, [])
+            _log.warning("%d records were damaged, orphaned or stale: dropped", len(self._stale))
+        generation = max((record.generation for record, _ in kept), default=0)
+        return Recovered(generation, len(kept), len(self._stale), rebuilt)
+
+    def _open_segments(self) -> None:
+        for name in self._device.names():
+            segment = segment_number(name)
+            if segment is None:
+                continue
+            file = self._device.open(name)
+            try:
+                geometry = read_superblock(file, segment, name)
+            except (Corrupt, OSError) as error:
+                # A crash while it was being created looks the same; nothing refers to it then.
+                _log.warning("%s; the segment is left alone and its blocks are dropped", error)
+                file.close()
+                self._damaged.append(segment)
+                continue
+            except BaseException:
+                file.close()
+                self.close()
+                raise
+            self._segments[segment] = _Found(geometry, file)
+
+    def close(self) -> None:
+        """Close the segments that were opened and not adopted."""
+        for found in self._segments.values():
+            found.file.close()
+        self._segments.clear()
+
+    def _usable(self, index: DurableIndex) -> list[BlockRecord]:
+        records = []
+        for key, value in index.records():
+            try:
+                record = BlockRecord.from_bytes(value)
+            except Corrupt:
+                self._stale.append((bytes(key), -1))
+                continue
+            if record.key != key or not self._fits(record):
+                self._stale.append((bytes(key), -1))
+                continue
+            records.append(record)
+        return records
+
+    def _fits(self, record: BlockRecord) -> bool:
+        entry = self._catalog.find(record.namespace_id)
+        found = self._segments.get(record.segment)
+        return (
+            entry is not None
+            and found is not None
+            and entry.layout.block_bytes == record.length
+            and entry.layout.chunk_count == len(record.checksums)
+            and entry.layout.slot_bytes == found.geometry.slot_bytes
+            and record.slot < found.geometry.slots
+        )
+
+    def _one_a_slot(self, records: Iterable[BlockRecord]) -> list[BlockRecord]:
+        latest: dict[tuple[int, int], BlockRecord] = {}
+        for record in sorted(records, key=lambda record: record.generation):
+            older = latest.get((record.segment, record.slot))
+            if older is not None:
+                self._stale.append((older.key, older.generation))
+            latest[(record.segment, record.slot)] = record
+        return list(latest.values())
+
+    def _link(self, records: list[BlockRecord]) -> list[tuple[BlockRecord, int]]:
+        """Rows for the records that hang below a root; parents come first in the result."""
+        children: dict[bytes, list[BlockRecord]] = {}
+        level: list[tuple[BlockRecord, int]] = []
+        for record in records:
+            if record.parent:
+                children.setdefault(record.namespace_id + record.parent, []).append(record)
+            else:
+                level.append((record, NO_ROW))
+        kept: list[tuple[BlockRecord, int]] = []
+        while level:
+            below: list[tuple[BlockRecord, int]] = []
+            for record, parent in level:
+                row = self._row(record, parent)
+                kept.append((record, row))
+                below += [(child, row) for child in children.pop(record.key, ())]
+            level = below
+        for orphans in children.values():
+            self._stale += [(orphan.key, orphan.generation) for orphan in orphans]
+        return kept
+
+    def _row(self, record: BlockRecord, parent: int) -> int:
+        entry = self._catalog.find(record.namespace_id)
+        assert entry is not None
+        row = self._table.add(entry.index, record.hash, parent, entry.layout.slot_bytes)
+        assert self._table.state[row] == RowState.PENDING
+        return row
+
+    def _from_headers(self) -> list[BlockRecord]:
+        """Records of all headers whose block's bytes verify; one a key, the latest."""
+        latest: dict[bytes, BlockRecord] = {}
+        for segment, found in self._segments.items():
+            for record in read_headers(found.file, found.geometry):
+                entry = self._catalog.find(record.namespace_id)
+                known = latest.get(record.key)
+                if (
+                    entry is not None
+                    and record.segment == segment
+                    and self._fits(record)
+                    and (known is None or known.generation < record.generation)
+                    and _verifies(record, found, entry)
+                ):
+                    latest[record.key] = record
+        return list(latest.values())
+
+
+def _verifies(record: BlockRecord, found: _Found, entry: NamespaceEntry) -> bool:
+    buffer = page_buffer(found.geometry.slot_bytes)
+    try:
+        found.file.read(found.geometry.slot_offset(record.slot), [buffer])
+    except OSError:
+        return False
+    return checksum.of_block(buffer, entry.layout) == record.checksums

@@ -1,0 +1,149 @@
+"""Segments: preallocated files of fixed slots, with a superblock and a table of headers.
+
+    0        superblock (4 KiB): magic, format version, segment id, slot size, slots, CRC
+    4 KiB    header table: one 1 KiB header a slot, rounded up to 4 KiB
+    ...      slots, each `slot_bytes` (a multiple of 4 KiB)
+
+Owns geometry and encodings and reads and writes them through a DeviceFile. A header is only as
+true as the index says: it stays behind when its block is evicted.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
+from dualpath.kvstore.record import HEADER_BYTES, BlockRecord
+from dualpath.transfer.errors import Corrupt, InvalidRequest
+
+SEGMENT_FORMAT = 1
+HEADERS_PER_PAGE = ALIGN_BYTES // HEADER_BYTES
+SLOTS_PER_SEGMENT_MAX = 1 << 20
+
+_SUPERBLOCK = struct.Struct("<8sIIII")
+_MAGIC = b"dpsegmt\0"
+_CRC = struct.Struct("<I")
+
+assert ALIGN_BYTES % HEADER_BYTES == 0
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def page_buffer(nbytes: int = ALIGN_BYTES) -> memoryview:
+    """Page-aligned zeroed memory, as O_DIRECT wants it."""
+    return memoryview(mmap.mmap(-1, nbytes))
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentGeometry:
+    """Offsets inside a segment file, bytes."""
+
+    slot_bytes: int
+    slots: int
+
+    @staticmethod
+    def fitting(slot_bytes: int, file_bytes_max: int) -> SegmentGeometry | None:
+        """The most slots that fit into a file of `file_bytes_max`; None if not even one does."""
+        slots = (file_bytes_max - ALIGN_BYTES) // (slot_bytes + HEADER_BYTES)
+        slots = min(slots, SLOTS_PER_SEGMENT_MAX)
+        while slots > 0 and SegmentGeometry(slot_bytes, slots).file_bytes > file_bytes_max:
+            slots -= 1
+        return SegmentGeometry(slot_bytes, slots) if slots > 0 else None
+
+    @property
+    def data_offset(self) -> int:
+        """Where slot 0 starts."""
+        return ALIGN_BYTES + _align(self.slots * HEADER_BYTES)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.data_offset + self.slots * self.slot_bytes
+
+    def slot_offset(self, slot: int) -> int:
+        """Where a slot starts."""
+        return self.data_offset + slot * self.slot_bytes
+
+    def header_page(self, slot: int) -> tuple[int, int]:
+        """(offset of the page that holds the slot's header, offset of the header inside)."""
+        page, inside = divmod(slot, HEADERS_PER_PAGE)
+        return ALIGN_BYTES + page * ALIGN_BYTES, inside * HEADER_BYTES
+
+
+def write_superblock(file: DeviceFile, segment: int, geometry: SegmentGeometry) -> None:
+    """Write and sync the superblock of a new file."""
+    body = _SUPERBLOCK.pack(_MAGIC, SEGMENT_FORMAT, segment, geometry.slot_bytes, geometry.slots)
+    page = page_buffer()
+    page[: len(body) + _CRC.size] = body + _CRC.pack(zlib.crc32(body))
+    file.write(0, [page])
+    file.sync()
+
+
+def read_superblock(file: DeviceFile, segment: int, name: str) -> SegmentGeometry:
+    """Read and check. Raises Corrupt, or InvalidRequest for a newer format."""
+    if file.nbytes < ALIGN_BYTES:
+        raise Corrupt(f"segment {name} has only {file.nbytes} bytes")
+    page = page_buffer()
+    file.read(0, [page])
+    body = bytes(page[: _SUPERBLOCK.size])
+    (crc,) = _CRC.unpack_from(page, _SUPERBLOCK.size)
+    magic, version, number, slot_bytes, slots = _SUPERBLOCK.unpack(body)
+    if magic != _MAGIC or crc != zlib.crc32(body):
+        raise Corrupt(f"segment {name}: the superblock is damaged")
+    if version > SEGMENT_FORMAT:
+        raise InvalidRequest(
+            f"segment {name} has format {version}, this version reads up to {SEGMENT_FORMAT}; "
+            "upgrade dualpath or use another data directory",
+            reason="newer_format",
+        )
+    geometry = SegmentGeometry(slot_bytes, slots)
+    if number != segment or slots < 1 or slot_bytes % ALIGN_BYTES or slot_bytes < ALIGN_BYTES:
+        raise Corrupt(f"segment {name}: the superblock names segment {number}, {geometry}")
+    if geometry.file_bytes > file.nbytes:
+        raise Corrupt(
+            f"segment {name} was truncated: {file.nbytes} of {geometry.file_bytes} bytes are left"
+        )
+    return geometry
+
+
+def write_headers(
+    file: DeviceFile, geometry: SegmentGeometry, headers: Mapping[int, BlockRecord]
+) -> None:
+    """Write headers by slot; neighbours in the same 4 KiB page are kept. One thread a segment."""
+    pages: dict[int, list[tuple[int, BlockRecord]]] = {}
+    for slot, record in headers.items():
+        offset, inside = geometry.header_page(slot)
+        pages.setdefault(offset, []).append((inside, record))
+    page = page_buffer()
+    for offset, records in pages.items():
+        if len(records) < HEADERS_PER_PAGE:
+            file.read(offset, [page])
+        for inside, record in records:
+            page[inside : inside + HEADER_BYTES] = record.to_header()
+        file.write(offset, [page])
+
+
+def read_headers(file: DeviceFile, geometry: SegmentGeometry) -> Iterator[BlockRecord]:
+    """Yield the headers that decode, in order of slots; the others were never written or are
+    damaged. Unreadable pages are skipped."""
+    page = page_buffer()
+    for first in range(0, geometry.slots, HEADERS_PER_PAGE):
+        offset, _ = geometry.header_page(first)
+        try:
+            file.read(offset, [page])
+        except OSError:
+            continue
+        for slot in range(first, min(first + HEADERS_PER_PAGE, geometry.slots)):
+            inside = (slot - first) * HEADER_BYTES
+            try:
+                record = BlockRecord.from_bytes(bytes(page[inside : inside + HEADER_BYTES]))
+            except Corrupt:
+                continue
+            if record.slot == slot:
+                yield record

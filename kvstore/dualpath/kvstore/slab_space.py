@@ -1,0 +1,98 @@
+"""A contiguous range of memory handed out as slots of several size classes.
+
+Pure bookkeeping: offsets in, offsets out. The range is cut into equal slabs; a run of slabs
+belongs to one size class for as long as any slot of it is taken. Runs are chosen so that at most
+an eighth of them is waste, where the range allows it.
+"""
+
+from __future__ import annotations
+
+from dualpath.kvstore.slot_allocator import SlotAllocator
+
+ALIGN_BYTES = 4096
+_SLABS_AIM = 256
+_SLAB_BYTES_MAX = 64 << 20
+_WASTE_MAX = 0.125
+
+
+class SlabSpace:
+    """Bytes [base, base + nbytes). Not thread-safe."""
+
+    def __init__(self, base: int, nbytes: int) -> None:
+        slab = nbytes // _SLABS_AIM // ALIGN_BYTES * ALIGN_BYTES
+        self._slab_bytes = max(ALIGN_BYTES, min(slab, _SLAB_BYTES_MAX))
+        self._base = base
+        self._run_of: list[int] = [-1] * (nbytes // self._slab_bytes)
+        self._allocator = SlotAllocator()
+        self.capacity_bytes = len(self._run_of) * self._slab_bytes
+
+    def __repr__(self) -> str:
+        return f"<SlabSpace {self.used_bytes} of {self.capacity_bytes} bytes taken>"
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of taken slots."""
+        return self._allocator.used_bytes
+
+    def take(self, slot_bytes: int) -> int:
+        """Offset of a free slot of `slot_bytes` (a multiple of 4 KiB); -1 if there is none."""
+        place = self._allocator.take(slot_bytes)
+        if place is None:
+            if not self._grow(slot_bytes):
+                return -1
+            place = self._allocator.take(slot_bytes)
+            assert place is not None
+        run, slot = place
+        return self._base + run * self._slab_bytes + slot * slot_bytes
+
+    def give(self, offset: int) -> None:
+        """Return a slot by its offset."""
+        run = self._run_of[(offset - self._base) // self._slab_bytes]
+        inside = offset - self._base - run * self._slab_bytes
+        self._allocator.give(run, inside // self._allocator.slot_bytes(run))
+
+    def _grow(self, slot_bytes: int) -> bool:
+        length = self._run_length(slot_bytes)
+        if length == 0:
+            return False
+        start = self._free_run(length)
+        if start < 0:
+            self._drop_empty_runs()
+            start = self._free_run(length)
+        if start < 0:
+            length = -(-slot_bytes // self._slab_bytes)
+            start = self._free_run(length)
+        if start < 0:
+            return False
+        self._run_of[start : start + length] = [start] * length
+        self._allocator.add(start, slot_bytes, length * self._slab_bytes // slot_bytes)
+        return True
+
+    def _run_length(self, slot_bytes: int) -> int:
+        """Slabs of a run: the fewest with little waste; 0 if one slot exceeds the range."""
+        least = -(-slot_bytes // self._slab_bytes)
+        total = len(self._run_of)
+        if least > total:
+            return 0
+        best, best_waste = least, 1.0
+        for length in range(least, min(least * 8, max(least, total // 8)) + 1):
+            nbytes = length * self._slab_bytes
+            waste = nbytes % slot_bytes / nbytes
+            if waste <= _WASTE_MAX:
+                return length
+            if waste < best_waste:
+                best, best_waste = length, waste
+        return best
+
+    def _free_run(self, length: int) -> int:
+        found = 0
+        for index, run in enumerate(self._run_of):
+            found = found + 1 if run < 0 else 0
+            if found == length:
+                return index - length + 1
+        return -1
+
+    def _drop_empty_runs(self) -> None:
+        for run in self._allocator.empty_extents():
+            self._allocator.remove(run)
+            self._run_of = [-1 if r == run else r for r in self._run_of]

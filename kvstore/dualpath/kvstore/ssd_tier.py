@@ -1,0 +1,166 @@
+"""Slots on SSD: segments on a device, within a budget of bytes.
+
+Bookkeeping (`take`, `give`, `retired`) is memory only and needs the caller's lock. I/O (`ensure`,
+`read`, `write_slot`, `write_headers`, `sync`, `remove`) may run beside it; `ensure` and everything
+that writes is for one thread. A segment's file comes into being at its first write. Empty
+segments of one class make way for another class; their files go through `take_retired`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from dualpath.kvstore import segment as segments
+from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
+from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.segment import SegmentGeometry
+from dualpath.kvstore.slot_allocator import SlotAllocator
+
+_PREFIX = "segment-"
+
+
+def segment_name(segment: int) -> str:
+    """File name of a segment."""
+    return f"{_PREFIX}{segment:08d}"
+
+
+def segment_number(name: str) -> int | None:
+    """Inverse of `segment_name`; None for any other file."""
+    digits = name.removeprefix(_PREFIX)
+    return int(digits) if name.startswith(_PREFIX) and digits.isdecimal() else None
+
+
+class SsdTier:
+    """See the module docstring."""
+
+    def __init__(self, device: Device, capacity_bytes: int, segment_bytes: int) -> None:
+        self.device = device
+        self.capacity_bytes = capacity_bytes
+        self._segment_bytes = segment_bytes
+        self._allocator = SlotAllocator()
+        self._geometry: dict[int, SegmentGeometry] = {}
+        self._files: dict[int, DeviceFile] = {}
+        self._retired: list[int] = []
+        self._allocated_bytes = 0
+        self._next_segment = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<SsdTier {len(self._geometry)} segments, {self.used_bytes} of "
+            f"{self.capacity_bytes} bytes taken, {self.device.description}>"
+        )
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of taken slots."""
+        return self._allocator.used_bytes
+
+    def adopt(
+        self, segment: int, geometry: SegmentGeometry, file: DeviceFile, taken: Collection[int]
+    ) -> None:
+        """Bring in a segment that was found at opening. Empty ones beyond the budget retire."""
+        self._next_segment = max(self._next_segment, segment + 1)
+        self._files[segment] = file
+        self._geometry[segment] = geometry
+        self._allocated_bytes += geometry.file_bytes
+        self._allocator.add(segment, geometry.slot_bytes, geometry.slots, taken=taken)
+        if not taken and self._allocated_bytes > self.capacity_bytes:
+            self._retire(segment)
+
+    def skip(self, segment: int) -> None:
+        """Never use this number again (a damaged file has it)."""
+        self._next_segment = max(self._next_segment, segment + 1)
+
+    def take(self, slot_bytes: int) -> tuple[int, int] | None:
+        """(segment, slot) of a free slot; None if something must be evicted first."""
+        place = self._allocator.take(slot_bytes)
+        if place is None and self._grow(slot_bytes):
+            place = self._allocator.take(slot_bytes)
+        return place
+
+    def give(self, segment: int, slot: int) -> None:
+        """Return a slot."""
+        self._allocator.give(segment, slot)
+
+    def take_retired(self) -> list[int]:
+        """Segments that are used no more; their files are the caller's to `remove`."""
+        retired, self._retired = self._retired, []
+        return retired
+
+    def has(self, segment: int) -> bool:
+        """Whether the segment is known."""
+        return segment in self._geometry
+
+    def _grow(self, slot_bytes: int) -> bool:
+        geometry = self._fitting(slot_bytes)
+        if geometry is None:
+            for empty in self._allocator.empty_extents():
+                self._retire(empty)
+            geometry = self._fitting(slot_bytes)
+        if geometry is None:
+            return False
+        segment = self._next_segment
+        self._next_segment += 1
+        self._geometry[segment] = geometry
+        self._allocated_bytes += geometry.file_bytes
+        self._allocator.add(segment, slot_bytes, geometry.slots)
+        return True
+
+    def _fitting(self, slot_bytes: int) -> SegmentGeometry | None:
+        """A segment of about the configured size, in what is left of the budget."""
+        left = self.capacity_bytes - self._allocated_bytes
+        least = SegmentGeometry(slot_bytes, 1).file_bytes
+        return SegmentGeometry.fitting(slot_bytes, min(left, max(self._segment_bytes, least)))
+
+    def _retire(self, segment: int) -> None:
+        self._allocator.remove(segment)
+        self._allocated_bytes -= self._geometry.pop(segment).file_bytes
+        self._retired.append(segment)
+
+    def remove(self, segment: int) -> None:
+        """Remove the file of a retired segment."""
+        file = self._files.pop(segment, None)
+        if file is not None:
+            file.close()
+        self.device.remove(segment_name(segment))
+
+    def ensure(self, segment: int) -> None:
+        """Make the segment's file exist. Raises OSError (ENOSPC, EIO, ...)."""
+        if segment in self._files:
+            return
+        geometry = self._geometry[segment]
+        name = segment_name(segment)
+        # A crash or an I/O error may have left a file that nothing refers to.
+        self.device.remove(name)
+        file = self.device.create(name, geometry.file_bytes)
+        try:
+            segments.write_superblock(file, segment, geometry)
+        except OSError:
+            file.close()
+            self.device.remove(name)
+            raise
+        self._files[segment] = file
+
+    def read(self, segment: int, slot: int, offset: int, view: memoryview) -> None:
+        """Fill `view` from bytes of a slot. Raises OSError."""
+        start = self._geometry[segment].slot_offset(slot) + offset
+        self._files[segment].read(start, [view])
+
+    def write_slot(self, segment: int, slot: int, view: memoryview) -> None:
+        """Write a whole slot. Raises OSError."""
+        assert view.nbytes % ALIGN_BYTES == 0
+        self._files[segment].write(self._geometry[segment].slot_offset(slot), [view])
+
+    def write_headers(self, segment: int, headers: Mapping[int, BlockRecord]) -> None:
+        """Write headers by slot. Raises OSError."""
+        segments.write_headers(self._files[segment], self._geometry[segment], headers)
+
+    def sync(self, segment: int) -> None:
+        """Make what was written to a segment durable. Raises OSError."""
+        self._files[segment].sync()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()

@@ -1,0 +1,51 @@
+"""Configuration of an embedded store: one frozen value, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dualpath.kvstore.layout import ALIGN_BYTES
+from dualpath.transfer.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """Limits of a `BlockStore`. Times in seconds.
+
+    `disk_bytes` bounds the segment files (headers included; the index comes on top),
+    `dram_bytes` the arena's slots, `read_buffers_bytes` the buffers for chunks that are read past
+    them. `direct` asks for O_DIRECT. `shared_arena` makes the arena a sealed memfd, for
+    peers that map it. `promote` keeps blocks that were read from SSD in DRAM. A seal that is not
+    durable waits while `write_back_bytes_max` (0: half of `dram_bytes`) wait to be written.
+    """
+
+    disk_bytes: int = 4 << 30
+    dram_bytes: int = 256 << 20
+    segment_bytes: int = 64 << 20
+    read_buffers_bytes: int = 32 << 20
+    direct: bool = True
+    shared_arena: bool = False
+    promote: bool = True
+    write_back_bytes_max: int = 0
+    leases_max: int = 1 << 16
+    reservations_max: int = 1 << 16
+    namespaces_max: int = 1 << 12
+    removals_remembered_max: int = 1 << 14
+    reserve_wait_s: float = 1.0
+    read_buffer_wait_s: float = 1.0
+    commit_wait_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("disk_bytes", "dram_bytes", "segment_bytes", "read_buffers_bytes"):
+            if getattr(self, name) < 4 * ALIGN_BYTES:
+                raise InvalidRequest(
+                    f"{name} must be at least {4 * ALIGN_BYTES} bytes, not {getattr(self, name)}"
+                )
+        for name in ("leases_max", "reservations_max", "namespaces_max"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def dirty_bytes_max(self) -> int:
+        """Most bytes that wait to be written back."""
+        return self.write_back_bytes_max or self.dram_bytes // 2

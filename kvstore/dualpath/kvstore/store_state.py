@@ -1,0 +1,71 @@
+"""What the parts of a `BlockStore` share: one lock and everything that it guards.
+
+The lock is held for microseconds, never over I/O or hashing. `room` (on the same lock) is
+notified whenever slots, buffers or write-back room come free.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dualpath.kvstore.block_table import BlockTable
+from dualpath.kvstore.catalog import Catalog
+from dualpath.kvstore.dram_tier import DramTier
+from dualpath.kvstore.lease_table import LeaseTable
+from dualpath.kvstore.reservation_table import HeldReservation, ReservationTable
+from dualpath.kvstore.residency import Residency
+from dualpath.kvstore.ssd_tier import SsdTier
+from dualpath.kvstore.store_api import MissReason, Tier
+from dualpath.kvstore.store_config import StoreConfig
+from dualpath.transfer.errors import Unavailable
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """Since start; see StoreStats."""
+
+    lookups: int = 0
+    hit_blocks: int = 0
+    missed_blocks: int = 0
+    misses: dict[MissReason, int] = field(default_factory=lambda: dict.fromkeys(MissReason, 0))
+    read_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    written_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreState:
+    """See the module docstring. `clock` gives seconds; `expired` are reservations whose extents
+    wait for the fence before they are freed."""
+
+    config: StoreConfig
+    clock: Callable[[], float]
+    table: BlockTable
+    catalog: Catalog
+    dram: DramTier
+    ssd: SsdTier
+    residency: Residency
+    leases: LeaseTable
+    reservations: ReservationTable
+    lock: threading.Lock
+    room: threading.Condition
+    counters: StoreCounters = field(default_factory=StoreCounters)
+    expired: list[HeldReservation] = field(default_factory=list)
+    generation: int = 0
+    closed: bool = False
+
+    def check_open(self) -> None:
+        """Raises Unavailable after `close`."""
+        if self.closed:
+            raise Unavailable("the store is closed", reason="closed")
+
+    def reap(self) -> bool:
+        """End what has expired; needs the lock. True if extents wait for the fence."""
+        now = self.clock()
+        for lease in self.leases.expire(now):
+            self.residency.unlease(lease.rows)
+        for held in self.reservations.expire(now):
+            self.residency.hide_pending(held.row)
+            self.expired.append(held)
+        return bool(self.expired)
