@@ -17,7 +17,7 @@ import grpc.aio
 from dualpath.proto.status import Context, answering
 
 Around: TypeAlias = Callable[[Context], AbstractAsyncContextManager[None]]
-Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 
