@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from dualpath.bench.demo.namespaces import _new_prefix, stale_namespaces
+from dualpath.bench.demo.ownership import is_stale, owner_tag
 from dualpath.bench.demo.shaping import (
     LinkRates,
     create_commands,
@@ -86,10 +86,17 @@ def test_every_shaped_queue_is_bounded_and_every_class_has_a_quantum() -> None:
     assert all(0 < int(command[command.index("limit") + 1]) <= 4 << 20 for command in queues)
 
 
-def test_only_namespaces_of_dead_owners_are_stale() -> None:
-    mine = _new_prefix() + "-switch"
-    pid = os.getpid()
-    dead = "dualpath-4194305-1f-00ff-switch"
-    reused = f"dualpath-{pid}-1-00ff-prefill-0"
-    foreign = "customer-net"
-    assert stale_namespaces([mine, dead, reused, foreign, "dualpath-x-1-00ff-a"]) == [dead, reused]
+@pytest.mark.parametrize(
+    ("name", "stale"),
+    [
+        (f"dualpath-{owner_tag()}-switch", False),
+        ("dualpath-4194305-1f-00ff-switch", True),
+        ("dualpath-4194305-1f-00ff", True),
+        (f"dualpath-{os.getpid()}-1-00ff-prefill-0", True),
+        ("customer-net", False),
+        ("dualpath-4194305-customer", False),
+        ("dualpath-kept-4194305-1f-00ff", False),
+    ],
+)
+def test_only_what_a_process_that_is_gone_has_made_is_stale(name: str, *, stale: bool) -> None:
+    assert is_stale(name, "dualpath-") is stale

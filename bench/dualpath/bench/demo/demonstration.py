@@ -31,6 +31,7 @@ from dualpath.bench.demo.link_meter import (
 )
 from dualpath.bench.demo.machine import describe_machine, describe_versions
 from dualpath.bench.demo.namespaces import Namespaces, why_not_kernel
+from dualpath.bench.demo.ownership import is_stale, owner_tag
 from dualpath.bench.demo.progress import Progress
 from dualpath.bench.demo.replay import PolicyRun, Replay, load_deadline_s
 from dualpath.bench.demo.report import DemoReport
@@ -52,6 +53,8 @@ POOL_BYTES_MAX = 2 << 30
 STAGING_BYTES = 64 << 20
 STORE_SLACK_BYTES = 256 << 20
 DRAM_BYTES_MAX = 2 << 30
+
+FOLDER_PREFIX = "dualpath-demo-"
 
 Result = TypeVar("Result")
 
@@ -116,7 +119,7 @@ class Demonstration:
         started_s = time.monotonic()
         shaping, reason = choose_shaping(self._config.shaping)
         self._progress.say(f"shaping: {shaping.value} ({reason})")
-        folder = Path(tempfile.mkdtemp(prefix="dualpath-demo-"))
+        folder = self._folder()
         try:
             unshaped, runs = await self._measure(shaping, folder)
         finally:
@@ -136,6 +139,17 @@ class Demonstration:
             versions=describe_versions(),
             seconds=time.monotonic() - started_s,
         )
+
+    def _folder(self) -> Path:
+        """A new folder for sockets, logs and the store; those of killed runs are removed."""
+        temporary = Path(tempfile.gettempdir())
+        for path in temporary.glob(f"{FOLDER_PREFIX}*"):
+            if is_stale(path.name, FOLDER_PREFIX):
+                shutil.rmtree(path, ignore_errors=True)
+        kept = "kept-" if self._config.keep else ""
+        folder = temporary / f"{FOLDER_PREFIX}{kept}{owner_tag()}"
+        folder.mkdir(mode=0o700)
+        return folder
 
     def _topology(self, shaping: Shaping) -> Topology:
         make = Topology.of if shaping is Shaping.KERNEL else Topology.on_loopback

@@ -1,9 +1,8 @@
 """Network namespaces of one run: made, shaped, entered, and removed whatever happens.
 
 Owns the namespaces whose names start with this process's prefix
-`dualpath-<pid>-<start time>-<random>`; the start time tells a living owner from another process
-that got its number. `close` removes them; it also runs at interpreter exit. What a killed run left
-behind is removed by `sweep_stale` of the next one. Nothing else of the host is changed.
+`dualpath-<owner tag>`. `close` removes them; it also runs at interpreter exit. What a killed run
+left behind is removed by `sweep_stale` of the next one. Nothing else of the host is changed.
 """
 
 from __future__ import annotations
@@ -11,46 +10,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import re
-import secrets
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dualpath.bench.demo import shaping
+from dualpath.bench.demo.ownership import is_stale, owner_tag
 from dualpath.bench.demo.shaping import Command, LinkRates
 from dualpath.bench.demo.topology import Topology
 from dualpath.transfer.errors import Unavailable
 
 NAMESPACES_FOLDER = Path("/run/netns")
 COMMAND_S_MAX = 10.0
-_NAME = re.compile(r"dualpath-(\d+)-([0-9a-f]+)-[0-9a-f]{4}-.+")
-
-
-def _start_time(pid: int) -> int | None:
-    """Clock ticks after boot at which `pid` started, None if there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # The second field is a name in parentheses that may itself contain spaces and parentheses.
-    return int(stat.rpartition(")")[2].split()[19])
-
-
-def _new_prefix() -> str:
-    pid = os.getpid()
-    return f"dualpath-{pid}-{_start_time(pid) or 0:x}-{secrets.token_hex(2)}"
-
-
-def stale_namespaces(names: Iterable[str]) -> list[str]:
-    """Those of `names` that a run made whose process is gone."""
-    stale = []
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match and _start_time(int(match[1])) != int(match[2], 16):
-            stale.append(name)
-    return stale
+NAME_PREFIX = "dualpath-"
 
 
 def _run(command: Command) -> None:
@@ -74,11 +47,12 @@ def _run(command: Command) -> None:
 
 def sweep_stale() -> int:
     """Remove namespaces of runs that were killed; return how many."""
-    names = [path.name for path in NAMESPACES_FOLDER.glob("dualpath-*")]
     removed = 0
-    for name in stale_namespaces(names):
+    for path in NAMESPACES_FOLDER.glob(f"{NAME_PREFIX}*"):
+        if not is_stale(path.name, NAME_PREFIX):
+            continue
         with contextlib.suppress(Unavailable):
-            _run(("ip", "netns", "delete", name))
+            _run(("ip", "netns", "delete", path.name))
             removed += 1
     return removed
 
@@ -93,7 +67,7 @@ def why_not_kernel() -> str:
         if shutil.which(tool) is None:
             return f"`{tool}` is not installed (Debian, Ubuntu: apt install iproute2)"
     sweep_stale()
-    prefix = _new_prefix()
+    prefix = NAME_PREFIX + owner_tag()
     try:
         for command in shaping.probe_commands(prefix):
             _run(command)
@@ -116,7 +90,7 @@ class Namespaces:
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        self._prefix = _new_prefix()
+        self._prefix = NAME_PREFIX + owner_tag()
         self._owner = os.getpid()
         self._closed = False
         atexit.register(self.close)
