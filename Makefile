@@ -36,7 +36,7 @@ help: ## Show the targets
 
 demo: $(RUN) ## Two paths against one, measured on this machine (under 90 s): out/demo.json, .png
 	@mkdir -p out
-	$(VENV)/bin/dualpath demo $(ARGS)
+	$(VENV)/bin/dualpath demo --json out/demo.json --plot out/demo.png $(ARGS)
 
 demo-model: $(RUN) ## A real model's KV through the store and back (installs torch for CPU)
 	@mkdir -p out
@@ -68,9 +68,11 @@ format: $(DEV) ## Let ruff rewrite the sources
 
 bench: $(RUN) ## The headline runs: 1P1D and 1P2D at load, and a lone load; JSON in out/
 	@mkdir -p out
-	$(VENV)/bin/dualpath demo --prefill 1 --decode 1 --json out/bench-1p1d.json
-	$(VENV)/bin/dualpath demo --prefill 1 --decode 2 --json out/bench-1p2d.json
-	$(VENV)/bin/dualpath demo --prefill 1 --decode 2 --concurrency 1 --json out/bench-lone.json
+	bench() { $(VENV)/bin/dualpath demo --json "out/bench-$$1.json" --plot "out/bench-$$1.png" "$${@:2}"; }
+	bench 1p1d --prefill 1 --decode 1
+	bench 1p2d --prefill 1 --decode 2
+	bench lone --prefill 1 --decode 2 --concurrency 1
+	bench lone-narrow --prefill 1 --decode 2 --concurrency 1 --compute-ratio 1
 
 proto: $(DEV) ## Generate the gRPC stubs again (pinned tools)
 	@PATH='$(CURDIR)/$(VENV)/bin':$$PATH $(PY) -m grpc_tools.protoc -Iproto \
