@@ -98,12 +98,13 @@ import asyncio, sys
 from pathlib import Path
 from dualpath.bench.demo.process import ChildProcess
 async def run():
-    child = await ChildProcess.start("n", [sys.executable, "-c", {FOREVER!r}], Path({str(tmp_path / "n.log")!r}))
+    argv = [sys.executable, "-c", {FOREVER!r}]
+    child = await ChildProcess.start("n", argv, Path({str(tmp_path / "n.log")!r}))
     await child.wait_ready(20)
     print(child.pid, flush=True)
     await asyncio.sleep(60)
 asyncio.run(run())
-"""  # noqa: E501
+"""
     with subprocess.Popen(
         [sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True
     ) as process:
