@@ -1,0 +1,1 @@
+"""The storage daemon: the store of one node behind gRPC and the data plane."""

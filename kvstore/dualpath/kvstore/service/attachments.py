@@ -1,0 +1,197 @@
+"""Who is joined to the data plane.
+
+Owns the sessions: a secret of 16 random bytes authenticates an attachment on later calls and maps
+to its public `peer_id`, its transport and its incoming blocks. Guarantees that an attachment whose
+data connection is lost, or was never made, loses its session at once and its leases, reservations
+and queued deliveries soon after, fenced first. Used from the event loop, but `peer_lost`, which
+transports call from their threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from dualpath.kvstore.service.auth import Caller
+from dualpath.kvstore.service.incoming import IncomingBlocks
+from dualpath.kvstore.store_api import Store
+from dualpath.transfer.errors import InvalidRequest, Overloaded, PeerLost, PermissionDenied
+from dualpath.transfer.transport import INVITATION_TTL_S, Transport
+
+SESSION_BYTES = 16
+ATTACHMENTS_MAX = 256
+NAME_CHARS_MAX = 64
+CONNECT_S_MAX = INVITATION_TTL_S + 5.0
+"""An attachment that has not connected after this long is dropped."""
+
+_log = logging.getLogger(__name__)
+_ODD_CHARS = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """A transport that callers may choose, and the address to dial it at."""
+
+    transport: Transport
+    address: str
+    local_only: bool
+
+
+@dataclass(slots=True, eq=False)
+class Attachment:
+    """One receiver of ours. `attached_at` in seconds of the monotonic clock."""
+
+    peer_id: str
+    principal: str
+    plane: Plane
+    incoming: IncomingBlocks
+    attached_at: float
+    connected: bool = False
+    lost: str = ""
+    """Why it ended, "" while it lives."""
+    on_lost: Callable[[], None] | None = field(default=None, repr=False)
+
+
+class Attachments:
+    """See the module docstring. `on_drop` is called with each lost peer_id, in the loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        planes: Mapping[str, Plane],
+        executor: Executor,
+        on_drop: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._planes = planes
+        self._executor = executor
+        self._on_drop = on_drop
+        self._loop = asyncio.get_running_loop()
+        # By SHA-256 of the session, so that the look-up's timing tells nothing about secrets.
+        self._by_session: dict[bytes, Attachment] = {}
+        self._sessions: dict[str, bytes] = {}
+        self._by_peer: dict[str, Attachment] = {}
+        self._drops: set[asyncio.Future[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._by_peer)
+
+    def __iter__(self) -> Iterator[Attachment]:
+        return iter(list(self._by_peer.values()))
+
+    def attach(
+        self, name: str, transports: Sequence[str], caller: Caller, *, now: float
+    ) -> tuple[Attachment, bytes, bytes]:
+        """Make an attachment; return it with its session and its invitation.
+
+        Raises InvalidRequest (no transport in common), Overloaded.
+        """
+        if len(self._by_peer) >= ATTACHMENTS_MAX:
+            raise Overloaded(
+                f"{len(self._by_peer)} attachments, {ATTACHMENTS_MAX} at most", retry_after_s=5.0
+            )
+        plane = self._choose(transports, local=caller.local_socket)
+        clean = _ODD_CHARS.sub("_", name)[:NAME_CHARS_MAX] or "peer"
+        peer_id = f"{clean}-{secrets.token_hex(4)}"
+        while peer_id in self._by_peer:
+            peer_id = f"{clean}-{secrets.token_hex(4)}"
+        session = secrets.token_bytes(SESSION_BYTES)
+        invitation = plane.transport.invite(peer_id)
+        incoming = IncomingBlocks(self._store, plane.transport, peer_id)
+        attachment = Attachment(peer_id, caller.principal, plane, incoming, now)
+        digest = _digest(session)
+        self._by_session[digest] = attachment
+        self._sessions[peer_id] = digest
+        self._by_peer[peer_id] = attachment
+        return attachment, session, invitation
+
+    def of_session(self, session: bytes, caller: Caller) -> Attachment:
+        """The attachment of a session. Raises PermissionDenied, reason `session`."""
+        attachment = self._by_session.get(_digest(session))
+        if attachment is None or attachment.principal != caller.principal:
+            raise PermissionDenied(
+                "session: unknown or ended (its data connection was lost, or the daemon "
+                "restarted); attach again",
+                reason="session",
+            )
+        return attachment
+
+    def peer_lost(self, peer_id: str, reason: str) -> None:
+        """A transport lost the connection to `peer_id`. From any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self.drop, peer_id, reason)
+        except RuntimeError:
+            _log.debug("attachment %s ended after the loop: %s", peer_id, reason)
+
+    def drop(self, peer_id: str, reason: str) -> None:
+        """End an attachment; unknown ones are ignored."""
+        attachment = self._by_peer.pop(peer_id, None)
+        if attachment is None:
+            return
+        _log.info("attachment %s ended: %s", peer_id, reason)
+        attachment.lost = reason or "lost"
+        self._by_session.pop(self._sessions.pop(peer_id), None)
+        self._on_drop(peer_id)
+        if attachment.on_lost is not None:
+            attachment.on_lost()
+        drop = self._loop.run_in_executor(self._executor, _let_go, attachment)
+        self._drops.add(drop)
+        drop.add_done_callback(self._drops.discard)
+
+    def reap(self, now: float) -> None:
+        """Drop attachments that never connected within CONNECT_S_MAX."""
+        unproven = [each for each in self._by_peer.values() if not each.connected]
+        if not unproven:
+            return
+        seen = {
+            traffic.peer
+            for plane in self._planes.values()
+            for traffic in plane.transport.traffic()
+            if traffic.connected
+        }
+        for attachment in unproven:
+            if attachment.peer_id in seen:
+                attachment.connected = True
+            elif now - attachment.attached_at > CONNECT_S_MAX:
+                self.drop(attachment.peer_id, "it never connected to the data plane")
+
+    async def close(self, deadline_s: float) -> None:
+        """Drop all, and wait until they are fenced."""
+        for peer_id in list(self._by_peer):
+            self.drop(peer_id, "the daemon is stopping")
+        if self._drops:
+            await asyncio.wait(set(self._drops), timeout=deadline_s)
+
+    def _choose(self, transports: Collection[str], *, local: bool) -> Plane:
+        offered = [name for name, plane in self._planes.items() if local or not plane.local_only]
+        for name in transports:
+            if name in offered:
+                return self._planes[name]
+        hint = "" if local else " (shm only over the Unix socket)"
+        raise InvalidRequest(
+            f"transports: none of {list(transports)} can be used here; offered: {offered}{hint}"
+        )
+
+
+def check_alive(attachment: Attachment) -> None:
+    """Raises PeerLost if the attachment ended meanwhile."""
+    if attachment.lost:
+        raise PeerLost(f"attachment {attachment.peer_id} ended: {attachment.lost}")
+
+
+def _let_go(attachment: Attachment) -> None:
+    try:
+        attachment.plane.transport.disconnect(attachment.peer_id)
+        attachment.incoming.close()
+    except Exception:  # noqa: BLE001 - a fire-and-forget task: nobody else would say so
+        _log.exception("attachment %s was not dropped cleanly", attachment.peer_id)
+
+
+def _digest(session: bytes) -> bytes:
+    return hashlib.sha256(session).digest()

@@ -1,0 +1,289 @@
+"""Read and Write: blocks as frames of a gRPC stream, for languages without the data plane.
+
+Guarantees that every frame carries the xxh3-64 of its bytes, that what is read was checked against
+the checksum recorded at seal, and that a Write that fails leaves nothing half-written: blocks
+sealed before the failure stay, the others are abandoned. Frames of a block follow each other in
+order. Bounds the streams that run at once and the bytes that one Write holds unsealed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dualpath.kvstore.checksum import xxh3_64
+from dualpath.kvstore.layout import CHUNK_BYTES_MAX, KVLayout
+from dualpath.kvstore.service.messages import (
+    checked_checksums,
+    checked_hashes,
+    checked_namespace_id,
+    hit_message,
+    seal_statuses,
+)
+from dualpath.kvstore.store_api import (
+    BATCH_BLOCKS_MAX,
+    RESERVATION_S_MAX,
+    NewBlock,
+    PrefixHit,
+    Reservation,
+    ReserveStatus,
+    SealRequest,
+    SealStatus,
+    Store,
+)
+from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import Corrupt, DeadlineExceeded, InvalidRequest, Overloaded
+
+FRAME_BYTES_MAX = 1 << 20
+STREAMS_MAX = 16
+LEASE_S = 60.0
+FRAME_WAIT_S_MAX = 60.0
+"""Longest pause between two frames of a Write."""
+BLOCK_S_MAX = 240.0
+"""Longest time from a block's first frame to its last. Its slot is ours for longer than that."""
+SEAL_BYTES = 16 << 20
+"""A Write seals at the end of the block that brings it over this."""
+SEAL_BLOCKS = 64
+
+assert CHUNK_BYTES_MAX <= FRAME_BYTES_MAX, "a chunk fits a frame"
+assert BLOCK_S_MAX < RESERVATION_S_MAX
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class _OpenBlock:
+    """The block whose frames are coming in. Without a reservation its bytes are dropped."""
+
+    index: int
+    hash: bytes
+    reservation: Reservation
+    late_at: float
+    received: int = 0
+
+
+class ByteStreams:
+    """Handlers of Read and Write."""
+
+    def __init__(self, store: Store, executor: Executor, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._executor = executor
+        self.clock = clock
+        self._ids = itertools.count(1)
+        self._running = 0
+
+    async def read(self, request: store_pb2.ReadRequest) -> AsyncIterator[store_pb2.ReadFrame]:
+        """See store.proto: the prefix's blocks, a frame a chunk."""
+        namespace_id = checked_namespace_id(request.namespace_id)
+        checked_hashes("hash", request.hash)
+        layout = self._store.layout(namespace_id)
+        checked_checksums(len(request.hash), layout)
+        with self._counted() as owner:
+            hit = self._store.lookup(namespace_id, request.hash, owner=owner, lease_s=LEASE_S)
+            try:
+                message = hit_message(hit)
+                message.lease_id = message.lease_ms = 0
+                yield store_pb2.ReadFrame(hit=message)
+                async for frame in self._frames(hit, layout, owner):
+                    yield frame
+            finally:
+                if hit.lease_id:
+                    self._store.release(hit.lease_id, owner=owner)
+
+    async def _frames(
+        self, hit: PrefixHit, layout: KVLayout, owner: str
+    ) -> AsyncIterator[store_pb2.ReadFrame]:
+        renew_at = self.clock() + LEASE_S / 3
+        for block, checksums in enumerate(hit.checksums):
+            for chunk, checksum in enumerate(checksums):
+                data = await self._blocking(self._chunk, hit.lease_id, block, chunk)
+                if xxh3_64(memoryview(data)) != checksum:
+                    await self._blocking(self._store.report_corrupt, hit.lease_id, block, chunk)
+                    raise Corrupt(f"block {block}, chunk {chunk}: its checksum does not hold")
+                offset, _ = layout.chunk_extent(chunk)
+                yield store_pb2.ReadFrame(
+                    block=block, offset_bytes=offset, data=data, checksum=checksum
+                )
+                if self.clock() >= renew_at:
+                    # Only progress renews: a client that does not read loses the lease.
+                    self._store.renew(hit.lease_id, owner=owner, lease_s=LEASE_S)
+                    renew_at = self.clock() + LEASE_S / 3
+
+    def _chunk(self, lease_id: int, block: int, chunk: int) -> bytes:
+        with self._store.fetch(lease_id, block, chunk) as fetched:
+            return b"".join(
+                fetched.region.view[start : start + nbytes]
+                for start, nbytes in fetched.slices.pieces()
+            )
+
+    async def write(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> store_pb2.WriteResponse:
+        """See store.proto."""
+        with self._counted() as owner:
+            intake = _Intake(self, owner)
+            try:
+                return await intake.run(frames)
+            finally:
+                # Whatever was not sealed is given up; leases it has none.
+                self._store.forget_owner(owner)
+
+    async def _blocking(self, call: Callable[..., _T], *args: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+    async def reserve(self, namespace_id: bytes, block: NewBlock, owner: str) -> Reservation:
+        """Reserve one block of a Write."""
+        outcomes = await self._blocking(
+            lambda: self._store.reserve(namespace_id, [block], owner=owner, ttl_s=RESERVATION_S_MAX)
+        )
+        return outcomes[0]
+
+    async def seal(self, ids: list[int], owner: str, durable: bool) -> tuple[SealStatus, ...]:
+        """Seal blocks of a Write."""
+        requests = [SealRequest(reservation) for reservation in ids]
+        return await self._blocking(
+            lambda: self._store.seal(requests, owner=owner, durable=durable)
+        )
+
+    @property
+    def store(self) -> Store:
+        """The store that is read and written."""
+        return self._store
+
+    @contextmanager
+    def _counted(self) -> Iterator[str]:
+        if self._running >= STREAMS_MAX:
+            raise Overloaded(
+                f"{self._running} Read and Write streams run, {STREAMS_MAX} at most",
+                retry_after_s=1.0,
+            )
+        self._running += 1
+        try:
+            yield f"stream:{next(self._ids)}"
+        finally:
+            self._running -= 1
+
+
+class _Intake:
+    """One Write: the state between its frames."""
+
+    def __init__(self, streams: ByteStreams, owner: str) -> None:
+        self._streams = streams
+        self._owner = owner
+        self._namespace_id = b""
+        self._layout: KVLayout | None = None
+        self._durable = False
+        self._open: _OpenBlock | None = None
+        self._unsealed: list[tuple[int, int]] = []  # (index, reservation)
+        self._answer = store_pb2.WriteResponse()
+
+    async def run(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> store_pb2.WriteResponse:
+        """Take all frames; return the answer."""
+        number = 0
+        while True:
+            try:
+                frame = await asyncio.wait_for(anext(frames), FRAME_WAIT_S_MAX)
+            except StopAsyncIteration:
+                break
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"no frame within {FRAME_WAIT_S_MAX:.0f} s after frame {number - 1}"
+                ) from None
+            await self._take(frame, number)
+            number += 1
+        if self._open is not None:
+            raise InvalidRequest(
+                f"the stream ended inside of block {self._open.index}, after "
+                f"{self._open.received} bytes"
+            )
+        await self._seal()
+        return self._answer
+
+    async def _take(self, frame: store_pb2.WriteFrame, number: int) -> None:
+        if number == 0:
+            self._namespace_id = checked_namespace_id(frame.namespace_id)
+            self._layout = self._streams.store.layout(self._namespace_id)
+            self._durable = frame.durable
+        elif frame.namespace_id not in (b"", self._namespace_id):
+            raise InvalidRequest(f"frame {number}: another namespace_id than the first frame's")
+        if len(frame.data) > FRAME_BYTES_MAX:
+            raise InvalidRequest(
+                f"frame {number}: {len(frame.data)} bytes of data; {FRAME_BYTES_MAX} at most"
+            )
+        if frame.data and xxh3_64(memoryview(frame.data)) != frame.checksum:
+            raise Corrupt(f"frame {number}: its data does not have checksum {frame.checksum:#x}")
+        if frame.hash:
+            await self._begin(frame, number)
+        if frame.data:
+            await self._append(frame.data, number)
+
+    async def _begin(self, frame: store_pb2.WriteFrame, number: int) -> None:
+        if self._open is not None:
+            raise InvalidRequest(
+                f"frame {number}: a new block before block {self._open.index} is complete "
+                f"({self._open.received} bytes so far)"
+            )
+        index = len(self._answer.hash)
+        if index >= BATCH_BLOCKS_MAX:
+            raise InvalidRequest(f"frame {number}: over {BATCH_BLOCKS_MAX} blocks in one stream")
+        checked_hashes("hash", [frame.hash])
+        checked_hashes("parent", [frame.parent], empty=True)
+        block = NewBlock(frame.hash, frame.parent)
+        reservation = await self._streams.reserve(self._namespace_id, block, self._owner)
+        if reservation.status is ReserveStatus.NO_PARENT:
+            raise InvalidRequest(
+                f"frame {number}: parent {frame.parent.hex()} of block {index} is not stored; "
+                "write parents first"
+            )
+        if reservation.status is ReserveStatus.FULL:
+            raise Overloaded(
+                f"block {index}: no space could be freed: all else is leased or pending",
+                retry_after_s=1.0,
+            )
+        exists = reservation.status is ReserveStatus.EXISTS
+        self._answer.hash.append(frame.hash)
+        self._answer.status.append(
+            store_pb2.SEAL_STATUS_SEALED if exists else store_pb2.SEAL_STATUS_UNSPECIFIED
+        )
+        self._answer.existed.append(reservation.status is not ReserveStatus.RESERVED)
+        late_at = self._streams.clock() + BLOCK_S_MAX
+        self._open = _OpenBlock(index, frame.hash, reservation, late_at)
+
+    async def _append(self, data: bytes, number: int) -> None:
+        block, layout = self._open, self._layout
+        if block is None or layout is None:
+            raise InvalidRequest(f"frame {number}: data before a frame with the block's hash")
+        end = block.received + len(data)
+        if end > layout.block_bytes:
+            raise InvalidRequest(
+                f"frame {number}: block {block.index} gets {end} bytes, it has {layout.block_bytes}"
+            )
+        if self._streams.clock() >= block.late_at:
+            raise DeadlineExceeded(
+                f"frame {number}: block {block.index} took longer than {BLOCK_S_MAX:.0f} s"
+            )
+        extent = block.reservation.extent
+        if extent is not None:
+            start = extent.start + block.received
+            self._streams.store.arena.view[start : start + len(data)] = data
+        block.received = end
+        if end < layout.block_bytes:
+            return
+        self._open = None
+        if extent is not None:
+            self._unsealed.append((block.index, block.reservation.reservation_id))
+        held = len(self._unsealed)
+        if held >= SEAL_BLOCKS or held * layout.block_bytes >= SEAL_BYTES:
+            await self._seal()
+
+    async def _seal(self) -> None:
+        unsealed, self._unsealed = self._unsealed, []
+        if not unsealed:
+            return
+        ids = [reservation for _, reservation in unsealed]
+        sealed = await self._streams.seal(ids, self._owner, self._durable)
+        for (index, _), status in zip(unsealed, seal_statuses(sealed), strict=True):
+            self._answer.status[index] = status

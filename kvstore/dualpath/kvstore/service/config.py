@@ -1,0 +1,162 @@
+"""What a daemon is told at its start, checked once.
+
+Owns the defaults, the limits and the rule about addresses: loopback and Unix sockets are open to
+their users, anything beyond needs tokens or an explicit `insecure`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from dualpath.kvstore.layout import CHUNK_BYTES_MAX
+from dualpath.transfer.errors import InvalidRequest
+
+UNIX_PATH_CHARS_MAX = 100
+"""The kernel takes 107; `.data` and a suffix of the transport must still fit."""
+TOKEN_CHARS_MIN = 16
+READERS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonConfig:
+    """Configuration of `run_daemon`.
+
+    `data`: directory of the store, made if absent. `listen`: host:port of gRPC, port 0 for any.
+    `unix`: path of a Unix socket for gRPC; its callers get their data over shared memory at
+    `<unix>.data`. `data_listen`: host:port where receivers dial the data plane; by default the
+    host of `listen` with any port. `advertise_host`: the host that callers are told to dial when
+    `data_listen` is a wildcard. `tokens`: any of them opens the daemon; with tokens every TCP
+    caller needs one, also on loopback. `insecure`: allow listening beyond loopback without.
+    `metrics_listen`: host:port of the Prometheus endpoint, "" for none; it carries counters only
+    and asks for no token.
+    `disk_bytes`, `dram_bytes`: capacity of the SSD and the DRAM tier. `segment_bytes`: size of each
+    preallocated file. `direct`: read and write them with O_DIRECT where the file system takes it.
+    `readers`: threads that read from the tiers for deliveries.
+    `attachment_inflight_bytes`, `inflight_bytes`: chunks read and not yet acknowledged, for one
+    attachment and for all. `send_limit_bytes_per_s`: paces what is sent over TCP, 0 for no limit.
+    `drain_s`: how long a stop waits for deliveries.
+    """
+
+    data: str
+    listen: str = "127.0.0.1:7070"
+    unix: str = ""
+    data_listen: str = ""
+    advertise_host: str = ""
+    disk_bytes: int = 4 << 30
+    dram_bytes: int = 256 << 20
+    segment_bytes: int = 64 << 20
+    direct: bool = True
+    tokens: tuple[str, ...] = ()
+    insecure: bool = False
+    metrics_listen: str = ""
+    readers: int = 4
+    attachment_inflight_bytes: int = 8 << 20
+    inflight_bytes: int = 64 << 20
+    send_limit_bytes_per_s: float = 0
+    drain_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InvalidRequest("data is empty: name the directory of the store")
+        for name in ("listen", "data_listen", "metrics_listen"):
+            if getattr(self, name):
+                split_address(getattr(self, name), name)
+        if not self.listen and not self.unix:
+            raise InvalidRequest("neither listen nor unix is set: nobody could reach the daemon")
+        if len(self.unix) > UNIX_PATH_CHARS_MAX:
+            raise InvalidRequest(
+                f"unix: {self.unix!r} is longer than {UNIX_PATH_CHARS_MAX} chars; shorten it"
+            )
+        self._check_sizes()
+        self._check_access()
+
+    def _check_sizes(self) -> None:
+        for name, lowest in (
+            ("disk_bytes", 1 << 20),
+            ("dram_bytes", 1 << 20),
+            ("segment_bytes", 1 << 20),
+            ("attachment_inflight_bytes", CHUNK_BYTES_MAX),
+            ("inflight_bytes", CHUNK_BYTES_MAX),
+        ):
+            if getattr(self, name) < lowest:
+                raise InvalidRequest(f"{name} must be at least {lowest}, not {getattr(self, name)}")
+        if not 1 <= self.readers <= READERS_MAX:
+            raise InvalidRequest(f"readers must lie in 1..{READERS_MAX}, not {self.readers}")
+        for name in ("send_limit_bytes_per_s", "drain_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidRequest(f"{name} must not be negative, not {getattr(self, name)}")
+
+    def _check_access(self) -> None:
+        short = [token for token in self.tokens if len(token) < TOKEN_CHARS_MIN]
+        if short:
+            raise InvalidRequest(
+                f"{len(short)} of {len(self.tokens)} tokens have fewer than {TOKEN_CHARS_MIN} "
+                "chars; make one with `python -c 'import secrets; print(secrets.token_hex())'`"
+            )
+        if not all(token.isascii() and token.isprintable() for token in self.tokens):
+            raise InvalidRequest("tokens must be printable ASCII: they travel in gRPC metadata")
+        for name in ("listen", "data_listen"):
+            check_reach(name, getattr(self, name), tokens=bool(self.tokens), insecure=self.insecure)
+        host, _ = split_address(self.data_address, "data_listen")
+        if is_wildcard(host) and not self.advertise_host:
+            raise InvalidRequest(
+                f"data_listen {self.data_address!r} is no address that others can dial: give "
+                "data_listen a host of this machine, or set advertise_host"
+            )
+
+    @property
+    def data_address(self) -> str:
+        """Where the TCP data plane listens."""
+        if self.data_listen:
+            return self.data_listen
+        if not self.listen:
+            return "127.0.0.1:0"
+        return f"{_bracketed(split_address(self.listen, 'listen')[0])}:0"
+
+    def dialled(self, bound: str) -> str:
+        """The address that callers are told for the data plane bound at `bound`."""
+        host, port = split_address(bound, "data_listen")
+        return f"{_bracketed(self.advertise_host)}:{port}" if is_wildcard(host) else bound
+
+
+def split_address(address: str, field: str) -> tuple[str, int]:
+    """(host, port) of `host:port` or `[v6]:port`. Raises InvalidRequest naming `field`."""
+    host, separator, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidRequest(f"{field}: {address!r} is not host:port with a port of 0..65535")
+    return host, int(port)
+
+
+def check_reach(field: str, address: str, *, tokens: bool, insecure: bool) -> None:
+    """Refuse an address beyond loopback unless tokens guard it or `insecure` was asked for."""
+    if not address or tokens or insecure:
+        return
+    host, _ = split_address(address, field)
+    if not is_loopback(host):
+        raise InvalidRequest(
+            f"{field}: {address!r} is reachable from other machines and no token is set: anybody "
+            "could read and write blocks. Set tokens, listen on 127.0.0.1, or pass insecure",
+            reason="insecure",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`. Names other than localhost count as no."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether `host` means every address of this machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,291 @@
+"""The delivery engine: reads granted chunks from the store and writes them to their receivers.
+
+Owns the reader threads, the queue (`delivery_queue`) under one lock, and the counters. A chunk's
+buffer is held from `store.fetch` until its write has completed. A receiver that does not read
+holds only its own bounded bytes in flight, and only until its grants' deadlines. Every granted
+chunk ends exactly once: landed, or in a report with its reason. Knows no gRPC.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from dualpath.kvstore.service.delivery_queue import (
+    ChunkFailure,
+    Delivery,
+    DeliveryQueue,
+    Grant,
+    Progress,
+)
+from dualpath.kvstore.store_api import FetchedChunk, Store
+from dualpath.transfer.errors import (
+    Corrupt,
+    DeadlineExceeded,
+    DualPathError,
+    InvalidRequest,
+    LeaseExpired,
+    Overloaded,
+    Unavailable,
+)
+from dualpath.transfer.transport import Completion, Transport, Write, WriteStatus
+
+JOIN_S_MAX = 5.0
+IDLE_S_MAX = 1.0
+"""Longest sleep of a reader, a safety net under its wake-ups."""
+FAILURES_PER_REPORT = 4096
+
+_log = logging.getLogger(__name__)
+
+_BY_STATUS: Mapping[WriteStatus, ChunkFailure | None] = {
+    WriteStatus.DONE: None,
+    WriteStatus.REFUSED: ChunkFailure.REFUSED,
+    WriteStatus.LOST: ChunkFailure.PEER_LOST,
+    WriteStatus.CLOSED: ChunkFailure.PEER_LOST,
+    WriteStatus.EXPIRED: ChunkFailure.DEADLINE,
+}
+_BY_ERROR: tuple[tuple[type[DualPathError], ChunkFailure], ...] = (
+    (LeaseExpired, ChunkFailure.LEASE_EXPIRED),
+    (Corrupt, ChunkFailure.CORRUPT),
+    (Overloaded, ChunkFailure.OVERLOADED),
+    (DeadlineExceeded, ChunkFailure.DEADLINE),
+    (Unavailable, ChunkFailure.PEER_LOST),
+    (InvalidRequest, ChunkFailure.INVALID),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryConfig:
+    """`readers` threads; bytes in flight of one attachment and of all together."""
+
+    readers: int = 4
+    attachment_inflight_bytes: int = 8 << 20
+    inflight_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryStats:
+    """Counters since start; `pending_bytes` are granted and have neither landed nor failed."""
+
+    delivered_bytes: int
+    delivered_chunks: int
+    failures: Mapping[ChunkFailure, int]
+    pending_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiver:
+    transport: Transport
+    on_report: Callable[[], None]
+
+
+def failure_of(error: Exception) -> ChunkFailure:
+    """The reason that is reported for a chunk whose delivery raised `error`."""
+    for kind, failure in _BY_ERROR:
+        if isinstance(error, kind):
+            return failure
+    return ChunkFailure.CORRUPT
+
+
+class DeliveryEngine:
+    """See the module docstring. All methods are thread-safe and do not block, but `drain`,
+    `close` and `wait_idle`. `clock` gives seconds, monotonic."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: DeliveryConfig = DeliveryConfig(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._queue = DeliveryQueue(
+            peer_inflight_bytes=config.attachment_inflight_bytes,
+            inflight_bytes=config.inflight_bytes,
+        )
+        self._wake = threading.Condition()
+        self._receivers: dict[str, _Receiver] = {}
+        self._closed = False
+        self._draining = False
+        self._delivered_bytes = 0
+        self._delivered_chunks = 0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"deliver-{index}", daemon=True)
+            for index in range(config.readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def open(self, peer: str, transport: Transport, on_report: Callable[[], None]) -> None:
+        """Take grants of `peer`, written over `transport`. `on_report` is called from any thread
+        when `reports` has news. Raises InvalidRequest if the peer is open already."""
+        with self._wake:
+            self._queue.open(peer)
+            self._receivers[peer] = _Receiver(transport, on_report)
+
+    def close_peer(self, peer: str) -> None:
+        """Drop what waits for `peer`; writes in flight end unreported."""
+        with self._wake:
+            self._queue.close(peer)
+            self._receivers.pop(peer, None)
+            self._wake.notify_all()
+
+    def submit(self, peer: str, grant: Grant) -> None:
+        """Queue a grant. Raises InvalidRequest, Overloaded; PeerLost cannot happen here."""
+        with self._wake:
+            if self._draining or self._closed:
+                raise Unavailable("the daemon is stopping: use another path", reason="draining")
+            self._queue.add(peer, grant)
+            if grant.chunks:
+                self._wake.notify(len(grant.chunks))
+                return
+            receiver = self._receivers[peer]
+        receiver.on_report()
+
+    def refuse(
+        self, peer: str, grant_id: int, tags: Sequence[int], failure: ChunkFailure, detail: str
+    ) -> None:
+        """Report a grant as failed as a whole. Raises InvalidRequest, Overloaded."""
+        with self._wake:
+            self._queue.refuse(peer, grant_id, tags, failure, detail)
+            receiver = self._receivers[peer]
+        receiver.on_report()
+
+    def cancel(self, peer: str, grant_id: int) -> bool:
+        """Drop what waits of a grant; False if the grant is unknown or done."""
+        with self._wake:
+            known = self._queue.cancel(peer, grant_id)
+            receiver = self._receivers[peer]
+        if known:
+            receiver.on_report()
+        return known
+
+    def reports(self, peer: str) -> list[Progress]:
+        """Take what is new of a peer's grants; call again until it is empty."""
+        with self._wake:
+            return self._queue.reports(peer, FAILURES_PER_REPORT)
+
+    def open_grants(self, peer: str) -> int:
+        """Grants of `peer` that are not done, or not reported yet."""
+        with self._wake:
+            return self._queue.open_grants(peer)
+
+    def stats(self) -> DeliveryStats:
+        """A snapshot."""
+        with self._wake:
+            return DeliveryStats(
+                self._delivered_bytes,
+                self._delivered_chunks,
+                dict(self._queue.failures),
+                self._queue.pending_bytes,
+            )
+
+    def drain(self, deadline_s: float) -> bool:
+        """Refuse new grants and wait until nothing is pending; False if the time ran out."""
+        with self._wake:
+            self._draining = True
+            return self._wake.wait_for(lambda: self._queue.pending_bytes == 0, deadline_s)
+
+    def wait_idle(self, deadline_s: float) -> bool:
+        """Wait until nothing is in flight, so that no chunk's buffer is held any more."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self._queue.inflight_bytes == 0, deadline_s)
+
+    def close(self) -> None:
+        """Drop all queues and join the readers. Writes in flight still complete later."""
+        with self._wake:
+            self._closed = True
+            for peer in list(self._receivers):
+                self._queue.close(peer)
+            self._receivers.clear()
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(JOIN_S_MAX)
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            self._start(job)
+
+    def _next(self) -> Delivery | None:
+        """Wait for a chunk to deliver; None when closed."""
+        while True:
+            with self._wake:
+                if self._closed:
+                    return None
+                now = self._clock()
+                late = [self._receivers[name] for name in self._queue.expire(now)]
+                if not late:
+                    job = self._queue.next(now)
+                    if job is not None:
+                        return job
+                    deadline = self._queue.next_deadline()
+                    wait_s = IDLE_S_MAX if deadline is None else max(0.0, deadline - now)
+                    self._wake.wait(min(IDLE_S_MAX, wait_s))
+                elif self._queue.pending_bytes == 0:
+                    self._wake.notify_all()  # drain may be over
+            for receiver in late:
+                receiver.on_report()
+
+    def _start(self, job: Delivery) -> None:
+        fetched: FetchedChunk | None = None
+        try:
+            receiver = self._receivers.get(job.peer)
+            left_s = job.deadline_at - self._clock()
+            if receiver is None:
+                self._finish(job, ChunkFailure.PEER_LOST, "attachment closed")
+                return
+            if left_s <= 0:
+                self._finish(job, ChunkFailure.DEADLINE, "queued past the deadline")
+                return
+            fetched = self._store.fetch(job.lease_id, job.chunk.block, job.chunk.chunk)
+            target = job.chunk.target
+            if fetched.slices.nbytes != target.nbytes:
+                raise InvalidRequest(
+                    f"chunk {job.chunk.chunk} has {fetched.slices.nbytes} bytes, its target "
+                    f"{target.nbytes}"
+                )
+            left_s = max(1e-3, job.deadline_at - self._clock())
+            write = Write(
+                fetched.region,
+                fetched.slices,
+                job.window,
+                target,
+                job.lane,
+                job.chunk.tag,
+                left_s,
+            )
+            receiver.transport.write(job.peer, write, partial(self._completed, job, fetched))
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: each chunk must end
+            if not isinstance(error, DualPathError):
+                _log.exception(
+                    "delivery of lease %d block %d chunk %d failed",
+                    job.lease_id,
+                    job.chunk.block,
+                    job.chunk.chunk,
+                )
+            if fetched is not None:
+                fetched.release()
+            self._finish(job, failure_of(error), str(error))
+
+    def _completed(self, job: Delivery, fetched: FetchedChunk, completion: Completion) -> None:
+        fetched.release()
+        failure = _BY_STATUS[completion.status]
+        self._finish(job, failure, completion.detail or completion.status.value)
+
+    def _finish(self, job: Delivery, failure: ChunkFailure | None, detail: str) -> None:
+        with self._wake:
+            news = self._queue.finished(job, failure, detail)
+            if failure is None:
+                self._delivered_bytes += job.chunk.target.nbytes
+                self._delivered_chunks += 1
+            receiver = self._receivers.get(job.peer) if news else None
+            if self._queue.inflight_bytes == 0 or self._draining:
+                self._wake.notify_all()
+            else:
+                self._wake.notify()
+        if receiver is not None:
+            receiver.on_report()

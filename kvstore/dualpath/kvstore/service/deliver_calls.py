@@ -1,0 +1,217 @@
+"""The calls that take blocks out over the data plane: attach, and the Deliver stream.
+
+Owns the meeting of one stream with the delivery engine: grants and cancels in, progress out. A
+grant that is wrong in itself fails alone, with its reason; a broken stream (unknown session, an id
+used twice, reports left unread) ends. When the stream ends, what it granted is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from dualpath.kvstore.service.attachments import Attachment, Attachments, check_alive
+from dualpath.kvstore.service.auth import Caller
+from dualpath.kvstore.service.deliver import DeliveryEngine
+from dualpath.kvstore.service.delivery_queue import ChunkFailure
+from dualpath.kvstore.service.lease_owners import LeaseOwners
+from dualpath.kvstore.service.messages import checked_session, grant_of, progress_message
+from dualpath.kvstore.service.ticket import TicketMint
+from dualpath.proto.status import Context
+from dualpath.proto.v1 import common_pb2, store_pb2
+from dualpath.transfer.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseExpired,
+    PermissionDenied,
+    Unavailable,
+)
+
+FIRST_MESSAGE_S_MAX = 10.0
+CANCELS_MAX = 4096
+
+
+class DeliverCalls:
+    """Handlers of Attach and Deliver."""
+
+    def __init__(
+        self,
+        *,
+        attachments: Attachments,
+        engine: DeliveryEngine,
+        owners: LeaseOwners,
+        mint: TicketMint,
+        server_id: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self._attachments = attachments
+        self._engine = engine
+        self._owners = owners
+        self._mint = mint
+        self._server_id = server_id
+        self._clock = clock
+        self._streams: set[_Stream] = set()
+        self._stopping = False
+
+    def attach(
+        self, request: common_pb2.AttachRequest, caller: Caller
+    ) -> common_pb2.AttachResponse:
+        """See common.proto."""
+        if self._stopping:
+            raise Unavailable("the daemon is stopping: use another", reason="draining")
+        attachment, session, invitation = self._attachments.attach(
+            request.name, request.transports, caller, now=self._clock()
+        )
+        return common_pb2.AttachResponse(
+            session=session,
+            peer_id=attachment.peer_id,
+            server_id=self._server_id,
+            transport=attachment.plane.transport.name,
+            address=attachment.plane.address,
+            invitation=invitation,
+        )
+
+    async def deliver(
+        self, requests: AsyncIterator[store_pb2.DeliverRequest], caller: Caller, context: Context
+    ) -> AsyncIterator[store_pb2.DeliverResponse]:
+        """See store.proto."""
+        try:
+            first = await asyncio.wait_for(anext(requests), FIRST_MESSAGE_S_MAX)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no first message with the session within {FIRST_MESSAGE_S_MAX:.0f} s"
+            ) from None
+        attachment = self._attachments.of_session(checked_session(first.session), caller)
+        stream = _Stream(self, attachment)
+        # Also run when the call is cancelled while this generator is not being awaited. The
+        # stubs ask for a class of theirs where gRPC takes any callable.
+        ended: Any = lambda _: stream.end()  # noqa: E731
+        context.add_done_callback(ended)
+        self._streams.add(stream)
+        try:
+            yield store_pb2.DeliverResponse(peer_id=attachment.peer_id)
+            stream.take(first)
+            stream.reader = asyncio.ensure_future(stream.read(requests))
+            stream.reader.add_done_callback(lambda _: stream.wake.set())
+            async for response in stream.responses():
+                yield response
+        finally:
+            stream.end()
+
+    async def stop(self) -> None:
+        """End all streams with UNAVAILABLE."""
+        self._stopping = True
+        for stream in list(self._streams):
+            stream.stopped = True
+            stream.wake.set()
+
+    def forget(self, stream: _Stream) -> None:
+        """A stream ended."""
+        self._streams.discard(stream)
+
+    def take(self, peer: str, request: store_pb2.DeliverRequest) -> None:
+        """Act on one message of `peer`. Raises what ends its stream."""
+        if len(request.cancel_grant_id) > CANCELS_MAX:
+            raise InvalidRequest(
+                f"cancel_grant_id: {len(request.cancel_grant_id)}; {CANCELS_MAX} at most"
+            )
+        for grant_id in request.cancel_grant_id:
+            self._engine.cancel(peer, grant_id)
+        if not request.HasField("grant"):
+            return
+        message = request.grant
+        try:
+            lease_id = self._lease_of(peer, request)
+            grant = grant_of(message, lease_id, now=self._clock())
+        except PermissionDenied as error:
+            failure, detail = ChunkFailure.DENIED, str(error)
+        except LeaseExpired as error:
+            failure, detail = ChunkFailure.LEASE_EXPIRED, str(error)
+        except InvalidRequest as error:
+            failure, detail = ChunkFailure.INVALID, str(error)
+        else:
+            self._engine.submit(peer, grant)
+            return
+        self._engine.refuse(peer, message.grant_id, list(message.tag), failure, detail)
+
+    def _lease_of(self, peer: str, request: store_pb2.DeliverRequest) -> int:
+        if request.ticket:
+            lease_id = self._mint.lease_of(request.ticket, peer, now=self._clock())
+            if request.lease_id not in (0, lease_id):
+                raise PermissionDenied(
+                    f"the ticket is for lease {lease_id}, not {request.lease_id}",
+                    reason="ticket_foreign",
+                )
+            return lease_id
+        self._owners.check(request.lease_id, peer)
+        return request.lease_id
+
+    @property
+    def engine(self) -> DeliveryEngine:
+        """The engine behind the streams."""
+        return self._engine
+
+
+class _Stream:
+    """One Deliver stream: lives in the event loop, woken by the engine's threads."""
+
+    def __init__(self, calls: DeliverCalls, attachment: Attachment) -> None:
+        self._calls = calls
+        self._attachment = attachment
+        self._ended = False
+        self.wake = asyncio.Event()
+        self.stopped = False
+        self.reader: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        calls.engine.open(attachment.peer_id, attachment.plane.transport, self._news)
+        attachment.on_lost = self.wake.set
+
+    def take(self, request: store_pb2.DeliverRequest) -> None:
+        """Act on one message."""
+        self._calls.take(self._attachment.peer_id, request)
+
+    async def read(self, requests: AsyncIterator[store_pb2.DeliverRequest]) -> None:
+        """Act on all messages to come; returns at the client's half-close."""
+        async for request in requests:
+            if self._ended or self._attachment.lost:
+                return
+            self.take(request)
+
+    async def responses(self) -> AsyncIterator[store_pb2.DeliverResponse]:
+        """Yield progress until everything granted is done and the client has half-closed."""
+        engine, peer = self._calls.engine, self._attachment.peer_id
+        while True:
+            await self.wake.wait()
+            self.wake.clear()
+            while taken := engine.reports(peer):
+                queue_bytes = engine.stats().pending_bytes
+                yield store_pb2.DeliverResponse(
+                    progress=[progress_message(each, queue_bytes) for each in taken]
+                )
+            check_alive(self._attachment)
+            if self.stopped:
+                raise Unavailable("the daemon is stopping: use another", reason="draining")
+            if self.reader is not None and self.reader.done():
+                self.reader.result()  # raises what ended the stream
+                if engine.open_grants(peer) == 0:
+                    return
+
+    def _news(self) -> None:
+        """The engine has reports. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody to tell
+            self._loop.call_soon_threadsafe(self.wake.set)
+
+    def end(self) -> None:
+        """Drop what is queued. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        if self.reader is not None:
+            self.reader.cancel()
+        self._attachment.on_lost = None
+        self._calls.engine.close_peer(self._attachment.peer_id)
+        self._calls.forget(self)

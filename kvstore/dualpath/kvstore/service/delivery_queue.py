@@ -1,0 +1,361 @@
+"""What is delivered next: fair queues of granted chunks, without I/O, threads or clock.
+
+Owns the order and the accounting of deliveries: loads before saves before background, with
+`SAVE_FLOOR` of the bytes kept for the lower lanes; inside a lane round robin by chunk between
+attachments, and between the grants of an attachment. Bounds the bytes in flight of one attachment
+and of all; near the total bound the share of one shrinks, so that receivers who do not read
+cannot take all of it. The caller holds a lock around every method.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.lane import SAVE_FLOOR, Lane
+from dualpath.transfer.region import RegionDescriptor
+from dualpath.transfer.slices import Slices
+
+GRANT_CHUNKS_MAX = 4096
+GRANTS_MAX = 1024
+"""Most grants of one attachment that have not been reported as done."""
+REPORTS_MAX = 2 * GRANTS_MAX
+QUEUED_CHUNKS_MAX = 1 << 16
+"""Most queued chunks of one attachment."""
+
+
+FLOOR_DEBT_BYTES_MAX = 4 << 20
+"""What the lower lanes can be owed at most, so that they never burst for long."""
+
+
+class ChunkFailure(enum.IntEnum):
+    """Why a chunk was not delivered; the numbers are those of the protocol."""
+
+    LEASE_EXPIRED = 1
+    CORRUPT = 2
+    OVERLOADED = 3
+    DEADLINE = 4
+    REFUSED = 5
+    PEER_LOST = 6
+    CANCELLED = 7
+    DENIED = 8
+    INVALID = 9
+
+
+@dataclass(frozen=True, slots=True)
+class GrantedChunk:
+    """One chunk to write: where it is (indices) and where it goes. `tag` is the receiver's."""
+
+    block: int
+    chunk: int
+    tag: int
+    target: Slices
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Chunks of a lease that the receiver lets us write. `deadline_at` is on the clock of `now`,
+    in seconds."""
+
+    grant_id: int
+    lease_id: int
+    window: RegionDescriptor
+    lane: Lane
+    deadline_at: float
+    chunks: Sequence[GrantedChunk]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What became known of a grant since the last report."""
+
+    grant_id: int
+    done: bool
+    failures: tuple[tuple[int, ChunkFailure], ...]
+    detail: str
+
+
+@dataclass(slots=True, eq=False)
+class _OpenGrant:
+    grant: Grant
+    waiting: deque[GrantedChunk]
+    inflight: int = 0
+    failures: list[tuple[int, ChunkFailure]] = field(default_factory=list)
+    detail: str = ""
+
+    @property
+    def done(self) -> bool:
+        return not self.waiting and self.inflight == 0
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    name: str
+    inflight_bytes: int = 0
+    queued_bytes: int = 0
+    queued_chunks: int = 0
+    closed: bool = False
+    # Rings of grants with waiting chunks, by lane.
+    rings: dict[Lane, deque[_OpenGrant]] = field(
+        default_factory=lambda: {lane: deque() for lane in Lane}
+    )
+    grants: dict[int, _OpenGrant] = field(default_factory=dict)
+    # Grants with something to report, in order.
+    reports: dict[int, _OpenGrant] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """A chunk picked for delivery; hand it back by `finished`."""
+
+    peer: str
+    lease_id: int
+    window: RegionDescriptor
+    lane: Lane
+    deadline_at: float
+    chunk: GrantedChunk
+    _owner: _Peer
+    _grant: _OpenGrant
+
+
+class DeliveryQueue:
+    """See the module docstring. Byte limits are in bytes."""
+
+    def __init__(self, *, peer_inflight_bytes: int, inflight_bytes: int) -> None:
+        self._peer_limit = peer_inflight_bytes
+        self._limit = inflight_bytes
+        self._peers: dict[str, _Peer] = {}
+        # Rings of attachments with waiting chunks, by lane.
+        self._rings: dict[Lane, deque[_Peer]] = {lane: deque() for lane in Lane}
+        self._deadlines: list[tuple[float, int, _Peer, _OpenGrant]] = []
+        self._order = itertools.count()
+        self._floor_debt = 0.0
+        self.inflight_bytes = 0
+        self.queued_bytes = 0
+        self.failures: Counter[ChunkFailure] = Counter()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes granted and not yet landed or failed, of all attachments."""
+        return self.inflight_bytes + self.queued_bytes
+
+    def open(self, name: str) -> None:
+        """Begin to take grants of an attachment. Raises InvalidRequest if it is open already."""
+        if name in self._peers:
+            raise InvalidRequest(f"attachment {name!r} has a Deliver stream already; use that one")
+        self._peers[name] = _Peer(name)
+
+    def close(self, name: str) -> None:
+        """Forget an attachment: what waits is dropped, what is in flight ends unreported."""
+        peer = self._peers.pop(name, None)
+        if peer is None:
+            return
+        peer.closed = True
+        for grant in list(peer.grants.values()):
+            self._fail_waiting(peer, grant, ChunkFailure.PEER_LOST, "")
+        peer.grants.clear()
+        peer.reports.clear()
+
+    def add(self, name: str, grant: Grant) -> None:
+        """Queue a grant. Raises InvalidRequest (id in use), Overloaded (too much queued)."""
+        peer = self._peers[name]
+        if grant.grant_id in peer.grants:
+            raise InvalidRequest(f"grant_id {grant.grant_id} is in use on this stream")
+        if len(peer.grants) >= GRANTS_MAX:
+            raise Overloaded(
+                f"{len(peer.grants)} grants are open on this stream, {GRANTS_MAX} at most: "
+                "read its progress",
+                retry_after_s=0.1,
+            )
+        if peer.queued_chunks + len(grant.chunks) > QUEUED_CHUNKS_MAX:
+            raise Overloaded(
+                f"{peer.queued_chunks} chunks wait already, {QUEUED_CHUNKS_MAX} at most",
+                retry_after_s=0.1,
+            )
+        opened = _OpenGrant(grant, deque(grant.chunks))
+        peer.grants[grant.grant_id] = opened
+        if opened.done:  # an empty grant
+            peer.reports[grant.grant_id] = opened
+            return
+        nbytes = sum(chunk.target.nbytes for chunk in grant.chunks)
+        peer.queued_bytes += nbytes
+        peer.queued_chunks += len(grant.chunks)
+        self.queued_bytes += nbytes
+        if not peer.rings[grant.lane]:
+            self._rings[grant.lane].append(peer)
+        peer.rings[grant.lane].append(opened)
+        heapq.heappush(self._deadlines, (grant.deadline_at, next(self._order), peer, opened))
+
+    def refuse(
+        self, name: str, grant_id: int, tags: Sequence[int], failure: ChunkFailure, detail: str
+    ) -> None:
+        """Report a grant as ended with all its tags failed, without queueing it.
+
+        Raises InvalidRequest (id in use), Overloaded (too many reports wait to be read).
+        """
+        peer = self._peers[name]
+        if grant_id in peer.grants or grant_id in peer.reports:
+            raise InvalidRequest(f"grant_id {grant_id} is in use on this stream")
+        if len(peer.reports) >= REPORTS_MAX:
+            raise Overloaded(
+                f"{len(peer.reports)} grants wait to be reported: read the stream",
+                retry_after_s=1.0,
+            )
+        grant = Grant(grant_id, 0, _NO_WINDOW, Lane.BACKGROUND, 0.0, ())
+        refused = _OpenGrant(grant, deque(), 0, [(tag, failure) for tag in tags], detail)
+        peer.reports[grant_id] = refused
+        self.failures[failure] += len(tags)
+
+    def cancel(self, name: str, grant_id: int) -> bool:
+        """Drop what waits of a grant, reported as CANCELLED; False if it is not known."""
+        peer = self._peers[name]
+        grant = peer.grants.get(grant_id)
+        if grant is None:
+            return False
+        self._fail_waiting(peer, grant, ChunkFailure.CANCELLED, "cancelled")
+        return True
+
+    def next(self, now: float) -> Delivery | None:
+        """The chunk to deliver next, counted as in flight; None if nothing may start now."""
+        lanes = sorted(Lane)
+        if self._floor_debt > 0:
+            # The floor: lower lanes go first once they are owed a share.
+            lanes = [lane for lane in lanes if lane >= Lane.SAVE] + [
+                lane for lane in lanes if lane < Lane.SAVE
+            ]
+        for lane in lanes:
+            picked = self._pick(lane, now)
+            if picked is not None:
+                self._account(lane, picked.chunk.target.nbytes)
+                return picked
+        return None
+
+    def finished(self, job: Delivery, failure: ChunkFailure | None, detail: str = "") -> bool:
+        """A delivery ended. True if there is something new to report of its grant."""
+        nbytes = job.chunk.target.nbytes
+        peer, grant = job._owner, job._grant
+        peer.inflight_bytes -= nbytes
+        self.inflight_bytes -= nbytes
+        grant.inflight -= 1
+        if failure is not None:
+            self.failures[failure] += 1
+            grant.failures.append((job.chunk.tag, failure))
+            grant.detail = grant.detail or detail
+        if peer.closed or (failure is None and not grant.done):
+            return False
+        peer.reports[grant.grant.grant_id] = grant
+        return True
+
+    def expire(self, now: float) -> list[str]:
+        """Fail what waits past its deadline; return the attachments with new reports."""
+        late: dict[str, None] = {}
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, peer, grant = heapq.heappop(self._deadlines)
+            if grant.waiting and not peer.closed:
+                self._fail_waiting(peer, grant, ChunkFailure.DEADLINE, "queued past the deadline")
+                late[peer.name] = None
+        return list(late)
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to do at the earliest."""
+        while self._deadlines and not self._deadlines[0][3].waiting:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def reports(self, name: str, failures_max: int) -> list[Progress]:
+        """Take what is new of an attachment's grants, up to about `failures_max` failures."""
+        peer = self._peers.get(name)
+        if peer is None:
+            return []
+        taken: list[Progress] = []
+        count = 0
+        while peer.reports and count < failures_max and len(taken) < GRANTS_MAX:
+            grant = peer.reports.pop(next(iter(peer.reports)))
+            grant_id = grant.grant.grant_id
+            taken.append(Progress(grant_id, grant.done, tuple(grant.failures), grant.detail))
+            count += len(grant.failures)
+            grant.failures.clear()
+            if grant.done and peer.grants.get(grant_id) is grant:
+                del peer.grants[grant_id]
+        return taken
+
+    def open_grants(self, name: str) -> int:
+        """Grants of an attachment that have not been reported as done."""
+        peer = self._peers.get(name)
+        return 0 if peer is None else len(peer.grants) + len(peer.reports.keys() - peer.grants)
+
+    def _pick(self, lane: Lane, now: float) -> Delivery | None:
+        ring = self._rings[lane]
+        for _ in range(len(ring)):
+            peer = ring[0]
+            ring.rotate(-1)
+            grants = peer.rings[lane]
+            chunk = grants[0].waiting[0]
+            if not self._may_start(peer, chunk.target.nbytes):
+                continue
+            grant = grants[0]
+            grants.rotate(-1)
+            grant.waiting.popleft()
+            if not grant.waiting:
+                self._unring(peer, grant)
+            nbytes = chunk.target.nbytes
+            peer.queued_bytes -= nbytes
+            peer.queued_chunks -= 1
+            self.queued_bytes -= nbytes
+            grant.inflight += 1
+            peer.inflight_bytes += nbytes
+            self.inflight_bytes += nbytes
+            given = grant.grant
+            return Delivery(
+                peer.name, given.lease_id, given.window, lane, given.deadline_at, chunk, peer, grant
+            )
+        return None
+
+    def _may_start(self, peer: _Peer, nbytes: int) -> bool:
+        free = self._limit - self.inflight_bytes
+        if nbytes > free:
+            return self.inflight_bytes == 0
+        # Dynamic threshold: nobody may hold more than what is left for all others.
+        share = min(self._peer_limit, free)
+        return peer.inflight_bytes == 0 or peer.inflight_bytes + nbytes <= share
+
+    def _account(self, lane: Lane, nbytes: int) -> None:
+        if lane >= Lane.SAVE:
+            # Below zero only by what the floor itself let pass, so that its share is exact.
+            if self._floor_debt > 0:
+                self._floor_debt -= nbytes
+        elif self._rings[Lane.SAVE] or self._rings[Lane.BACKGROUND]:
+            owed = self._floor_debt + nbytes * SAVE_FLOOR / (1 - SAVE_FLOOR)
+            self._floor_debt = min(FLOOR_DEBT_BYTES_MAX, owed)
+        else:
+            self._floor_debt = 0.0
+
+    def _fail_waiting(
+        self, peer: _Peer, grant: _OpenGrant, failure: ChunkFailure, detail: str
+    ) -> None:
+        nbytes = sum(chunk.target.nbytes for chunk in grant.waiting)
+        grant.failures.extend((chunk.tag, failure) for chunk in grant.waiting)
+        if grant.waiting:
+            self.failures[failure] += len(grant.waiting)
+            grant.detail = grant.detail or detail
+            peer.queued_chunks -= len(grant.waiting)
+            peer.queued_bytes -= nbytes
+            self.queued_bytes -= nbytes
+            grant.waiting.clear()
+            self._unring(peer, grant)
+        if grant.failures or grant.done:
+            peer.reports[grant.grant.grant_id] = grant
+
+    def _unring(self, peer: _Peer, grant: _OpenGrant) -> None:
+        lane = grant.grant.lane
+        peer.rings[lane].remove(grant)
+        if not peer.rings[lane]:
+            self._rings[lane].remove(peer)
+
+
+_NO_WINDOW = RegionDescriptor(0, 0, 0, 0)

@@ -1,0 +1,287 @@
+"""Blocks that one attachment is writing into the arena.
+
+Owns the attachment's window, the tags of its chunks and the count of what arrived. Guarantees
+that a slot goes back to the store only after its tags were fenced: by abandon, expiry, or the loss
+of the attachment. Time to live is enforced here, before the store's own, longer one, for that
+reason. Checksums are the store's (`seal` hashes its own copy).
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX, KVLayout
+from dualpath.kvstore.store_api import (
+    RESERVATION_S_MAX,
+    NewBlock,
+    ReserveStatus,
+    SealRequest,
+    SealStatus,
+    Store,
+)
+from dualpath.transfer.errors import InvalidRequest, PeerLost
+from dualpath.transfer.region import RegionDescriptor
+from dualpath.transfer.slices import Slices
+from dualpath.transfer.transport import Arrival, Transport
+
+GRACE_S = 15.0
+"""The store's time to live exceeds ours by at least this, so that we always fence first."""
+TTL_S_MAX = RESERVATION_S_MAX - GRACE_S
+
+assert TTL_S_MAX > 0
+
+
+class _Phase(enum.Enum):
+    WRITING = "writing"
+    SEALING = "sealing"
+
+
+@dataclass(slots=True)
+class _Incoming:
+    reservation_id: int
+    first_tag: int
+    chunks: int
+    expires_at: float
+    missing: int
+    phase: _Phase = _Phase.WRITING
+
+    @property
+    def tags(self) -> range:
+        return range(self.first_tag, self.first_tag + self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class ReservedBlock:
+    """Outcome for one block; the numbers are 0 unless RESERVED. `base` is its offset in the
+    arena, in bytes; chunk c is to be written at `Slices.contiguous(base + offset of c, bytes of
+    c)` with tag `first_tag + c`."""
+
+    status: ReserveStatus
+    reservation_id: int = 0
+    base: int = 0
+    first_tag: int = 0
+
+
+class IncomingBlocks:
+    """One attachment's writes. Thread-safe; all methods may block on the store."""
+
+    def __init__(self, store: Store, transport: Transport, owner: str) -> None:
+        self._store = store
+        self._transport = transport
+        self._owner = owner
+        self._lock = threading.Lock()
+        self._blocks: dict[int, _Incoming] = {}
+        # By tag // CHUNKS_PER_BLOCK_MAX: tags of a block share it, as they start at a multiple.
+        self._by_tag: dict[int, _Incoming] = {}
+        self._tag_groups = itertools.count(1)
+        self._window: RegionDescriptor | None = None
+        self._closed = False
+        self.received_bytes = 0
+
+    @property
+    def window(self) -> bytes:
+        """The window's descriptor, empty before the first reserve."""
+        return b"" if self._window is None else self._window.to_bytes()
+
+    def reserve(
+        self, namespace_id: bytes, blocks: Sequence[NewBlock], *, ttl_s: float, now: float
+    ) -> list[ReservedBlock]:
+        """Reserve and arm. `ttl_s` seconds from `now`, at most TTL_S_MAX count."""
+        layout = self._store.layout(namespace_id)
+        window = self._opened_window()
+        outcomes = self._store.reserve(
+            namespace_id, blocks, owner=self._owner, ttl_s=RESERVATION_S_MAX
+        )
+        expires_at = now + min(ttl_s, TTL_S_MAX)
+        answers: list[ReservedBlock] = []
+        added: list[_Incoming] = []
+        targets: list[tuple[int, Slices]] = []
+        for outcome in outcomes:
+            if outcome.extent is None:
+                answers.append(ReservedBlock(outcome.status))
+                continue
+            first_tag = next(self._tag_groups) * CHUNKS_PER_BLOCK_MAX
+            base = outcome.extent.start
+            chunks = layout.chunk_count
+            added.append(
+                _Incoming(outcome.reservation_id, first_tag, chunks, expires_at, missing=chunks)
+            )
+            targets.extend(_targets(layout, base, first_tag))
+            answers.append(ReservedBlock(outcome.status, outcome.reservation_id, base, first_tag))
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                for block in added:
+                    self._blocks[block.reservation_id] = block
+                    self._by_tag[block.first_tag // CHUNKS_PER_BLOCK_MAX] = block
+        ids = [block.reservation_id for block in added]
+        if closed:
+            self._store.abandon(ids, owner=self._owner)
+            raise PeerLost(f"attachment {self._owner} was lost while it reserved")
+        try:
+            if targets:
+                self._transport.arm(window, targets)
+        except BaseException:
+            self.abandon(ids)
+            raise
+        return answers
+
+    def seal(
+        self, reservation_ids: Sequence[int], checksums: Sequence[int], *, durable: bool
+    ) -> list[SealStatus | None]:
+        """Seal what has arrived in full; None where chunks are missing (it stays reserved).
+
+        `checksums` holds those of all chunks of all blocks in order, or nothing.
+        """
+        if len(set(reservation_ids)) != len(reservation_ids):
+            raise InvalidRequest("reservation_id: one reservation is named twice in a seal")
+        with self._lock:
+            known = [self._blocks.get(reservation) for reservation in reservation_ids]
+            per_block = _split(checksums, known)
+            statuses: list[SealStatus | None] = [SealStatus.EXPIRED] * len(known)
+            ready: list[tuple[int, _Incoming]] = []
+            for index, block in enumerate(known):
+                if block is None or block.phase is _Phase.SEALING:
+                    continue
+                if block.missing:
+                    statuses[index] = None
+                    continue
+                block.phase = _Phase.SEALING
+                ready.append((index, block))
+        try:
+            requests = [
+                SealRequest(block.reservation_id, per_block[index]) for index, block in ready
+            ]
+            sealed = (
+                self._store.seal(requests, owner=self._owner, durable=durable) if requests else ()
+            )
+        except BaseException:
+            self._drop([block for _, block in ready])
+            self._store.abandon([block.reservation_id for _, block in ready], owner=self._owner)
+            raise
+        self._drop([block for _, block in ready])
+        for (index, _), status in zip(ready, sealed, strict=True):
+            statuses[index] = status
+        return statuses
+
+    def abandon(self, reservation_ids: Sequence[int]) -> None:
+        """Fence and give up; unknown ones, and those being sealed, are ignored."""
+        with self._lock:
+            blocks = [
+                block
+                for reservation in reservation_ids
+                if (block := self._blocks.get(reservation)) is not None
+                and block.phase is _Phase.WRITING
+            ]
+            self._forget(blocks)
+        self._fence(blocks)
+
+    def overdue(self, now: float) -> bool:
+        """Whether `expire` has something to do. Fast."""
+        with self._lock:
+            return any(block.expires_at <= now for block in self._blocks.values())
+
+    def expire(self, now: float) -> int:
+        """Abandon what is past its time to live; return how many blocks."""
+        with self._lock:
+            late = [
+                block
+                for block in self._blocks.values()
+                if block.phase is _Phase.WRITING and block.expires_at <= now
+            ]
+            self._forget(late)
+        self._fence(late)
+        return len(late)
+
+    def close(self) -> None:
+        """The attachment is lost: fence its window, then drop what it held in the store."""
+        with self._lock:
+            self._closed = True
+            window, self._window = self._window, None
+            self._blocks.clear()
+            self._by_tag.clear()
+        if window is not None:
+            self._transport.revoke(window)
+        self._store.forget_owner(self._owner)
+
+    def _opened_window(self) -> RegionDescriptor:
+        with self._lock:
+            if self._closed:
+                raise PeerLost(f"attachment {self._owner} is lost: attach again")
+            if self._window is not None:
+                return self._window
+        # Outside of the lock: arrivals take it while a transport may hold its own.
+        arena = self._store.arena
+        window = self._transport.expose(arena, 0, arena.nbytes, self._arrived)
+        kept = self._install(window)
+        if kept is not window:
+            self._transport.revoke(window)
+        if kept is None:
+            raise PeerLost(f"attachment {self._owner} is lost: attach again")
+        return kept
+
+    def _install(self, window: RegionDescriptor) -> RegionDescriptor | None:
+        """Make it the attachment's window; another call's if that was first; None if closed."""
+        with self._lock:
+            if self._window is None and not self._closed:
+                self._window = window
+            return self._window
+
+    def _arrived(self, arrival: Arrival) -> bool:
+        with self._lock:
+            block = self._by_tag.get(arrival.tag // CHUNKS_PER_BLOCK_MAX)
+            if block is None or block.phase is not _Phase.WRITING or block.missing == 0:
+                return False
+            block.missing -= 1
+            self.received_bytes += arrival.slices.nbytes
+            return True
+
+    def _drop(self, blocks: Sequence[_Incoming]) -> None:
+        with self._lock:
+            self._forget(blocks)
+
+    def _forget(self, blocks: Sequence[_Incoming]) -> None:
+        for block in blocks:
+            self._blocks.pop(block.reservation_id, None)
+            self._by_tag.pop(block.first_tag // CHUNKS_PER_BLOCK_MAX, None)
+
+    def _fence(self, blocks: Sequence[_Incoming]) -> None:
+        if not blocks:
+            return
+        window = self._window
+        if window is not None:
+            tags = [tag for block in blocks for tag in block.tags]
+            self._transport.disarm(window, tags)
+        self._store.abandon([block.reservation_id for block in blocks], owner=self._owner)
+
+
+def _targets(layout: KVLayout, base: int, first_tag: int) -> Iterator[tuple[int, Slices]]:
+    for chunk in range(layout.chunk_count):
+        offset, nbytes = layout.chunk_extent(chunk)
+        yield first_tag + chunk, Slices.contiguous(base + offset, nbytes)
+
+
+def _split(
+    checksums: Sequence[int], blocks: Sequence[_Incoming | None]
+) -> Sequence[tuple[int, ...]]:
+    """One tuple a block. Blocks that are gone count as many chunks as the others."""
+    if not checksums:
+        return [()] * len(blocks)
+    sizes = {block.chunks for block in blocks if block is not None}
+    if not sizes:
+        return [()] * len(blocks)
+    if len(sizes) > 1 and None in blocks:
+        raise InvalidRequest("checksum: seal reservations of different layouts separately")
+    fill = next(iter(sizes))
+    counts = [fill if block is None else block.chunks for block in blocks]
+    if sum(counts) != len(checksums):
+        raise InvalidRequest(
+            f"checksum: {len(checksums)} given, the blocks have {sum(counts)} chunks; give one a "
+            "chunk or none"
+        )
+    values = iter(checksums)
+    return [tuple(itertools.islice(values, count)) for count in counts]

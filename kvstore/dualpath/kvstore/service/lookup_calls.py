@@ -1,0 +1,136 @@
+"""The calls that find, hold and hand on blocks: namespaces, look-ups, leases, tickets.
+
+Owns no state: leases are the store's, their owners `LeaseOwners`'. A look-up runs in the event
+loop, since the store answers from memory; what may touch a medium goes to the executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from dualpath.kvstore.service.attachments import Attachments
+from dualpath.kvstore.service.auth import Caller
+from dualpath.kvstore.service.lease_owners import LeaseOwners
+from dualpath.kvstore.service.messages import (
+    DELEGATES_MAX,
+    checked_batch,
+    checked_checksums,
+    checked_hashes,
+    checked_namespace_id,
+    checked_session,
+    hit_message,
+    lease_s_of,
+    namespace_of,
+)
+from dualpath.kvstore.service.ticket import TicketMint
+from dualpath.kvstore.store_api import Store
+from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import InvalidRequest, LeaseExpired
+
+
+class LookupCalls:
+    """Handlers without gRPC: a request and its caller in, a response out, errors raised."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        attachments: Attachments,
+        owners: LeaseOwners,
+        mint: TicketMint,
+        executor: Executor,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._attachments = attachments
+        self._owners = owners
+        self._mint = mint
+        self._executor = executor
+        self._clock = clock
+
+    def owner_of(self, session: bytes, caller: Caller) -> str:
+        """In whose name a call acts: its attachment's, or without a session its principal's."""
+        if not session:
+            return caller.principal
+        return self._attachments.of_session(checked_session(session), caller).peer_id
+
+    async def open_namespace(
+        self, request: store_pb2.OpenNamespaceRequest
+    ) -> store_pb2.OpenNamespaceResponse:
+        """See store.proto."""
+        namespace = namespace_of(request.namespace)
+        loop = asyncio.get_running_loop()
+        opened = await loop.run_in_executor(self._executor, self._store.open_namespace, namespace)
+        return store_pb2.OpenNamespaceResponse(namespace_id=opened)
+
+    def lookup(self, request: store_pb2.LookupRequest, caller: Caller) -> store_pb2.LookupResponse:
+        """See store.proto."""
+        namespace_id = checked_namespace_id(request.namespace_id)
+        checked_hashes("hash", request.hash)
+        checked_checksums(len(request.hash), self._store.layout(namespace_id))
+        lease_s = lease_s_of(request.lease_ms, zero=True)
+        owner = self.owner_of(request.session, caller)
+        hit = self._store.lookup(namespace_id, request.hash, owner=owner, lease_s=lease_s)
+        if hit.lease_id:
+            self._owners.put(hit.lease_id, owner, self._clock() + hit.lease_s)
+        return hit_message(hit)
+
+    def renew(self, request: store_pb2.RenewRequest, caller: Caller) -> store_pb2.RenewResponse:
+        """See store.proto."""
+        checked_batch("lease_id", len(request.lease_id))
+        lease_s = lease_s_of(request.lease_ms, zero=False)
+        owner = self.owner_of(request.session, caller)
+        expired = []
+        for lease_id in request.lease_id:
+            try:
+                self._store.renew(lease_id, owner=owner, lease_s=lease_s)
+            except LeaseExpired:
+                expired.append(lease_id)
+            else:
+                self._owners.put(lease_id, owner, self._clock() + lease_s)
+        return store_pb2.RenewResponse(expired_lease_id=expired)
+
+    def release(
+        self, request: store_pb2.ReleaseRequest, caller: Caller
+    ) -> store_pb2.ReleaseResponse:
+        """See store.proto."""
+        checked_batch("lease_id", len(request.lease_id))
+        owner = self.owner_of(request.session, caller)
+        for lease_id in request.lease_id:
+            self._store.release(lease_id, owner=owner)
+            self._owners.remove(lease_id)
+        return store_pb2.ReleaseResponse()
+
+    def delegate(
+        self, request: store_pb2.DelegateRequest, caller: Caller
+    ) -> store_pb2.DelegateResponse:
+        """See store.proto."""
+        if not 1 <= len(request.peer_id) <= DELEGATES_MAX:
+            raise InvalidRequest(
+                f"peer_id: {len(request.peer_id)} given; 1..{DELEGATES_MAX} are valid"
+            )
+        owner = self.owner_of(request.session, caller)
+        self._owners.check(request.lease_id, owner)
+        now = self._clock()
+        return store_pb2.DelegateResponse(
+            ticket=[
+                self._mint.issue(request.lease_id, peer_id, ttl_s=request.ttl_ms / 1000, now=now)
+                for peer_id in request.peer_id
+            ]
+        )
+
+    async def report_corrupt(
+        self, request: store_pb2.ReportCorruptRequest, caller: Caller
+    ) -> store_pb2.ReportCorruptResponse:
+        """See store.proto."""
+        self._owners.check(request.lease_id, self.owner_of(request.session, caller))
+        dropped = await asyncio.get_running_loop().run_in_executor(
+            self._executor,
+            self._store.report_corrupt,
+            request.lease_id,
+            request.block,
+            request.chunk,
+        )
+        return store_pb2.ReportCorruptResponse(dropped=dropped)

@@ -1,0 +1,307 @@
+"""The daemon process: builds the parts, serves, and takes them down in order.
+
+Owns the order. Up: store, delivery engine, data plane, service, metrics, gRPC; `ready` only once
+gRPC answers. Down: health says so first, deliveries drain within `drain_s`, then streams and calls
+end, attachments are fenced, and the store closes last, when nothing reads its memory any more.
+A start that fails takes down what was built. Reads no environment and prints nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc.aio
+from dualpath.kvstore.block_store import BlockStore
+from dualpath.kvstore.service.attachments import ATTACHMENTS_MAX, Plane
+from dualpath.kvstore.service.auth import Auth, AuthInterceptor
+from dualpath.kvstore.service.config import DaemonConfig, split_address
+from dualpath.kvstore.service.deliver import DeliveryConfig, DeliveryEngine
+from dualpath.kvstore.service.metrics import MetricsServer, StoreCollector
+from dualpath.kvstore.service.store_service import StoreService
+from dualpath.kvstore.store_config import StoreConfig
+from dualpath.proto.channel import server_options
+from dualpath.proto.handlers import ErrorInterceptor
+from dualpath.proto.v1 import store_pb2, store_pb2_grpc
+from dualpath.transfer.errors import InvalidRequest, Unavailable
+from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
+from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
+from dualpath.transfer.transport import Transport
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+CALLS_MAX = 4096
+"""Most calls at once, streams included; more are refused with RESOURCE_EXHAUSTED."""
+CONTROL_THREADS = 8
+"""Threads for calls that may touch a medium."""
+STOP_S_MAX = 5.0
+SERVICE = store_pb2.DESCRIPTOR.services_by_name["Store"].full_name
+
+_log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """One daemon in this process. `start` and `stop` once each, in one event loop."""
+
+    def __init__(self, config: DaemonConfig) -> None:
+        self.config = config
+        self._stack = contextlib.AsyncExitStack()
+        self._service: StoreService | None = None
+
+    async def start(self) -> Mapping[str, object]:
+        """Serve; return where. Raises the store's errors, Unavailable for an address in use."""
+        try:
+            return await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Drain and take everything down. Safe to call after a failed start."""
+        await self._stack.aclose()
+
+    async def _start(self) -> Mapping[str, object]:
+        config, stack = self.config, self._stack
+        loop = asyncio.get_running_loop()
+        executor = ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control")
+        stack.callback(executor.shutdown)
+        store = await loop.run_in_executor(
+            executor, BlockStore.open, config.data, _store_config(config)
+        )
+        stack.push_async_callback(_in_thread, store.close)
+        engine = DeliveryEngine(
+            store,
+            DeliveryConfig(config.readers, config.attachment_inflight_bytes, config.inflight_bytes),
+        )
+        stack.push_async_callback(_in_thread, _close_engine, engine)
+        planes = self._open_planes()
+        auth = Auth(config.tokens)
+        service = StoreService(
+            store=store, planes=planes, engine=engine, auth=auth, executor=executor
+        )
+        self._service = service
+        stack.push_async_callback(service.attachments.close, STOP_S_MAX)
+        duties = asyncio.create_task(service.do_duties(), name="duties")
+        stack.push_async_callback(_cancelled, duties)
+        metrics = self._open_metrics(service)
+        listen = await self._serve(service, engine, auth)
+        _log.info("serving %s at %s", config.data, listen or config.unix)
+        return {
+            "data": config.data,
+            "listen": listen,
+            "unix": config.unix,
+            "data_listen": planes["tcp"].address,
+            "metrics_listen": metrics,
+        }
+
+    def _open_planes(self) -> dict[str, Plane]:
+        config, stack = self.config, self._stack
+        limits = TcpConfig(
+            send_bytes_per_s=config.send_limit_bytes_per_s, connections_max=ATTACHMENTS_MAX
+        )
+        tcp = TcpTransport("daemon", self._peer_lost, limits)
+        stack.push_async_callback(_in_thread, tcp.close)
+        bound = _listening(tcp, "data_listen", config.data_address)
+        planes = {"tcp": Plane(tcp, config.dialled(bound), local_only=False)}
+        if config.unix:
+            shm = ShmTransport(
+                "daemon", self._peer_lost, ShmConfig(connections_max=ATTACHMENTS_MAX)
+            )
+            stack.push_async_callback(_in_thread, shm.close)
+            planes["shm"] = Plane(
+                shm, _listening(shm, "unix", f"{config.unix}.data"), local_only=True
+            )
+        return planes
+
+    def _open_metrics(self, service: StoreService) -> str:
+        if not self.config.metrics_listen:
+            return ""
+        collector = StoreCollector(
+            service.store_stats, service.delivery_stats, lambda: len(service.attachments)
+        )
+        server = MetricsServer(self.config.metrics_listen, collector)
+        self._stack.push_async_callback(_in_thread, server.close)
+        return server.address
+
+    async def _serve(self, service: StoreService, engine: DeliveryEngine, auth: Auth) -> str:
+        """Start gRPC; return the bound host:port, "" if there is none."""
+        server = grpc.aio.server(
+            interceptors=(ErrorInterceptor(), AuthInterceptor(auth)),
+            options=server_options(),
+            maximum_concurrent_rpcs=CALLS_MAX,
+        )
+        store_pb2_grpc.add_StoreServicer_to_server(service, server)
+        state = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(state, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        listen = ""
+        if self.config.listen:
+            host, port = split_address(self.config.listen, "listen")
+            bracketed = f"[{host}]" if ":" in host else host
+            listen = f"{bracketed}:{_bind(server, 'listen', f'{bracketed}:{port}')}"
+        if self.config.unix:
+            self._bind_unix(server, self.config.unix)
+        await server.start()
+        self._stack.push_async_callback(self._end_calls, server, state, service, engine)
+        await state.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        return listen
+
+    async def _end_calls(
+        self,
+        server: grpc.aio.Server,
+        state: Any,
+        service: StoreService,
+        engine: DeliveryEngine,
+    ) -> None:
+        await state.enter_graceful_shutdown()
+        if not await _in_thread(engine.drain, self.config.drain_s):
+            _log.warning("deliveries did not drain within %g s", self.config.drain_s)
+        await service.stop_streams()
+        await server.stop(STOP_S_MAX)
+
+    def _bind_unix(self, server: grpc.aio.Server, path: str) -> None:
+        _clear_stale(path)
+        with _private_files():
+            _bind(server, "unix", f"unix:{path}")
+        self._stack.callback(_unlink, path)
+
+    def _peer_lost(self, peer: str, reason: str) -> None:
+        if self._service is not None:
+            self._service.attachments.peer_lost(peer, reason)
+
+
+async def run_daemon(
+    config: DaemonConfig, on_ready: Callable[[Mapping[str, object]], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal does not wait.
+
+    `on_ready` gets `listen`, `unix`, `data_listen`, `metrics_listen` and `data` once calls are
+    answered. Raises what made the start fail, with the remedy in its message.
+    """
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    hurry = asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stopping.is_set() else stopping).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    try:
+        daemon = Daemon(config)
+        where = await daemon.start()
+        try:
+            on_ready(where)
+            await stopping.wait()
+        finally:
+            stop = asyncio.ensure_future(daemon.stop())
+            waiting = asyncio.ensure_future(hurry.wait())
+            await asyncio.wait((stop, waiting), return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            if not stop.done():
+                # Writes that were acknowledged as durable are; the rest is lost, as by kill -9.
+                _log.warning("stopped at once: deliveries were cut")
+                os._exit(130)
+            await stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _store_config(config: DaemonConfig) -> StoreConfig:
+    return StoreConfig(
+        disk_bytes=config.disk_bytes,
+        dram_bytes=config.dram_bytes,
+        segment_bytes=config.segment_bytes,
+        # What is in flight holds its read buffer, and Read streams need some, too.
+        read_buffers_bytes=config.inflight_bytes + (16 << 20),
+        direct=config.direct,
+        shared_arena=bool(config.unix),
+    )
+
+
+def _listening(transport: Transport, field: str, address: str) -> str:
+    try:
+        return transport.listen(address)
+    except Unavailable as error:
+        raise Unavailable(
+            f"{field}: {error}; choose another address", reason="address_in_use"
+        ) from error
+
+
+def _bind(server: grpc.aio.Server, field: str, address: str) -> int:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        port = 0
+        _log.debug("gRPC cannot bind %s: %s", address, error)
+    if port == 0:
+        raise Unavailable(
+            f"{field}: {address} is in use or not an address of this machine; stop what listens "
+            "there or choose another",
+            reason="address_in_use",
+        )
+    return port
+
+
+def _clear_stale(path: str) -> None:
+    """Remove a socket that nobody listens on. Raises Unavailable if somebody does."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise InvalidRequest(f"unix: {path!r} exists and is no socket; choose another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            _unlink(path)
+            return
+        except OSError as error:
+            raise Unavailable(f"unix: {path!r}: {error}", reason="address_in_use") from error
+    raise Unavailable(
+        f"unix: {path!r} is in use by another process; stop it or choose another path",
+        reason="address_in_use",
+    )
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """The socket's permissions are its access rule: from the first moment only our user's."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _close_engine(engine: DeliveryEngine) -> None:
+    engine.close()
+    if not engine.wait_idle(STOP_S_MAX):
+        _log.error("deliveries are still in flight after the transports were closed")
+
+
+async def _in_thread(call: Callable[..., Any], *args: object) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, call, *args)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
