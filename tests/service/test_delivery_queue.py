@@ -1,0 +1,259 @@
+"""The delivery queue: fair between attachments, bounded, and every chunk ends exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from dualpath.kvstore.service.delivery_queue import (
+    GRANTS_MAX,
+    REPORTS_MAX,
+    ChunkFailure,
+    Delivery,
+    DeliveryQueue,
+    Grant,
+    GrantedChunk,
+)
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.lane import Lane
+from dualpath.transfer.region import RegionDescriptor
+from dualpath.transfer.slices import Slices
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CHUNK = 256 << 10
+WINDOW = RegionDescriptor(1, 1, 0, 1 << 30)
+
+
+def _grant(
+    grant_id: int,
+    chunks: int,
+    lane: Lane = Lane.LOAD_PREFILL,
+    deadline_at: float = 1e9,
+    nbytes: int = CHUNK,
+) -> Grant:
+    targets = [
+        GrantedChunk(0, chunk, (grant_id << 16) + chunk, Slices.contiguous(0, nbytes))
+        for chunk in range(chunks)
+    ]
+    return Grant(grant_id, 7, WINDOW, lane, deadline_at, targets)
+
+
+def _queue(peer_chunks: int = 4, chunks: int = 64) -> DeliveryQueue:
+    return DeliveryQueue(peer_inflight_bytes=peer_chunks * CHUNK, inflight_bytes=chunks * CHUNK)
+
+
+def _picked(queue: DeliveryQueue, count: int, finish: bool = True) -> list[Delivery]:
+    jobs = []
+    for _ in range(count):
+        job = queue.next(0.0)
+        assert job is not None
+        jobs.append(job)
+        if finish:
+            queue.finished(job, None)
+    return jobs
+
+
+def test_attachments_take_turns_however_much_one_of_them_queues() -> None:
+    queue = _queue()
+    for peer, grants in (("greedy", 8), ("modest", 1)):
+        queue.open(peer)
+        for grant in range(grants):
+            queue.add(peer, _grant(grant, 8))
+    turns = Counter(job.peer for job in _picked(queue, 16))
+    assert turns == {"greedy": 8, "modest": 8}
+
+
+def test_grants_of_one_attachment_take_turns() -> None:
+    queue = _queue()
+    queue.open("a")
+    queue.add("a", _grant(1, 6))
+    queue.add("a", _grant(2, 2))
+    order = [job.chunk.tag >> 16 for job in _picked(queue, 8)]
+    assert order == [1, 2, 1, 2, 1, 1, 1, 1]
+
+
+def test_loads_go_before_saves_which_keep_a_floor() -> None:
+    queue = _queue()
+    queue.open("a")
+    queue.open("b")
+    queue.add("a", _grant(1, 1000, Lane.LOAD_PREFILL))
+    queue.add("b", _grant(1, 1000, Lane.SAVE))
+    lanes = Counter(job.lane for job in _picked(queue, 1000))
+    assert 40 <= lanes[Lane.SAVE] <= 60
+
+
+def test_an_attachment_that_completes_nothing_is_bounded_and_delays_nobody() -> None:
+    queue = _queue(peer_chunks=4)
+    for peer in ("stalled", "other"):
+        queue.open(peer)
+        queue.add(peer, _grant(1, 100))
+    held = 0
+    for _ in range(100):
+        job = queue.next(0.0)
+        assert job is not None
+        if job.peer == "stalled":
+            held += 1
+        else:
+            queue.finished(job, None)
+        if queue.open_grants("other") and not queue.reports("other", 1):
+            continue
+        break
+    assert held <= 4
+    assert queue.inflight_bytes == held * CHUNK
+
+
+def test_stalled_attachments_never_take_the_whole_bound() -> None:
+    queue = _queue(peer_chunks=8, chunks=16)
+    for index in range(40):
+        queue.open(f"stalled{index}")
+        queue.add(f"stalled{index}", _grant(1, 100))
+    while queue.next(0.0) is not None:
+        pass
+    assert queue.inflight_bytes <= 16 * CHUNK
+    shares = Counter[str]()
+    queue2 = _queue(peer_chunks=8, chunks=16)
+    for name in ("first", "second"):
+        queue2.open(name)
+        queue2.add(name, _grant(1, 100))
+        while (job := queue2.next(0.0)) is not None:
+            shares[job.peer] += 1
+    assert shares["second"] >= 4
+
+
+def test_a_cancelled_grant_reports_what_waited_and_ends_when_the_rest_has() -> None:
+    queue = _queue()
+    queue.open("a")
+    queue.add("a", _grant(1, 4))
+    job = queue.next(0.0)
+    assert job is not None
+    assert queue.cancel("a", 1)
+    (report,) = queue.reports("a", 100)
+    assert not report.done
+    assert [failure for _, failure in report.failures] == [ChunkFailure.CANCELLED] * 3
+    assert queue.finished(job, None)
+    (report,) = queue.reports("a", 100)
+    assert report.done
+    assert not report.failures
+    assert not queue.cancel("a", 1)
+
+
+def test_what_waits_past_its_deadline_fails_with_that_reason() -> None:
+    queue = _queue()
+    queue.open("a")
+    queue.add("a", _grant(1, 2, deadline_at=5.0))
+    assert queue.next_deadline() == 5.0
+    assert queue.expire(4.9) == []
+    assert queue.expire(5.0) == ["a"]
+    (report,) = queue.reports("a", 100)
+    assert report.done
+    assert {failure for _, failure in report.failures} == {ChunkFailure.DEADLINE}
+    assert queue.next(5.0) is None
+    assert queue.pending_bytes == 0
+    assert queue.next_deadline() is None
+
+
+def test_a_closed_attachment_leaves_nothing_but_what_is_in_flight() -> None:
+    queue = _queue()
+    queue.open("a")
+    queue.add("a", _grant(1, 4))
+    job = queue.next(0.0)
+    assert job is not None
+    queue.close("a")
+    assert queue.next(0.0) is None
+    assert queue.pending_bytes == CHUNK
+    assert not queue.finished(job, ChunkFailure.PEER_LOST)
+    assert queue.pending_bytes == 0
+    queue.open("a")  # the name is free again
+
+
+def test_an_id_in_use_and_too_many_grants_are_refused() -> None:
+    queue = _queue()
+    queue.open("a")
+    with pytest.raises(InvalidRequest, match="'a'"):
+        queue.open("a")
+    for grant in range(GRANTS_MAX):
+        queue.add("a", _grant(grant, 1))
+    with pytest.raises(InvalidRequest, match="grant_id 3"):
+        queue.add("a", _grant(3, 1))
+    with pytest.raises(Overloaded, match=str(GRANTS_MAX)):
+        queue.add("a", _grant(GRANTS_MAX, 1))
+
+
+def test_reports_that_nobody_reads_are_bounded() -> None:
+    queue = _queue()
+    queue.open("a")
+    for grant in range(REPORTS_MAX):
+        queue.refuse("a", grant, [1], ChunkFailure.INVALID, "bad")
+    with pytest.raises(Overloaded):
+        queue.refuse("a", REPORTS_MAX, [1], ChunkFailure.INVALID, "bad")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PLR0912
+    data: st.DataObject,
+) -> None:
+    queue = _queue(peer_chunks=3, chunks=8)
+    names = ["a", "b", "c"]
+    ends: Counter[tuple[str, int]] = Counter()
+    granted: set[tuple[str, int]] = set()
+    inflight: list[Delivery] = []
+    now, next_id = 0.0, 1
+    for name in names:
+        queue.open(name)
+
+    def collect() -> None:
+        for name in names:
+            for report in queue.reports(name, 5):
+                for tag, _ in report.failures:
+                    ends[name, tag] += 1
+
+    for _ in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(["add", "next", "finish", "cancel", "time", "collect"]))
+        name = data.draw(st.sampled_from(names))
+        if action == "add":
+            grant = _grant(
+                next_id,
+                data.draw(st.integers(1, 6)),
+                data.draw(st.sampled_from(list(Lane))),
+                now + data.draw(st.floats(0.1, 20)),
+                data.draw(st.sampled_from([CHUNK, CHUNK // 3])),
+            )
+            queue.add(name, grant)
+            granted.update((name, chunk.tag) for chunk in grant.chunks)
+            next_id += 1
+        elif action == "next":
+            job = queue.next(now)
+            if job is not None:
+                inflight.append(job)
+        elif action == "finish" and inflight:
+            job = inflight.pop(data.draw(st.integers(0, len(inflight) - 1)))
+            failure = data.draw(st.sampled_from([None, ChunkFailure.REFUSED]))
+            queue.finished(job, failure)
+            if failure is None:
+                ends[job.peer, job.chunk.tag] += 1
+        elif action == "cancel":
+            queue.cancel(name, data.draw(st.integers(1, 10)))
+        elif action == "time":
+            now += 1.0
+            queue.expire(now)
+        else:
+            collect()
+        by_peer = Counter[str]()
+        for job in inflight:
+            by_peer[job.peer] += job.chunk.target.nbytes
+        assert queue.inflight_bytes == sum(by_peer.values()) <= 8 * CHUNK
+        assert max(by_peer.values(), default=0) <= 3 * CHUNK
+    while inflight or queue.pending_bytes:
+        job = queue.next(now)
+        if job is not None:
+            inflight.append(job)
+            continue
+        job = inflight.pop()
+        queue.finished(job, None)
+        ends[job.peer, job.chunk.tag] += 1
+    while any(queue.open_grants(name) for name in names):
+        collect()
+    assert set(ends) == granted
+    assert set(ends.values()) <= {1}
