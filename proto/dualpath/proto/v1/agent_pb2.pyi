@@ -219,21 +219,51 @@ global___SaveRequest = SaveRequest
 class SaveResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class EventsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     STATUS_FIELD_NUMBER: builtins.int
     RESERVED_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    """word of the first failure, empty if there was none"""
+    detail: builtins.str
+    """for people"""
     @property
     def status(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[dualpath.proto.v1.store_pb2.SealStatus.ValueType]:
         """one a hash; UNSPECIFIED where nothing was written"""
 
     @property
     def reserved(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[dualpath.proto.v1.store_pb2.ReserveStatus.ValueType]: ...
+    @property
+    def events(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """failures by reason, as counted"""
+
     def __init__(
         self,
         *,
         status: collections.abc.Iterable[dualpath.proto.v1.store_pb2.SealStatus.ValueType] | None = ...,
         reserved: collections.abc.Iterable[dualpath.proto.v1.store_pb2.ReserveStatus.ValueType] | None = ...,
+        reason: builtins.str = ...,
+        detail: builtins.str = ...,
+        events: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["reserved", b"reserved", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "events", b"events", "reason", b"reason", "reserved", b"reserved", "status", b"status"]) -> None: ...
 
 global___SaveResponse = SaveResponse
 
