@@ -258,7 +258,13 @@ class MemoryTransport:
                 if found is None:
                     self._changed.wait()
                     continue
-            self._carry_out(*found)
+                link, pending = found
+                late = pending.deadline <= time.monotonic()
+                settled = link.outbox.settle(pending.ident) if late else None
+            if not late:
+                self._carry_out(link, pending)
+            elif settled is not None:
+                deliver(link.peer, pending, WriteStatus.EXPIRED, "deadline")
 
     def _next(self) -> tuple[_Link, PendingWrite] | None:
         for link in self._links.values():
