@@ -112,7 +112,7 @@ class BlockReader:
         state = self._state
         with state.lock:
             state.check_open()
-            target = self._target(lease_id, block, chunk, promote=state.config.promote)
+            target = self._target(lease_id, block, chunk, reading=True)
         if not target.present:
             self._read(target, chunk)
         tier = Tier.DRAM if target.present else Tier.SSD
@@ -131,7 +131,7 @@ class BlockReader:
         with state.lock:
             state.check_open()
             try:
-                target = self._target(lease_id, block, chunk, promote=False)
+                target = self._target(lease_id, block, chunk, reading=False)
             except Corrupt:
                 return True
             only_copy = bool(state.table.dirty[target.row])
@@ -147,8 +147,6 @@ class BlockReader:
             return bad
         finally:
             self._unpin(target.row)
-            if target.buffer >= 0:
-                self._give(target.buffer)
 
     def _verifies(self, target: _Target) -> bool:
         view = self._state.dram.view(target.offset, target.nbytes)
@@ -170,8 +168,9 @@ class BlockReader:
         finally:
             self._give(buffer)
 
-    def _target(self, lease_id: int, block: int, chunk: int, *, promote: bool) -> _Target:
-        """Find and pin. Needs the lock; may wait for a read buffer."""
+    def _target(self, lease_id: int, block: int, chunk: int, *, reading: bool) -> _Target:
+        """Find and pin. Needs the lock. With `reading` there is a place to read to afterwards;
+        a read buffer may have to be waited for."""
         state, table = self._state, self._state.table
         row = self._row_of(lease_id, block)
         layout = state.catalog.entry_of(row).layout
@@ -181,10 +180,10 @@ class BlockReader:
         table.pins[row] += 1
         try:
             present = bool(int(table.filled[row]) >> chunk & 1)
-            if not present and table.dram[row] < 0 and promote:
-                self._promote(row)
             buffer = -1
-            if table.dram[row] < 0:
+            if reading and table.dram[row] < 0 and state.config.promote:
+                self._promote(row)
+            if reading and table.dram[row] < 0:
                 buffer = self._buffer(_aligned(nbytes))
             offset = buffer if buffer >= 0 else int(table.dram[row]) + inside
         except BaseException:

@@ -264,8 +264,6 @@ def _open(
         device = PsyncDevice(directory.segments_path, direct=config.direct)
     table = BlockTable()
     catalog = Catalog(table, config.namespaces_max, config.removals_remembered_max)
-    recovery = Recovery(directory, device, catalog, table)
-    index, records, rebuilt = recovery.open_index()
     ssd = SsdTier(device, config.disk_bytes, config.segment_bytes)
     dram = DramTier(config.dram_bytes, config.read_buffers_bytes, shared=config.shared_arena)
     committers: list[Committer] = []
@@ -289,7 +287,18 @@ def _open(
         lock=lock,
         room=threading.Condition(lock),
     )
-    recovered = recovery.load(index, records, ssd, residency, rebuilt=rebuilt)
+    recovery = Recovery(directory, device, catalog, table)
+    try:
+        index, records, rebuilt = recovery.open_index()
+        try:
+            recovered = recovery.load(index, records, ssd, residency, rebuilt=rebuilt)
+        except BaseException:
+            index.close()
+            raise
+    except BaseException:
+        recovery.close()
+        dram.close()
+        raise
     state.generation = recovered.generation
     writer = BlockWriter(state)
     committer = Committer(writer, ssd, index, directory)

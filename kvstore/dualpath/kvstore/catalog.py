@@ -32,7 +32,6 @@ class NamespaceEntry:
     present: dict[bytes, int] = field(default_factory=dict)
     pending: dict[bytes, int] = field(default_factory=dict)
     ever_stored: bool = False
-    durable: bool = False
 
 
 class Catalog:

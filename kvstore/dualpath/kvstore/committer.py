@@ -85,6 +85,7 @@ class Committer:
         self._jobs: deque[CommitJob] = deque()
         self._deletes: list[_Delete] = []
         self._held: set[tuple[int, int]] = set()
+        self._saved: set[Namespace] = set()
         self._closing = False
         self._called = False
         self._refused = False
@@ -193,11 +194,17 @@ class Committer:
                 continue
             segment, slot = job.place
             try:
-                self._directory.save_namespace(job.namespace)
+                self._save_namespace(job.namespace)
                 self._ssd.ensure(segment)
                 self._ssd.write_slot(segment, slot, job.data)
             except OSError as error:
                 job.failure = f"data: {error}"
+
+    def _save_namespace(self, namespace: Namespace) -> None:
+        """Once a namespace: without its file its blocks would be dropped at the next opening."""
+        if namespace not in self._saved:
+            self._directory.save_namespace(namespace)
+            self._saved.add(namespace)
 
     def _write_headers(self, group: list[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():

@@ -21,7 +21,13 @@ from dualpath.kvstore.device import Device, DeviceFile
 from dualpath.kvstore.durable_index import DurableIndex, probe
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.residency import Residency
-from dualpath.kvstore.segment import SegmentGeometry, page_buffer, read_headers, read_superblock
+from dualpath.kvstore.segment import (
+    SegmentGeometry,
+    is_blank,
+    page_buffer,
+    read_headers,
+    read_superblock,
+)
 from dualpath.kvstore.ssd_tier import SsdTier, segment_number
 from dualpath.transfer.errors import Corrupt
 
@@ -62,17 +68,22 @@ class Recovery:
     def open_index(self) -> tuple[DurableIndex, list[BlockRecord], bool]:
         """(index, records that may be taken, whether it was rebuilt)."""
         for namespace in self._directory.namespaces():
-            self._catalog.open(namespace).durable = True
+            self._catalog.open(namespace)
         self._open_segments()
         lost = not (self._directory.index_path / "data.mdb").exists() and bool(self._segments)
         try:
             if not self._directory.was_clean and not probe(self._directory.index_path):
                 raise Corrupt("the index cannot be walked by a child process")
             index = DurableIndex(self._directory.index_path)
-            if not lost:
-                return index, self._usable(index), False
+            try:
+                if not lost:
+                    return index, self._usable(index), False
+            except Corrupt:
+                index.close()
+                raise
         except Corrupt as error:
             _log.warning("%s; it is set aside and rebuilt from the headers", error)
+            self._stale.clear()
             self._directory.set_index_aside()
             index = DurableIndex(self._directory.index_path)
         records = self._from_headers()
@@ -115,10 +126,15 @@ class Recovery:
             if segment is None:
                 continue
             file = self._device.open(name)
+            if is_blank(file):
+                # A crash came between creating the file and its superblock.
+                file.close()
+                self._device.remove(name)
+                self._damaged.append(segment)
+                continue
             try:
                 geometry = read_superblock(file, segment, name)
             except (Corrupt, OSError) as error:
-                # A crash while it was being created looks the same; nothing refers to it then.
                 _log.warning("%s; the segment is left alone and its blocks are dropped", error)
                 file.close()
                 self._damaged.append(segment)

@@ -64,14 +64,13 @@ class Residency:
         slot_bytes = entry.layout.slot_bytes
         # Linked first: a parent with a child is not a victim.
         row = table.add(entry.index, block_hash, parent, slot_bytes)
-        place = self._take_ssd(slot_bytes)
-        if place is not None:
-            table.segment[row], table.slot[row] = place
-            offset = self.take_dram(slot_bytes, for_write=True)
-            table.dram[row] = offset
-        if place is None or table.dram[row] < 0:
+        offset = self.take_dram(slot_bytes, for_write=True)
+        table.dram[row] = offset
+        place = self._take_ssd(slot_bytes) if offset >= 0 else None
+        if place is None:
             self._free_row(row)
             return NO_ROW
+        table.segment[row], table.slot[row] = place
         entry.pending[block_hash] = row
         self.owners[row] = owner
         return row
@@ -175,10 +174,6 @@ class Residency:
                     if offset >= 0:
                         return offset
         return -1
-
-    def demote(self, row: int) -> None:
-        """Drop the copy in DRAM of a clean, unpinned block."""
-        self._free_dram(row)
 
     def _take_ssd(self, slot_bytes: int) -> tuple[int, int] | None:
         if SegmentGeometry(slot_bytes, 1).file_bytes > self._ssd.capacity_bytes:

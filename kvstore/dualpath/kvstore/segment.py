@@ -85,6 +85,18 @@ def write_superblock(file: DeviceFile, segment: int, geometry: SegmentGeometry) 
     file.sync()
 
 
+def is_blank(file: DeviceFile) -> bool:
+    """Whether the superblock was never written."""
+    if file.nbytes < ALIGN_BYTES:
+        return True
+    page = page_buffer()
+    try:
+        file.read(0, [page])
+    except OSError:
+        return False
+    return not any(page)
+
+
 def read_superblock(file: DeviceFile, segment: int, name: str) -> SegmentGeometry:
     """Read and check. Raises Corrupt, or InvalidRequest for a newer format."""
     if file.nbytes < ALIGN_BYTES:

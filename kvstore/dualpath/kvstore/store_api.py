@@ -6,8 +6,9 @@ touch memory and may be called from an event loop.
 
 Life of a block: `reserve` -> write into the reserved extent -> `seal`; it is visible to `lookup`
 from then on, and immutable. First writer wins. A reservation expires unsealed after its time to
-live. Read: `lookup` -> lease -> `fetch` chunks -> `release`. A leased block is evicted from no
-tier. Presence is prefix-closed: if a block is present, so is its parent.
+live. Read: `lookup` -> lease -> `fetch` chunks -> `release`. A leased block is never evicted; its
+copy in DRAM may go while the one on SSD stays, but a fetched chunk is stable. Presence is
+prefix-closed: if a block is present, so is its parent.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class SealStatus(enum.Enum):
 
     SEALED = "sealed"
     EXPIRED = "expired"
+    """The reservation is gone, or the block's parent is; or its parent is not sealed yet: parents
+    first. In the last case the reservation stays."""
     CORRUPT = "corrupt"
     """The bytes in place do not have the checksums that the writer gave."""
     FAILED = "failed"
