@@ -51,6 +51,16 @@ def algorithms() -> dict[str, Digest]:
     return found
 
 
+def _packed(tokens: Sequence[int]) -> bytes:
+    """Little-endian u64 each. Raises InvalidRequest on anything that would be rounded."""
+    found = np.asarray(tokens)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise InvalidRequest(f"token ids must be a flat list of integers, not {found.dtype}")
+    if found.size and found.min() < 0:
+        raise InvalidRequest(f"token ids must not be negative: {found.min()}")
+    return found.astype("<u8").tobytes()
+
+
 def chain_hashes(
     tokens: Sequence[int],
     block_tokens: int,
@@ -73,10 +83,7 @@ def chain_hashes(
             + ("; pip install blake3" if algorithm == "blake3" else "")
         )
     digest = known[algorithm]
-    try:
-        packed = np.asarray(tokens, dtype=np.uint64).astype("<u8", copy=False).tobytes()
-    except (OverflowError, ValueError, TypeError) as error:
-        raise InvalidRequest(f"token ids must be integers in 0..2^64-1: {error}") from error
+    packed = _packed(tokens)
     word = root.encode()
     parent = digest(_SEED + _HEAD.pack(block_tokens, len(word)) + word + extra)
     hashes = []
