@@ -161,6 +161,11 @@ class Attachments:
             elif now - attachment.attached_at > CONNECT_S_MAX:
                 self.drop(attachment.peer_id, "it never connected to the data plane")
 
+    def fence_expired(self, reservation_ids: Collection[int]) -> None:
+        """Fence reservations that the store lets expire. From any thread."""
+        for attachment in list(self._by_peer.values()):
+            attachment.incoming.fence_expired(reservation_ids)
+
     async def close(self, deadline_s: float) -> None:
         """Drop all, and wait until they are fenced."""
         for peer_id in list(self._by_peer):

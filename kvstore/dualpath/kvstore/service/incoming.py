@@ -3,7 +3,8 @@
 Owns the attachment's window, the tags of its chunks and the count of what arrived. Guarantees
 that a slot goes back to the store only after its tags were fenced: by abandon, expiry, or the loss
 of the attachment. Time to live is enforced here, before the store's own, longer one, for that
-reason. Checksums are the store's (`seal` hashes its own copy).
+reason; should the store be first all the same, it calls `fence_expired`. Checksums are the
+store's (`seal` hashes its own copy).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import enum
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX, KVLayout
@@ -29,7 +30,7 @@ from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import Arrival, Transport
 
 GRACE_S = 15.0
-"""The store's time to live exceeds ours by at least this, so that we always fence first."""
+"""The store's time to live exceeds ours by at least this, so that we normally fence first."""
 TTL_S_MAX = RESERVATION_S_MAX - GRACE_S
 
 assert TTL_S_MAX > 0
@@ -196,6 +197,20 @@ class IncomingBlocks:
             self._forget(late)
         self._fence(late)
         return len(late)
+
+    def fence_expired(self, reservation_ids: Collection[int]) -> None:
+        """The store is about to use these slots again, by its own time to live: fence them."""
+        with self._lock:
+            late = [
+                block
+                for reservation in reservation_ids
+                if (block := self._blocks.get(reservation)) is not None
+                and block.phase is _Phase.WRITING
+            ]
+            self._forget(late)
+            window = self._window
+        if late and window is not None:
+            self._transport.disarm(window, [tag for block in late for tag in block.tags])
 
     def close(self) -> None:
         """The attachment is lost: fence its window, then drop what it held in the store."""

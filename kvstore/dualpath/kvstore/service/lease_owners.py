@@ -54,3 +54,7 @@ class LeaseOwners:
             record = self._leases.get(lease_id)
             if record is not None and record[1] <= now:
                 del self._leases[lease_id]
+        if len(self._expiries) > 2 * len(self._leases) + 64:
+            # Renewals and releases leave stale entries behind: bound them.
+            self._expiries = [(record[1], lease) for lease, record in self._leases.items()]
+            heapq.heapify(self._expiries)

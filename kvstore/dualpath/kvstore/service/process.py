@@ -88,6 +88,7 @@ class Daemon:
             store=store, planes=planes, engine=engine, auth=auth, executor=executor
         )
         self._service = service
+        store.set_on_expired(service.attachments.fence_expired)
         stack.push_async_callback(service.attachments.close, STOP_S_MAX)
         duties = asyncio.create_task(service.do_duties(), name="duties")
         stack.push_async_callback(_cancelled, duties)

@@ -1,0 +1,438 @@
+"""The Deliver stream: grants fail alone and say why, streams end cleanly, stalls are local."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from typing import Any
+
+import grpc
+import pytest
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.service.deliver import DeliveryConfig, DeliveryEngine
+from dualpath.kvstore.service.delivery_queue import ChunkFailure, Grant, GrantedChunk
+from dualpath.proto.status import error_of
+from dualpath.proto.v1 import common_pb2, store_pb2
+from dualpath.transfer.errors import Corrupt, InvalidRequest, LeaseExpired, Overloaded
+from dualpath.transfer.lane import Lane
+from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
+from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slices import Slices
+from dualpath.transfer.stream_handshake import introduce
+
+WAIT_S = 20.0
+
+
+async def _filled(lab: Any, blocks: int = 2, **changes: Any) -> tuple[Any, Any, bytes, list[bytes]]:
+    running = await lab.daemon(**changes)
+    client = await lab.client(running).attach()
+    namespace_id = await client.namespace()
+    hashes = lab.chain(blocks)
+    await client.save(namespace_id, hashes)
+    return running, client, namespace_id, hashes
+
+
+def _set(path: str, value: Any) -> Any:
+    def change(message: Any) -> None:
+        *parents, last = path.split(".")
+        for name in parents:
+            message = getattr(message, name)
+        if isinstance(value, list):
+            del getattr(message, last)[:]
+            getattr(message, last).extend(value)
+        else:
+            setattr(message, last, value)
+
+    return change
+
+
+def test_a_wrong_grant_fails_alone_and_says_why(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, namespace_id, hashes = await _filled(lab)
+        hit = await client.lookup(namespace_id, hashes)
+        wrong = [
+            (_set("block", [7]), "block"),
+            (_set("chunk", [9]), "chunk"),
+            (_set("window", b"no window"), "36 bytes"),
+            (_set("lane", 9), "lane 9"),
+            (_set("deadline_ms", 0), "deadline_ms 0"),
+            (_set("target.base_bytes", [1 << 40]), "outside of the window"),
+            (_set("target.nbytes", [5]), "5"),
+            (_set("target.nbytes", [2 << 20]), str(2 << 20)),
+            (_set("target.skip_bytes", []), "lengths differ"),
+            (_set("tag", [1, 2]), "lengths differ"),
+            (_set("target.length_bytes", 0), "0"),
+        ]
+        async with client.deliver() as delivery:
+            window = delivery.window()
+            for change, said in wrong:
+                grant = await delivery.grant(
+                    [(0, 0)], window, lease_id=hit.lease_id, arm=False, change=change
+                )
+                outcome = await delivery.outcome(grant)
+                invalid = common_pb2.CHUNK_FAILURE_INVALID
+                assert set(outcome.failed.values()) == {invalid}, said
+                assert said in outcome.detail, (said, outcome.detail)
+            unarmed = await delivery.grant([(0, 0)], window, lease_id=hit.lease_id, arm=False)
+            outcome = await delivery.outcome(unarmed)
+            assert set(outcome.failed.values()) == {common_pb2.CHUNK_FAILURE_REFUSED}
+            unknown = await delivery.grant([(0, 0)], window, lease_id=1)
+            outcome = await delivery.outcome(unknown)
+            assert set(outcome.failed.values()) == {common_pb2.CHUNK_FAILURE_LEASE_EXPIRED}
+            right = await delivery.grant([(0, 1), (1, 2)], window, lease_id=hit.lease_id)
+            assert not (await delivery.outcome(right)).failed
+
+    in_lab(body)
+
+
+def test_a_revoked_window_refuses_what_was_granted_into_it(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, namespace_id, hashes = await _filled(lab)
+        hit = await client.lookup(namespace_id, hashes)
+        async with client.deliver() as delivery:
+            window = delivery.window()
+            client.region.view[:8] = b"untouched"[:8]
+            change = _set("lane", int(Lane.LOAD_PREFILL))
+
+            def revoke(message: Any) -> None:
+                change(message)
+                client.transport.revoke(window)
+
+            grant = await delivery.grant([(0, 0)], window, lease_id=hit.lease_id, change=revoke)
+            outcome = await delivery.outcome(grant)
+            assert set(outcome.failed.values()) == {common_pb2.CHUNK_FAILURE_REFUSED}
+            assert bytes(client.region.view[:8]) == b"untouche"
+
+    in_lab(body)
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "said"),
+    [
+        ([store_pb2.DeliverRequest()], grpc.StatusCode.INVALID_ARGUMENT, "session: 0 bytes"),
+        (
+            [store_pb2.DeliverRequest(session=b"s" * 16)],
+            grpc.StatusCode.PERMISSION_DENIED,
+            "attach again",
+        ),
+    ],
+)
+def test_a_stream_without_a_session_ends_at_once(
+    in_lab: Any, messages: list[Any], code: grpc.StatusCode, said: str
+) -> None:
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        call = client.stub.Deliver(iter(messages), timeout=WAIT_S)
+        with pytest.raises(grpc.RpcError, match=said) as caught:
+            await call.read()
+        assert caught.value.code() is code
+
+    in_lab(body)
+
+
+def test_an_attachment_has_one_stream_and_may_open_another_after_it(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, namespace_id, hashes = await _filled(lab)
+        hit = await client.lookup(namespace_id, hashes)
+        async with client.deliver():
+            with pytest.raises(grpc.RpcError, match="Deliver stream already"):
+                async with client.deliver():
+                    pass
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                try:
+                    async with client.deliver() as delivery:
+                        grant = await delivery.grant(
+                            [(0, 0)], delivery.window(), lease_id=hit.lease_id
+                        )
+                        assert not (await delivery.outcome(grant)).failed
+                        return
+                except grpc.RpcError as error:
+                    if "already" not in str(error):
+                        raise
+
+    in_lab(body)
+
+
+def test_a_half_closed_stream_ends_when_its_grants_are_done(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, namespace_id, hashes = await _filled(lab)
+        hit = await client.lookup(namespace_id, hashes)
+        async with client.deliver() as delivery:
+            grant = await delivery.grant(
+                [(0, 0), (0, 1), (1, 1)], delivery.window(), lease_id=hit.lease_id
+            )
+            await delivery.call.done_writing()
+            assert not (await delivery.outcome(grant)).failed
+            ended = await asyncio.wait_for(delivery.call.read(), WAIT_S)
+            assert ended is grpc.aio.EOF
+            assert await delivery.call.code() is grpc.StatusCode.OK
+
+    in_lab(body)
+
+
+def test_a_stream_ends_as_unavailable_with_its_data_connection(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, _, _ = await _filled(lab)
+        async with client.deliver() as delivery:
+            await asyncio.to_thread(client.transport.close)
+            with pytest.raises(grpc.RpcError) as caught:
+                await asyncio.wait_for(delivery.call.read(), WAIT_S)
+            assert error_of(caught.value).reason == "peer_lost"
+
+    in_lab(body)
+
+
+def _dialled_but_not_read(client: Any, running: Any) -> socket.socket:
+    """A data connection whose receiver never reads: its buffers fill and stay full."""
+    host, port = client.attached.address.rsplit(":", 1)
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect((host, int(port)))
+    introduce(sock, "stalled", "daemon", client.attached.invitation, time.monotonic() + WAIT_S)
+    return sock
+
+
+def test_a_client_that_reads_neither_stream_nor_connection_delays_nobody(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        layout = KVLayout(layers=4, block_tokens=16, layer_bytes=1 << 20, dtype="bf16")
+        running = await lab.daemon(
+            inflight_bytes=16 << 20, attachment_inflight_bytes=4 << 20, readers=2
+        )
+        other = await lab.client(running).attach()
+        namespace_id = await other.namespace(layout)
+        hashes = lab.chain(4)
+        await other.save(namespace_id, hashes, layout=layout)
+        stalled = await lab.client(running).attach(connect=False)
+        sock = _dialled_but_not_read(stalled, running)
+        try:
+            hit = await stalled.lookup(namespace_id, hashes)
+            chunks = [(b, c) for b in range(4) for c in range(layout.chunk_count)]
+            async with stalled.deliver() as dead:
+                window = RegionDescriptor(1, 1, 0, 1 << 30)
+                for _ in range(200):
+                    await dead.grant(
+                        chunks,
+                        window,
+                        lease_id=hit.lease_id,
+                        arm=False,
+                        deadline_ms=60_000,
+                        layout=layout,
+                    )
+                own = await other.lookup(namespace_id, hashes)
+                async with other.deliver() as delivery:
+                    into = delivery.window()
+                    for _ in range(5):
+                        grant = await delivery.grant(
+                            chunks, into, lease_id=own.lease_id, layout=layout
+                        )
+                        outcome = await delivery.outcome(grant)
+                        assert not outcome.failed
+                for index, block_hash in enumerate(hashes):
+                    assert delivery.block(index, layout) == lab.content(block_hash, layout)
+                stats = await other.call("Stats", store_pb2.StatsRequest())
+                assert stats.queue_bytes > 1 << 30  # the stalled one's, still waiting
+        finally:
+            sock.close()
+        async with asyncio.timeout(WAIT_S):
+            while (await other.call("Stats", store_pb2.StatsRequest())).queue_bytes:
+                await asyncio.sleep(0.01)
+
+    in_lab(body)
+
+
+def test_an_invitation_that_nobody_uses_leaves_nothing_behind(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        running = await lab.daemon()
+        await lab.client(running).attach(connect=False)
+        service = running.daemon._service
+        attachments = service.attachments
+        assert len(attachments) == 1
+        attachments.reap(time.monotonic() + 1)
+        assert len(attachments) == 1
+        attachments.reap(time.monotonic() + 60)
+        assert len(attachments) == 0
+
+    in_lab(body)
+
+
+class _Chunk:
+    def __init__(self, region: Region, nbytes: int, released: list[int]) -> None:
+        self.region = region
+        self.slices = Slices.contiguous(0, nbytes)
+        self._released = released
+
+    def release(self) -> None:
+        self._released.append(1)
+
+
+class _Source:
+    """What the engine needs of a store: `fetch`, failing as told."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.region = Region.anonymous(1 << 20)
+        self.released: list[int] = []
+
+    def fetch(self, lease_id: int, block: int, chunk: int) -> _Chunk:
+        if self.error is not None:
+            raise self.error
+        return _Chunk(self.region, 4096, self.released)
+
+
+class _Rig:
+    """An engine that writes over the memory transport to a receiver in this process."""
+
+    def __init__(self, source: _Source, clock: Any = time.monotonic) -> None:
+        hub = MemoryHub()
+        self.sender = MemoryTransport("daemon", lambda *_: None, hub)
+        self.receiver = MemoryTransport("client", lambda *_: None, hub)
+        self.sender.listen("here")
+        self.receiver.connect("daemon", "here", self.sender.invite("client"), deadline_s=5)
+        self.region = Region.anonymous(1 << 20)
+        self.window = self.receiver.expose(self.region, 0, self.region.nbytes, lambda _: True)
+        store: Any = source
+        self.engine = DeliveryEngine(store, DeliveryConfig(readers=2), clock)
+        self.loop = asyncio.get_running_loop()
+        self.news = asyncio.Event()
+        self.engine.open(
+            "client", self.sender, lambda: _quietly(self.loop.call_soon_threadsafe, self.news.set)
+        )
+
+    def grant(self, chunks: int, deadline_s: float = 10.0, nbytes: int = 4096) -> Grant:
+        targets = [
+            GrantedChunk(0, index, index + 1, Slices.contiguous(index * 4096, nbytes))
+            for index in range(chunks)
+        ]
+        self.receiver.arm(self.window, [(each.tag, each.target) for each in targets])
+        return Grant(1, 1, self.window, Lane.SAVE, time.monotonic() + deadline_s, targets)
+
+    async def failures(self) -> list[ChunkFailure]:
+        found: list[ChunkFailure] = []
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                await self.news.wait()
+                self.news.clear()
+                for report in self.engine.reports("client"):
+                    found.extend(failure for _, failure in report.failures)
+                    if report.done:
+                        return found
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+        self.engine.close()
+
+
+def _quietly(call: Any, *args: Any) -> None:
+    call(*args)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (LeaseExpired("x"), ChunkFailure.LEASE_EXPIRED),
+        (Corrupt("x"), ChunkFailure.CORRUPT),
+        (Overloaded("x", retry_after_s=1), ChunkFailure.OVERLOADED),
+        (InvalidRequest("x"), ChunkFailure.INVALID),
+        (OSError("the medium"), ChunkFailure.CORRUPT),
+    ],
+)
+def test_what_the_store_cannot_read_fails_chunk_by_chunk(
+    error: Exception, failure: ChunkFailure
+) -> None:
+    async def body() -> None:
+        rig = _Rig(_Source(error))
+        try:
+            rig.engine.submit("client", rig.grant(3))
+            assert await rig.failures() == [failure] * 3
+            assert rig.engine.stats().failures == {failure: 3}
+            assert rig.engine.stats().pending_bytes == 0
+        finally:
+            rig.close()
+
+    asyncio.run(body())
+
+
+def test_every_buffer_is_released_once_and_a_wrong_size_is_not_sent() -> None:
+    async def body() -> None:
+        source = _Source()
+        rig = _Rig(source)
+        try:
+            rig.engine.submit("client", rig.grant(20))
+            assert await rig.failures() == []
+            assert len(source.released) == 20
+            rig.engine.submit("client", rig.grant(2, nbytes=100))
+            assert await rig.failures() == [ChunkFailure.INVALID] * 2
+            assert len(source.released) == 22
+            assert await asyncio.to_thread(rig.engine.drain, WAIT_S)
+        finally:
+            rig.close()
+
+    asyncio.run(body())
+
+
+def test_a_peer_that_is_gone_fails_its_chunks_and_closing_drops_them() -> None:
+    async def body() -> None:
+        rig = _Rig(_Source())
+        try:
+            grant = rig.grant(3)
+            rig.receiver.close()
+            rig.engine.submit("client", grant)
+            assert set(await rig.failures()) == {ChunkFailure.PEER_LOST}
+            rig.engine.close_peer("client")
+            assert rig.engine.reports("client") == []
+            assert await asyncio.to_thread(rig.engine.wait_idle, WAIT_S)
+        finally:
+            rig.close()
+
+    asyncio.run(body())
+
+
+def test_a_cancelled_grant_stops_and_a_late_one_expires(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        # One reader and one chunk in flight to a receiver that does not read: the rest waits.
+        layout = KVLayout(layers=4, block_tokens=16, layer_bytes=1 << 20, dtype="bf16")
+        running = await lab.daemon(inflight_bytes=16 << 20, attachment_inflight_bytes=1 << 20)
+        writer = await lab.client(running).attach()
+        namespace_id = await writer.namespace(layout)
+        hashes = lab.chain(2)
+        await writer.save(namespace_id, hashes, layout=layout)
+        stalled = await lab.client(running).attach(connect=False)
+        sock = _dialled_but_not_read(stalled, running)
+        try:
+            hit = await stalled.lookup(namespace_id, hashes)
+            chunks = [(b, c) for b in range(2) for c in range(layout.chunk_count)]
+            async with stalled.deliver() as delivery:
+                window = RegionDescriptor(1, 1, 0, 1 << 30)
+
+                async def grant(deadline_ms: int) -> int:
+                    return int(
+                        await delivery.grant(
+                            chunks * 4,
+                            window,
+                            lease_id=hit.lease_id,
+                            arm=False,
+                            deadline_ms=deadline_ms,
+                            layout=layout,
+                        )
+                    )
+
+                first, late = await grant(60_000), await grant(50)
+                failed: list[int] = []
+                async with asyncio.timeout(WAIT_S):
+                    while common_pb2.CHUNK_FAILURE_DEADLINE not in failed:
+                        response = await delivery.call.read()
+                        for progress in response.progress:
+                            assert progress.grant_id == late
+                            failed.extend(progress.failure)
+                    await delivery.cancel(first)
+                    while common_pb2.CHUNK_FAILURE_CANCELLED not in failed:
+                        response = await delivery.call.read()
+                        for progress in response.progress:
+                            failed.extend(progress.failure)
+        finally:
+            sock.close()
+
+    in_lab(body)
