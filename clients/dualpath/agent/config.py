@@ -14,7 +14,7 @@ from dualpath.transfer.errors import InvalidRequest
 DAEMONS_MAX = 64
 RELAYS_MAX = 256
 STAGING_BYTES_MIN = 8 << 20
-NAME_CHARS_MAX = 128
+NAME_CHARS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,14 +34,12 @@ class MissReason(enum.Enum):
         return _FROM_PROTO.get(value, MissReason.UNAVAILABLE)
 
     @property
-    def proto(self) -> store_pb2.MissReason:
+    def proto(self) -> store_pb2.MissReason.ValueType:
         """The protocol's value."""
         return store_pb2.MissReason.Value(f"MISS_REASON_{self.name}")
 
 
-_FROM_PROTO = {
-    store_pb2.MissReason.Value(f"MISS_REASON_{reason.name}"): reason for reason in MissReason
-}
+_FROM_PROTO: Mapping[int, MissReason] = {reason.proto: reason for reason in MissReason}
 
 
 @dataclass(frozen=True, slots=True)

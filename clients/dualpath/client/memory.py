@@ -7,7 +7,8 @@ during loads that were asked for, and not after such a load has ended or `close`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from dualpath.transfer.region import Region
 
@@ -27,6 +28,17 @@ class EngineMemory:
     def view(self) -> memoryview:
         """The bytes. Release what you derive from it before `close`."""
         return self._region.view
+
+    def close_in(self, run: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+        """Let `close` do its work by `run`: the memory's agent lives in another thread's loop."""
+        unregister = self._unregister
+        if unregister is None:
+            return
+
+        async def work(handle: int) -> None:
+            unregister(handle)
+
+        self._unregister = lambda handle: run(work(handle))
 
     def close(self) -> None:
         """Take the memory back: loads into it are aborted and fenced first. Idempotent.

@@ -26,7 +26,7 @@ from dualpath.proto.v1 import common_pb2 as dualpath_dot_proto_dot_v1_dot_common
 from dualpath.proto.v1 import store_pb2 as dualpath_dot_proto_dot_v1_dot_store__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64ualpath/proto/v1/agent.proto\x12\x0b\x64ualpath.v1\x1a\x1e\x64ualpath/proto/v1/common.proto\x1a\x1d\x64ualpath/proto/v1/store.proto\"M\n\x0b\x42lockPlaces\x12\x0e\n\x06region\x18\x01 \x01(\x04\x12\x1a\n\x12layer_stride_bytes\x18\x02 \x01(\x04\x12\x12\n\nbase_bytes\x18\x03 \x03(\x04\"\xb4\x01\n\x0bLoadRequest\x12\x0f\n\x07load_id\x18\x01 \x01(\t\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\x0c\x12\x0c\n\x04hash\x18\x03 \x03(\x0c\x12(\n\x06places\x18\x04 \x01(\x0b\x32\x18.dualpath.v1.BlockPlaces\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x63ode_peer\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x03(\t\"8\n\tPathShare\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x03 \x01(\r\"\xd0\x02\n\tLoadEvent\x12\x0f\n\x07started\x18\x01 \x01(\x08\x12\x12\n\nhit_blocks\x18\x02 \x01(\r\x12%\n\x04miss\x18\x03 \x01(\x0e\x32\x17.dualpath.v1.MissReason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x14\n\x0clayers_ready\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_valid\x18\x06 \x01(\r\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\x12%\n\x05share\x18\x08 \x03(\x0b\x32\x16.dualpath.v1.PathShare\x12\x32\n\x06\x65vents\x18\t \x03(\x0b\x32\".dualpath.v1.LoadEvent.EventsEntry\x12\x11\n\telapsed_s\x18\n \x01(\x01\x12\x10\n\x08lookup_s\x18\x0b \x01(\x01\x1a-\n\x0b\x45ventsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x91\x01\n\x0bSaveRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0c\n\x04hash\x18\x02 \x03(\x0c\x12\x0e\n\x06parent\x18\x03 \x03(\x0c\x12(\n\x06places\x18\x04 \x01(\x0b\x32\x18.dualpath.v1.BlockPlaces\x12\x0f\n\x07\x64urable\x18\x05 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\"\xeb\x01\n\x0cSaveResponse\x12\'\n\x06status\x18\x01 \x03(\x0e\x32\x17.dualpath.v1.SealStatus\x12,\n\x08reserved\x18\x02 \x03(\x0e\x32\x1a.dualpath.v1.ReserveStatus\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x35\n\x06\x65vents\x18\x05 \x03(\x0b\x32%.dualpath.v1.SaveResponse.EventsEntry\x1a-\n\x0b\x45ventsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1f\n\x0c\x41\x62ortRequest\x12\x0f\n\x07load_id\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"\x80\x01\n\x0cRelayRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64\x61\x65mon\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12&\n\x05grant\x18\x04 \x01(\x0b\x32\x17.dualpath.v1.ChunkGrant\x12\x17\n\x0f\x63\x61ncel_grant_id\x18\x05 \x03(\x04\"e\n\rRelayResponse\x12\x0e\n\x06\x64\x61\x65mon\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x61\x65mon_peer_id\x18\x02 \x01(\t\x12,\n\x08progress\x18\x03 \x03(\x0b\x32\x1a.dualpath.v1.GrantProgress\"\x13\n\x11\x41gentStatsRequest\"]\n\tLinkStats\x12\x0c\n\x04link\x18\x01 \x01(\t\x12\x18\n\x10rate_bytes_per_s\x18\x02 \x01(\x01\x12\x19\n\x11limit_bytes_per_s\x18\x03 \x01(\x01\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"s\n\tPathStats\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\n\n\x02up\x18\x02 \x01(\x08\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x04 \x01(\x04\x12\x13\n\x0bqueue_bytes\x18\x05 \x01(\x04\x12\x18\n\x10rate_bytes_per_s\x18\x06 \x01(\x01\"\xa7\x03\n\x12\x41gentStatsResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12$\n\x04link\x18\x05 \x03(\x0b\x32\x16.dualpath.v1.LinkStats\x12$\n\x04path\x18\x06 \x03(\x0b\x32\x16.dualpath.v1.PathStats\x12\x18\n\x10read_queue_bytes\x18\x07 \x01(\x04\x12\x1e\n\x16staging_capacity_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12staging_used_bytes\x18\t \x01(\x04\x12\x14\n\x0cloads_active\x18\n \x01(\x04\x12\x12\n\nloads_done\x18\x0b \x01(\x04\x12\x15\n\rrelayed_bytes\x18\x0c \x01(\x04\x12;\n\x06\x65vents\x18\r \x03(\x0b\x32+.dualpath.v1.AgentStatsResponse.EventsEntry\x1a-\n\x0b\x45ventsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xac\x04\n\x05\x41gent\x12V\n\rOpenNamespace\x12!.dualpath.v1.OpenNamespaceRequest\x1a\".dualpath.v1.OpenNamespaceResponse\x12\x41\n\x06Lookup\x12\x1a.dualpath.v1.LookupRequest\x1a\x1b.dualpath.v1.LookupResponse\x12:\n\x04Load\x12\x18.dualpath.v1.LoadRequest\x1a\x16.dualpath.v1.LoadEvent0\x01\x12;\n\x04Save\x12\x18.dualpath.v1.SaveRequest\x1a\x19.dualpath.v1.SaveResponse\x12>\n\x05\x41\x62ort\x12\x19.dualpath.v1.AbortRequest\x1a\x1a.dualpath.v1.AbortResponse\x12\x41\n\x06\x41ttach\x12\x1a.dualpath.v1.AttachRequest\x1a\x1b.dualpath.v1.AttachResponse\x12\x42\n\x05Relay\x12\x19.dualpath.v1.RelayRequest\x1a\x1a.dualpath.v1.RelayResponse(\x01\x30\x01\x12H\n\x05Stats\x12\x1e.dualpath.v1.AgentStatsRequest\x1a\x1f.dualpath.v1.AgentStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64ualpath/proto/v1/agent.proto\x12\x0b\x64ualpath.v1\x1a\x1e\x64ualpath/proto/v1/common.proto\x1a\x1d\x64ualpath/proto/v1/store.proto\"M\n\x0b\x42lockPlaces\x12\x0e\n\x06region\x18\x01 \x01(\x04\x12\x1a\n\x12layer_stride_bytes\x18\x02 \x01(\x04\x12\x12\n\nbase_bytes\x18\x03 \x03(\x04\"\xb4\x01\n\x0bLoadRequest\x12\x0f\n\x07load_id\x18\x01 \x01(\t\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\x0c\x12\x0c\n\x04hash\x18\x03 \x03(\x0c\x12(\n\x06places\x18\x04 \x01(\x0b\x32\x18.dualpath.v1.BlockPlaces\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x63ode_peer\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x03(\t\"8\n\tPathShare\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x03 \x01(\r\"\xe0\x02\n\tLoadEvent\x12\x0f\n\x07started\x18\x01 \x01(\x08\x12\x12\n\nhit_blocks\x18\x02 \x01(\r\x12%\n\x04miss\x18\x03 \x01(\x0e\x32\x17.dualpath.v1.MissReason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x14\n\x0clayers_ready\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_valid\x18\x06 \x01(\r\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\x12%\n\x05share\x18\x08 \x03(\x0b\x32\x16.dualpath.v1.PathShare\x12\x32\n\x06\x65vents\x18\t \x03(\x0b\x32\".dualpath.v1.LoadEvent.EventsEntry\x12\x11\n\telapsed_s\x18\n \x01(\x01\x12\x10\n\x08lookup_s\x18\x0b \x01(\x01\x12\x0e\n\x06nbytes\x18\x0c \x01(\x04\x1a-\n\x0b\x45ventsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x91\x01\n\x0bSaveRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0c\n\x04hash\x18\x02 \x03(\x0c\x12\x0e\n\x06parent\x18\x03 \x03(\x0c\x12(\n\x06places\x18\x04 \x01(\x0b\x32\x18.dualpath.v1.BlockPlaces\x12\x0f\n\x07\x64urable\x18\x05 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\"\xeb\x01\n\x0cSaveResponse\x12\'\n\x06status\x18\x01 \x03(\x0e\x32\x17.dualpath.v1.SealStatus\x12,\n\x08reserved\x18\x02 \x03(\x0e\x32\x1a.dualpath.v1.ReserveStatus\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x35\n\x06\x65vents\x18\x05 \x03(\x0b\x32%.dualpath.v1.SaveResponse.EventsEntry\x1a-\n\x0b\x45ventsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1f\n\x0c\x41\x62ortRequest\x12\x0f\n\x07load_id\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"\x80\x01\n\x0cRelayRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64\x61\x65mon\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12&\n\x05grant\x18\x04 \x01(\x0b\x32\x17.dualpath.v1.ChunkGrant\x12\x17\n\x0f\x63\x61ncel_grant_id\x18\x05 \x03(\x04\"e\n\rRelayResponse\x12\x0e\n\x06\x64\x61\x65mon\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x61\x65mon_peer_id\x18\x02 \x01(\t\x12,\n\x08progress\x18\x03 \x03(\x0b\x32\x1a.dualpath.v1.GrantProgress\"\x13\n\x11\x41gentStatsRequest\"]\n\tLinkStats\x12\x0c\n\x04link\x18\x01 \x01(\t\x12\x18\n\x10rate_bytes_per_s\x18\x02 \x01(\x01\x12\x19\n\x11limit_bytes_per_s\x18\x03 \x01(\x01\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"s\n\tPathStats\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\n\n\x02up\x18\x02 \x01(\x08\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x04 \x01(\x04\x12\x13\n\x0bqueue_bytes\x18\x05 \x01(\x04\x12\x18\n\x10rate_bytes_per_s\x18\x06 \x01(\x01\"\xa7\x03\n\x12\x41gentStatsResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12$\n\x04link\x18\x05 \x03(\x0b\x32\x16.dualpath.v1.LinkStats\x12$\n\x04path\x18\x06 \x03(\x0b\x32\x16.dualpath.v1.PathStats\x12\x18\n\x10read_queue_bytes\x18\x07 \x01(\x04\x12\x1e\n\x16staging_capacity_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12staging_used_bytes\x18\t \x01(\x04\x12\x14\n\x0cloads_active\x18\n \x01(\x04\x12\x12\n\nloads_done\x18\x0b \x01(\x04\x12\x15\n\rrelayed_bytes\x18\x0c \x01(\x04\x12;\n\x06\x65vents\x18\r \x03(\x0b\x32+.dualpath.v1.AgentStatsResponse.EventsEntry\x1a-\n\x0b\x45ventsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xac\x04\n\x05\x41gent\x12V\n\rOpenNamespace\x12!.dualpath.v1.OpenNamespaceRequest\x1a\".dualpath.v1.OpenNamespaceResponse\x12\x41\n\x06Lookup\x12\x1a.dualpath.v1.LookupRequest\x1a\x1b.dualpath.v1.LookupResponse\x12:\n\x04Load\x12\x18.dualpath.v1.LoadRequest\x1a\x16.dualpath.v1.LoadEvent0\x01\x12;\n\x04Save\x12\x18.dualpath.v1.SaveRequest\x1a\x19.dualpath.v1.SaveResponse\x12>\n\x05\x41\x62ort\x12\x19.dualpath.v1.AbortRequest\x1a\x1a.dualpath.v1.AbortResponse\x12\x41\n\x06\x41ttach\x12\x1a.dualpath.v1.AttachRequest\x1a\x1b.dualpath.v1.AttachResponse\x12\x42\n\x05Relay\x12\x19.dualpath.v1.RelayRequest\x1a\x1a.dualpath.v1.RelayResponse(\x01\x30\x01\x12H\n\x05Stats\x12\x1e.dualpath.v1.AgentStatsRequest\x1a\x1f.dualpath.v1.AgentStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,33 +46,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PATHSHARE']._serialized_start=371
   _globals['_PATHSHARE']._serialized_end=427
   _globals['_LOADEVENT']._serialized_start=430
-  _globals['_LOADEVENT']._serialized_end=766
-  _globals['_LOADEVENT_EVENTSENTRY']._serialized_start=721
-  _globals['_LOADEVENT_EVENTSENTRY']._serialized_end=766
-  _globals['_SAVEREQUEST']._serialized_start=769
-  _globals['_SAVEREQUEST']._serialized_end=914
-  _globals['_SAVERESPONSE']._serialized_start=917
-  _globals['_SAVERESPONSE']._serialized_end=1152
-  _globals['_SAVERESPONSE_EVENTSENTRY']._serialized_start=721
-  _globals['_SAVERESPONSE_EVENTSENTRY']._serialized_end=766
-  _globals['_ABORTREQUEST']._serialized_start=1154
-  _globals['_ABORTREQUEST']._serialized_end=1185
-  _globals['_ABORTRESPONSE']._serialized_start=1187
-  _globals['_ABORTRESPONSE']._serialized_end=1219
-  _globals['_RELAYREQUEST']._serialized_start=1222
-  _globals['_RELAYREQUEST']._serialized_end=1350
-  _globals['_RELAYRESPONSE']._serialized_start=1352
-  _globals['_RELAYRESPONSE']._serialized_end=1453
-  _globals['_AGENTSTATSREQUEST']._serialized_start=1455
-  _globals['_AGENTSTATSREQUEST']._serialized_end=1474
-  _globals['_LINKSTATS']._serialized_start=1476
-  _globals['_LINKSTATS']._serialized_end=1569
-  _globals['_PATHSTATS']._serialized_start=1571
-  _globals['_PATHSTATS']._serialized_end=1686
-  _globals['_AGENTSTATSRESPONSE']._serialized_start=1689
-  _globals['_AGENTSTATSRESPONSE']._serialized_end=2112
-  _globals['_AGENTSTATSRESPONSE_EVENTSENTRY']._serialized_start=721
-  _globals['_AGENTSTATSRESPONSE_EVENTSENTRY']._serialized_end=766
-  _globals['_AGENT']._serialized_start=2115
-  _globals['_AGENT']._serialized_end=2671
+  _globals['_LOADEVENT']._serialized_end=782
+  _globals['_LOADEVENT_EVENTSENTRY']._serialized_start=737
+  _globals['_LOADEVENT_EVENTSENTRY']._serialized_end=782
+  _globals['_SAVEREQUEST']._serialized_start=785
+  _globals['_SAVEREQUEST']._serialized_end=930
+  _globals['_SAVERESPONSE']._serialized_start=933
+  _globals['_SAVERESPONSE']._serialized_end=1168
+  _globals['_SAVERESPONSE_EVENTSENTRY']._serialized_start=737
+  _globals['_SAVERESPONSE_EVENTSENTRY']._serialized_end=782
+  _globals['_ABORTREQUEST']._serialized_start=1170
+  _globals['_ABORTREQUEST']._serialized_end=1201
+  _globals['_ABORTRESPONSE']._serialized_start=1203
+  _globals['_ABORTRESPONSE']._serialized_end=1235
+  _globals['_RELAYREQUEST']._serialized_start=1238
+  _globals['_RELAYREQUEST']._serialized_end=1366
+  _globals['_RELAYRESPONSE']._serialized_start=1368
+  _globals['_RELAYRESPONSE']._serialized_end=1469
+  _globals['_AGENTSTATSREQUEST']._serialized_start=1471
+  _globals['_AGENTSTATSREQUEST']._serialized_end=1490
+  _globals['_LINKSTATS']._serialized_start=1492
+  _globals['_LINKSTATS']._serialized_end=1585
+  _globals['_PATHSTATS']._serialized_start=1587
+  _globals['_PATHSTATS']._serialized_end=1702
+  _globals['_AGENTSTATSRESPONSE']._serialized_start=1705
+  _globals['_AGENTSTATSRESPONSE']._serialized_end=2128
+  _globals['_AGENTSTATSRESPONSE_EVENTSENTRY']._serialized_start=737
+  _globals['_AGENTSTATSRESPONSE_EVENTSENTRY']._serialized_end=782
+  _globals['_AGENT']._serialized_start=2131
+  _globals['_AGENT']._serialized_end=2687
 # @@protoc_insertion_point(module_scope)

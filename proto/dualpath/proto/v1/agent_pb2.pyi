@@ -142,6 +142,7 @@ class LoadEvent(google.protobuf.message.Message):
     EVENTS_FIELD_NUMBER: builtins.int
     ELAPSED_S_FIELD_NUMBER: builtins.int
     LOOKUP_S_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
     started: builtins.bool
     """First event."""
     hit_blocks: builtins.int
@@ -156,6 +157,8 @@ class LoadEvent(google.protobuf.message.Message):
     """Last event."""
     elapsed_s: builtins.float
     lookup_s: builtins.float
+    nbytes: builtins.int
+    """payload of the blocks in place"""
     @property
     def share(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PathShare]: ...
     @property
@@ -176,8 +179,9 @@ class LoadEvent(google.protobuf.message.Message):
         events: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         elapsed_s: builtins.float = ...,
         lookup_s: builtins.float = ...,
+        nbytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks_valid", b"blocks_valid", "detail", b"detail", "done", b"done", "elapsed_s", b"elapsed_s", "events", b"events", "hit_blocks", b"hit_blocks", "layers_ready", b"layers_ready", "lookup_s", b"lookup_s", "miss", b"miss", "share", b"share", "started", b"started"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks_valid", b"blocks_valid", "detail", b"detail", "done", b"done", "elapsed_s", b"elapsed_s", "events", b"events", "hit_blocks", b"hit_blocks", "layers_ready", b"layers_ready", "lookup_s", b"lookup_s", "miss", b"miss", "nbytes", b"nbytes", "share", b"share", "started", b"started"]) -> None: ...
 
 global___LoadEvent = LoadEvent
 

@@ -1,0 +1,321 @@
+"""The agent: composition of its parts, in one event loop.
+
+Owns the order in which parts come up and go down, and the view of the whole that is reported.
+The same object serves engines of other processes (`agent_service.py`) and an engine in this one
+(`dualpath.client`). Guarantees that `stop` fences all memory before it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping
+from importlib import metadata
+
+from dualpath.agent.attachments import Attachments
+from dualpath.agent.config import AgentConfig
+from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.daemon_loads import DaemonLoads
+from dualpath.agent.loader import Loader
+from dualpath.agent.network import MakeTransport, Network
+from dualpath.agent.regions import Regions
+from dualpath.agent.relay import Relay
+from dualpath.agent.relay_link import RelayLink
+from dualpath.agent.saver import Saver
+from dualpath.agent.self_relay import SelfRelay
+from dualpath.agent.staging import SLAB_BYTES, Staging
+from dualpath.kvstore.namespace import Namespace
+from dualpath.proto.v1 import agent_pb2
+from dualpath.transfer.dispatch_config import DispatchConfig
+from dualpath.transfer.errors import DualPathError, InvalidRequest
+from dualpath.transfer.placement import DIRECT_PATH, policy_named, relay_path
+from dualpath.transfer.region import Region
+from dualpath.transfer.shm_transport import ShmTransport
+from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
+from dualpath.transfer.transport import OnPeerLost, Transport
+
+NAMESPACES_MAX = 4096
+
+
+class Agent:
+    """See the module docstring. Make it, `start` it and `stop` it in the same loop.
+
+    `make_storage` and `make_compute` replace the TCP transports (tests put faults there).
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        make_storage: MakeTransport | None = None,
+        make_compute: MakeTransport | None = None,
+    ) -> None:
+        policy_named(config.policy)
+        config.check_trust()
+        self.config = config
+        self.server_id = secrets.token_hex(8)
+        self.namespaces: dict[bytes, Namespace] = {}
+        self.regions = Regions()
+        self._make_storage = make_storage or _tcp(config.storage_limit_bytes_per_s)
+        self._make_compute = make_compute or _tcp(config.compute_limit_bytes_per_s)
+        self._started_at = time.monotonic()
+        self._stack = contextlib.AsyncExitStack()
+
+    async def start(self, *, relaying: bool) -> None:
+        """Come up; with `relaying` listen for agents of other nodes. Raises Unavailable."""
+        try:
+            await self._start(relaying)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """End all loads, fence all memory, leave all peers. Safe after a failed start."""
+        await self._stack.aclose()
+
+    async def _start(self, relaying: bool) -> None:
+        config, stack = self.config, self._stack
+        loop = asyncio.get_running_loop()
+        self.storage = {"tcp": Network(config.name, self._make_storage, loop)}
+        stack.push_async_callback(self.storage["tcp"].close)
+        self.compute = Network(config.name, self._make_compute, loop)
+        stack.push_async_callback(self.compute.close)
+        if any(address.startswith("unix:") for address in config.daemons):
+            self.storage = {"shm": Network(config.name, ShmTransport, loop), **self.storage}
+            stack.push_async_callback(self.storage["shm"].close)
+        stack.callback(self.regions.close)
+        if relaying and config.data_listen:
+            self.compute.transport.listen(config.data_listen)
+        staging = Region.anonymous(config.staging_bytes // SLAB_BYTES * SLAB_BYTES)
+        stack.callback(_close_region, staging)
+        self.relay = Relay(Staging(staging), self.compute, loop)
+        stack.callback(self.relay.shutdown)
+        self.daemons = {
+            address: DaemonLink(
+                address,
+                self._networks_of(address),
+                self.namespaces,
+                self._daemon_changed,
+                name=config.name,
+                token=config.token,
+                timeout_s=config.lookup_timeout_s,
+                pause_s_max=config.reconnect_s_max,
+            )
+            for address in config.daemons
+        }
+        self.relays = {
+            relay.name: RelayLink(
+                relay,
+                config.daemons,
+                {"tcp": self.compute},
+                self._relay_changed,
+                self._relay_queue,
+                name=config.name,
+                token=config.token,
+                timeout_s=config.lookup_timeout_s,
+                pause_s_max=config.reconnect_s_max,
+            )
+            for relay in config.relay_addresses
+        }
+        self.attachments = Attachments(self.server_id, self.compute, self.relay, self.daemons, loop)
+        self.self_relay = SelfRelay(
+            self.relay,
+            self.compute,
+            config.data_listen or "127.0.0.1:0",
+            self._self_relay_lost,
+            config.lookup_timeout_s,
+        )
+        self.loads = {
+            daemon.address: DaemonLoads(
+                daemon,
+                self.relays,
+                self.compute,
+                self.self_relay,
+                DispatchConfig(
+                    loads_max=config.loads_max,
+                    stall_s=config.stall_s,
+                    stall_s_max=max(config.stall_s, DispatchConfig().stall_s_max),
+                ),
+                loop,
+                storage_limit_bytes_per_s=config.storage_limit_bytes_per_s,
+                lease_s=config.lease_s,
+                grace_s=config.lookup_timeout_s,
+            )
+            for daemon in self.daemons.values()
+        }
+        self.loader = Loader(
+            config,
+            self.daemons,
+            self.loads,
+            self.regions,
+            self.namespaces,
+            self.self_relay,
+            loop,
+        )
+        self.saver = Saver(config, self.daemons, self.regions, self.namespaces, loop)
+        self._connect(stack)
+
+    def _connect(self, stack: contextlib.AsyncExitStack) -> None:
+        for daemon in self.daemons.values():
+            stack.push_async_callback(daemon.link.close)
+            daemon.link.start()
+        for relay in self.relays.values():
+            stack.push_async_callback(relay.link.close)
+            relay.link.start()
+        stack.callback(self.attachments.close)
+        stack.push_async_callback(self.loader.close)
+
+    def _networks_of(self, daemon: str) -> Mapping[str, Network]:
+        if daemon.startswith("unix:"):
+            return self.storage
+        return {"tcp": self.storage["tcp"]}
+
+    # News of links.
+
+    def _daemon_changed(self, daemon: DaemonLink) -> None:
+        if not daemon.up:
+            self.relay.daemon_lost(daemon, daemon.link.reason)
+        self.attachments.daemon_changed(daemon)
+        self.loads[daemon.address].link_changed()
+
+    def _relay_changed(self, relay: RelayLink) -> None:
+        del relay
+        for loads in self.loads.values():
+            loads.link_changed()
+
+    def _relay_queue(self, relay: RelayLink, queue_bytes: int) -> None:
+        for loads in self.loads.values():
+            loads.report_queue(relay_path(relay.name), queue_bytes)
+
+    def _self_relay_lost(self, reason: str) -> None:
+        del reason
+        for loads in self.loads.values():
+            loads.self_relay_lost()
+
+    # Calls that are not loads or saves.
+
+    async def open_namespace(self, namespace: Namespace) -> bytes:
+        """Make a namespace known, also to daemons that are away now, once they come."""
+        if namespace.id not in self.namespaces:
+            if len(self.namespaces) >= NAMESPACES_MAX:
+                raise InvalidRequest(f"at most {NAMESPACES_MAX} namespaces an agent")
+            self.namespaces[namespace.id] = namespace
+        await asyncio.gather(
+            *(self._open_at(daemon, namespace) for daemon in self.daemons.values())
+        )
+        return namespace.id
+
+    async def _open_at(self, daemon: DaemonLink, namespace: Namespace) -> None:
+        if not await daemon.link.settled(self.config.lookup_timeout_s):
+            return  # it is told when it comes back
+        try:
+            await daemon.open_namespace(namespace)
+        except InvalidRequest:
+            self.namespaces.pop(namespace.id, None)
+            raise
+        except DualPathError:
+            daemon.link.lose("it does not answer")
+
+    async def settled(self, timeout_s: float) -> None:
+        """Wait until the first attempts to reach daemons and relays came to an end."""
+        links = [daemon.link for daemon in self.daemons.values()]
+        waits = [link.settled(timeout_s) for link in links]
+        waits += [relay.link.settled(timeout_s) for relay in self.relays.values()]
+        await asyncio.gather(*waits)
+
+    def read_queue_bytes(self) -> int:
+        """Bytes that wait at this node's storage link, for itself and for others."""
+        own = sum(
+            view.queue_bytes
+            for loads in self.loads.values()
+            for view in loads.views()
+            if view.name == DIRECT_PATH
+        )
+        return own + self.relay.read_bytes - self.self_relay.own_read_bytes()
+
+    def events(self) -> Counter[str]:
+        """Failures and fallbacks by reason since the start."""
+        events = Counter(self.loader.events)
+        events.update(self.saver.events)
+        events.update(self.relay.events)
+        return events
+
+    def stats(self) -> agent_pb2.AgentStatsResponse:
+        """Counters and gauges."""
+        storage = list(self.storage.values())
+        now = asyncio.get_running_loop().time()
+        response = agent_pb2.AgentStatsResponse(
+            server_id=self.server_id,
+            name=self.config.name,
+            version=metadata.version("dualpath"),
+            uptime_s=time.monotonic() - self._started_at,
+            read_queue_bytes=self.read_queue_bytes(),
+            staging_capacity_bytes=self.relay.staging.capacity_bytes,
+            staging_used_bytes=self.relay.staging.used_bytes,
+            loads_active=self.loader.active,
+            loads_done=self.loader.done,
+            relayed_bytes=self.relay.relayed_bytes,
+            events=dict(self.events()),
+        )
+        del now
+        response.link.extend(
+            (
+                agent_pb2.LinkStats(
+                    link="storage",
+                    limit_bytes_per_s=self.config.storage_limit_bytes_per_s,
+                    rate_bytes_per_s=self._storage_rate(),
+                    bytes=sum(network.received_bytes for network in storage),
+                ),
+                agent_pb2.LinkStats(
+                    link="compute_in",
+                    limit_bytes_per_s=self.config.compute_limit_bytes_per_s,
+                    bytes=self.compute.received_bytes,
+                ),
+                agent_pb2.LinkStats(
+                    link="compute_out",
+                    limit_bytes_per_s=self.config.compute_limit_bytes_per_s,
+                    bytes=self.compute.sent_bytes,
+                ),
+            )
+        )
+        response.path.extend(self._path_stats())
+        return response
+
+    def _storage_rate(self) -> float:
+        own = sum(
+            view.rate_bytes_per_s
+            for loads in self.loads.values()
+            for view in loads.views()
+            if view.name == DIRECT_PATH
+        )
+        return own + self.relay.read_rate_bytes_per_s()
+
+    def _path_stats(self) -> list[agent_pb2.PathStats]:
+        merged: dict[str, agent_pb2.PathStats] = {}
+        for loads in self.loads.values():
+            for view in loads.views():
+                stats = merged.setdefault(view.name, agent_pb2.PathStats(path=view.name))
+                stats.up = stats.up or view.up
+                stats.bytes += loads.path_bytes[view.name]
+                stats.chunks += loads.path_chunks[view.name]
+                stats.queue_bytes += view.queue_bytes
+                stats.rate_bytes_per_s += view.rate_bytes_per_s
+        return list(merged.values())
+
+
+def _tcp(limit_bytes_per_s: float) -> MakeTransport:
+    def make(name: str, on_peer_lost: OnPeerLost) -> Transport:
+        config = TcpConfig(
+            receive_bytes_per_s=limit_bytes_per_s, send_bytes_per_s=limit_bytes_per_s
+        )
+        return TcpTransport(name, on_peer_lost, config)
+
+    return make
+
+
+def _close_region(region: Region) -> None:
+    with contextlib.suppress(BufferError):  # the mapping goes with its last view
+        region.close()

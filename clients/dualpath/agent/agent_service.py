@@ -1,0 +1,182 @@
+"""The agent's gRPC service: messages <-> values, nothing else.
+
+Every handler checks its request here or in the value that it makes; errors become statuses in
+`dualpath.proto.status`, for all calls alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from dualpath.agent.agent import Agent
+from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
+from dualpath.agent.outcome import LoadResult, SaveResult
+from dualpath.agent.places import Places
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.store_api import Tier
+from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, common_pb2, store_pb2
+
+_TIER_BYTES = {Tier.DRAM: 1, Tier.SSD: 2}
+
+
+class AgentService(agent_pb2_grpc.AgentServicer):
+    """See the module docstring."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    # The handlers are coroutines; the stubs allow for both kinds and say neither.
+
+    async def OpenNamespace(
+        self, request: store_pb2.OpenNamespaceRequest, context: Any
+    ) -> store_pb2.OpenNamespaceResponse:
+        """Make a namespace known."""
+        namespace_id = await self._agent.open_namespace(_namespace_of(request.namespace))
+        return store_pb2.OpenNamespaceResponse(namespace_id=namespace_id)
+
+    async def Lookup(
+        self, request: store_pb2.LookupRequest, context: Any
+    ) -> store_pb2.LookupResponse:
+        """Longest stored prefix, without a lease."""
+        hit = await self._agent.loader.lookup(request.namespace_id, tuple(request.hash))
+        return store_pb2.LookupResponse(
+            blocks=hit.blocks,
+            tiers=bytes(_TIER_BYTES[tier] for tier in hit.tiers),
+            miss=hit.miss.proto,
+            detail=hit.detail,
+        )
+
+    async def Load(
+        self, request: agent_pb2.LoadRequest, context: Any
+    ) -> AsyncIterator[agent_pb2.LoadEvent]:
+        """Run a load; the stream's end is the load's."""
+        spec = LoadSpec(
+            load_id=request.load_id,
+            namespace_id=request.namespace_id,
+            hashes=tuple(request.hash),
+            region=request.places.region,
+            places=_places_of(request.places),
+            deadline_s=request.deadline_ms / 1000,
+            policy=request.policy,
+            decode_peer=request.decode_peer,
+            paths=tuple(request.path),
+        )
+        updates = self._agent.loader.load(spec)
+        try:
+            async for update in updates:
+                yield event_of(update)
+        finally:
+            await updates.aclose()
+
+    async def Save(self, request: agent_pb2.SaveRequest, context: Any) -> agent_pb2.SaveResponse:
+        """Store blocks."""
+        spec = SaveSpec(
+            namespace_id=request.namespace_id,
+            hashes=tuple(request.hash),
+            parents=tuple(request.parent),
+            region=request.places.region,
+            places=_places_of(request.places),
+            durable=request.durable,
+            deadline_s=request.deadline_ms / 1000,
+        )
+        return _save_response(await self._agent.saver.save(spec))
+
+    async def Abort(self, request: agent_pb2.AbortRequest, context: Any) -> agent_pb2.AbortResponse:
+        """End loads; their writes are fenced."""
+        return agent_pb2.AbortResponse(aborted=self._agent.loader.abort(request.load_id))
+
+    async def Attach(
+        self, request: common_pb2.AttachRequest, context: Any
+    ) -> common_pb2.AttachResponse:
+        """Invite an agent to the compute network."""
+        return self._agent.attachments.attach(request)
+
+    async def Relay(
+        self, request_iterator: AsyncIterator[agent_pb2.RelayRequest], context: Any
+    ) -> AsyncIterator[agent_pb2.RelayResponse]:
+        """Serve an attached agent."""
+        responses = self._agent.attachments.serve(request_iterator)
+        try:
+            async for response in responses:
+                yield response
+        finally:
+            await responses.aclose()
+
+    async def Stats(
+        self, request: agent_pb2.AgentStatsRequest, context: Any
+    ) -> agent_pb2.AgentStatsResponse:
+        """Counters and gauges."""
+        return self._agent.stats()
+
+
+def event_of(update: LoadUpdate) -> agent_pb2.LoadEvent:
+    """The protocol's form of an update."""
+    event = agent_pb2.LoadEvent(layers_ready=update.layers_ready, blocks_valid=update.blocks_valid)
+    if update.started is not None:
+        event.started = True
+        event.hit_blocks = update.started.hit_blocks
+        event.miss = update.started.miss.proto
+        event.detail = update.started.detail
+    if update.result is not None:
+        _add_result(event, update.result)
+    return event
+
+
+def _add_result(event: agent_pb2.LoadEvent, result: LoadResult) -> None:
+    event.done = True
+    event.blocks_valid = result.blocks
+    event.miss = result.miss.proto
+    event.detail = result.detail
+    event.share.extend(
+        agent_pb2.PathShare(path=path, bytes=nbytes) for path, nbytes in result.shares.items()
+    )
+    event.events.update(result.events)
+    event.elapsed_s = result.elapsed_s
+    event.lookup_s = result.lookup_s
+    event.nbytes = result.nbytes
+
+
+def _save_response(result: SaveResult) -> agent_pb2.SaveResponse:
+    return agent_pb2.SaveResponse(
+        status=[
+            store_pb2.SealStatus.Value(f"SEAL_STATUS_{status.name if status else 'UNSPECIFIED'}")
+            for status in result.sealed
+        ],
+        reserved=[
+            store_pb2.ReserveStatus.Value(
+                f"RESERVE_STATUS_{status.name if status else 'UNSPECIFIED'}"
+            )
+            for status in result.reserved
+        ],
+        reason=result.reason,
+        detail=result.detail,
+        events=dict(result.events),
+    )
+
+
+def _places_of(places: agent_pb2.BlockPlaces) -> Places:
+    return Places(places.layer_stride_bytes, tuple(places.base_bytes))
+
+
+def _namespace_of(message: common_pb2.Namespace) -> Namespace:
+    layout = message.layout
+    return Namespace(
+        model=message.model,
+        layout=KVLayout(
+            layers=layout.layers,
+            block_tokens=layout.block_tokens,
+            layer_bytes=layout.layer_bytes,
+            dtype=layout.dtype,
+            attention=layout.attention,
+            scales=layout.scales,
+        ),
+        lora=message.lora,
+        shard=message.shard,
+        engine_format=message.engine_format,
+        hash_algorithm=message.hash_algorithm or "sha256",
+        hash_root=message.hash_root,
+        tenant=message.tenant,
+        salt=message.salt,
+    )

@@ -1,0 +1,244 @@
+"""Agents of other nodes that are attached to us, and the Relay stream of each.
+
+Owns the sessions: their secrets, their invitations to the compute network, their requester at
+the relay and the messages that wait to be sent to them. A session lives from Attach until its
+stream or its data connection ends, or until its invitation ran out without a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import itertools
+import logging
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.network import Network
+from dualpath.agent.relay import Relay
+from dualpath.agent.relay_job import FAILURE_OF_REASON, Requester, Source
+from dualpath.proto.v1 import agent_pb2, common_pb2
+from dualpath.transfer.errors import (
+    DualPathError,
+    InvalidRequest,
+    Overloaded,
+    PeerLost,
+    PermissionDenied,
+)
+from dualpath.transfer.transport import INVITATION_TTL_S
+
+ATTACHMENTS_MAX = 1024
+NAME_CHARS_MAX = 128
+RESPONSE_GRANTS_MAX = 256
+"""Most progress entries of one message."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Attachment:
+    """One attached agent."""
+
+    session: bytes
+    peer_id: str
+    requester: Requester
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    streaming: bool = False
+    closed: str = ""
+    """Why it ended, "" while it lives."""
+    progress: deque[common_pb2.GrantProgress] = field(default_factory=deque)
+    announced: dict[str, str] = field(default_factory=dict)
+    """What it was told of our attachment at each daemon that it named."""
+    told_queue_bytes: int = -1
+    expiry: asyncio.TimerHandle | None = None
+
+
+class Attachments:
+    """See the module docstring. All methods belong to the loop."""
+
+    def __init__(
+        self,
+        server_id: str,
+        compute: Network,
+        relay: Relay,
+        daemons: Mapping[str, DaemonLink],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._server_id = server_id
+        self._compute = compute
+        self._relay = relay
+        self._daemons = daemons
+        self._loop = loop
+        self._by_session: dict[bytes, Attachment] = {}
+        self._serial = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._by_session)
+
+    def attach(self, request: common_pb2.AttachRequest) -> common_pb2.AttachResponse:
+        """Invite an agent to the compute network. Raises InvalidRequest, Overloaded."""
+        transport = self._compute.transport
+        if transport.name not in request.transports:
+            raise InvalidRequest(
+                f"this agent speaks {transport.name!r}, the caller {list(request.transports)}"
+            )
+        if not request.name or len(request.name) > NAME_CHARS_MAX:
+            raise InvalidRequest(f"an agent's name has 1..{NAME_CHARS_MAX} characters")
+        if not transport.address:
+            raise InvalidRequest("this agent does not relay: it has no data_listen")
+        if len(self._by_session) >= ATTACHMENTS_MAX:
+            raise Overloaded(f"{ATTACHMENTS_MAX} agents are attached already", retry_after_s=5.0)
+        peer_id = f"{request.name}@{next(self._serial)}"
+        attachment = Attachment(
+            secrets.token_bytes(16), peer_id, self._relay.open(request.name, peer_id)
+        )
+        attachment.requester.on_queue = lambda: self._tell_queue(attachment)
+        self._by_session[attachment.session] = attachment
+        self._compute.watch(peer_id, lambda reason: self._close(attachment, reason))
+        attachment.expiry = self._loop.call_later(
+            INVITATION_TTL_S, self._close, attachment, "no stream was opened in time"
+        )
+        return common_pb2.AttachResponse(
+            session=attachment.session,
+            peer_id=peer_id,
+            server_id=self._server_id,
+            transport=transport.name,
+            address=transport.address,
+            invitation=transport.invite(peer_id),
+        )
+
+    async def serve(
+        self, requests: AsyncIterator[agent_pb2.RelayRequest]
+    ) -> AsyncGenerator[agent_pb2.RelayResponse, None]:
+        """Run one Relay stream until either side ends it."""
+        first = await anext(requests, None)
+        if first is None:
+            return
+        attachment = self._find(first.session)
+        if attachment.streaming:
+            raise InvalidRequest("this attachment has a Relay stream already")
+        attachment.streaming = True
+        if attachment.expiry is not None:
+            attachment.expiry.cancel()
+        reader = asyncio.create_task(self._read(attachment, first, requests))
+        try:
+            while not attachment.closed:
+                await attachment.wake.wait()
+                attachment.wake.clear()
+                for response in self._responses(attachment):
+                    yield response
+                if reader.done():
+                    break
+            if reader.done():
+                await reader  # raises what the peer did wrong
+            elif attachment.closed:
+                raise PeerLost(f"the attachment ended: {attachment.closed}")
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError, DualPathError):
+                await reader
+            self._close(attachment, "the stream ended")
+
+    def daemon_changed(self, daemon: DaemonLink) -> None:
+        """Our attachment at a daemon came or went: tell those who asked for it."""
+        for attachment in tuple(self._by_session.values()):
+            if daemon.address in attachment.announced:
+                attachment.wake.set()
+
+    def close(self) -> None:
+        """End all attachments."""
+        for attachment in tuple(self._by_session.values()):
+            self._close(attachment, "this agent stops")
+
+    def _find(self, session: bytes) -> Attachment:
+        for known, attachment in self._by_session.items():
+            if hmac.compare_digest(known, session):
+                return attachment
+        raise PermissionDenied("unknown session: attach first")
+
+    async def _read(
+        self,
+        attachment: Attachment,
+        first: agent_pb2.RelayRequest,
+        requests: AsyncIterator[agent_pb2.RelayRequest],
+    ) -> None:
+        try:
+            self._handle(attachment, first)
+            async for request in requests:
+                self._handle(attachment, request)
+        finally:
+            attachment.wake.set()
+
+    def _handle(self, attachment: Attachment, request: agent_pb2.RelayRequest) -> None:
+        daemon = self._daemons.get(request.daemon)
+        if request.daemon and request.daemon not in attachment.announced:
+            if daemon is None:
+                raise InvalidRequest(
+                    f"this agent does not read from daemon {request.daemon!r}; it knows "
+                    f"{', '.join(self._daemons) or 'none'}"
+                )
+            attachment.announced[request.daemon] = "?"
+            attachment.wake.set()
+        if request.cancel_grant_id:
+            self._relay.cancel(attachment.requester, request.cancel_grant_id)
+        if not request.HasField("grant"):
+            return
+        if daemon is None:
+            raise InvalidRequest("a grant names the daemon to read from")
+        try:
+            self._relay.submit(
+                attachment.requester,
+                Source(daemon, ticket=request.ticket),
+                request.grant,
+                lambda progress: self._add(attachment, progress),
+            )
+        except DualPathError as error:
+            failure = FAILURE_OF_REASON.get(error.reason, common_pb2.CHUNK_FAILURE_INVALID)
+            refused = common_pb2.GrantProgress(
+                grant_id=request.grant.grant_id,
+                done=True,
+                failed_tag=request.grant.tag,
+                failure=[failure] * len(request.grant.tag),
+                detail=str(error),
+            )
+            self._add(attachment, refused)
+
+    def _add(self, attachment: Attachment, progress: common_pb2.GrantProgress) -> None:
+        attachment.progress.append(progress)
+        attachment.wake.set()
+
+    def _tell_queue(self, attachment: Attachment) -> None:
+        queue_bytes = self._relay.others_read_bytes(attachment.requester)
+        if queue_bytes != attachment.told_queue_bytes and attachment.streaming:
+            self._add(attachment, common_pb2.GrantProgress(queue_bytes=queue_bytes))
+
+    def _responses(self, attachment: Attachment) -> list[agent_pb2.RelayResponse]:
+        responses = []
+        for address, told in attachment.announced.items():
+            link = self._daemons[address]
+            peer_id = link.peer_id if link.up else ""
+            if peer_id != told:
+                attachment.announced[address] = peer_id
+                responses.append(agent_pb2.RelayResponse(daemon=address, daemon_peer_id=peer_id))
+        while attachment.progress:
+            count = min(len(attachment.progress), RESPONSE_GRANTS_MAX)
+            batch = [attachment.progress.popleft() for _ in range(count)]
+            attachment.told_queue_bytes = batch[-1].queue_bytes
+            responses.append(agent_pb2.RelayResponse(progress=batch))
+        return responses
+
+    def _close(self, attachment: Attachment, reason: str) -> None:
+        if attachment.closed:
+            return
+        attachment.closed = reason
+        attachment.wake.set()
+        if attachment.expiry is not None:
+            attachment.expiry.cancel()
+        self._by_session.pop(attachment.session, None)
+        self._relay.close(attachment.requester)
+        self._compute.forget(attachment.peer_id)
+        log.info("agent %s left: %s", attachment.peer_id, reason)

@@ -1,0 +1,290 @@
+"""Our session at one storage daemon.
+
+Owns the attachment, the Deliver stream with its grants, and the unary calls. Guarantees that
+every grant handed to `deliver` ends: by a progress message with `done`, or by `on_lost` of the
+link, after which none of its chunks will land. Does not retry calls; a lost session is made
+again by itself, and leases of the old one are gone with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import grpc.aio
+from dualpath.agent.network import Network
+from dualpath.agent.steady_link import Metadata, SteadyLink
+from dualpath.kvstore.namespace import Namespace
+from dualpath.proto.status import translated
+from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
+from dualpath.transfer.errors import DualPathError, Unavailable
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[common_pb2.GrantProgress], None]
+
+
+class DaemonLink:
+    """See the module docstring. `on_change(link)` is called after each rise and each loss."""
+
+    def __init__(
+        self,
+        address: str,
+        networks: Mapping[str, Network],
+        namespaces: Mapping[bytes, Namespace],
+        on_change: Callable[[DaemonLink], None],
+        *,
+        name: str,
+        token: str,
+        timeout_s: float,
+        pause_s_max: float,
+    ) -> None:
+        self.address = address
+        self.peer_id = ""
+        """Our attachment's name at the daemon, for Delegate; "" while down."""
+        self._namespaces = namespaces
+        self._on_change = on_change
+        self._timeout_s = timeout_s
+        self._next_grant = 1
+        self._grants: dict[int, OnProgress] = {}
+        self._losses: list[Callable[[str], None]] = []
+        self._stub: Any = None
+        self.link: SteadyLink[store_pb2.DeliverRequest, store_pb2.DeliverResponse] = SteadyLink(
+            f"daemon {address}",
+            address,
+            self,
+            networks,
+            name=name,
+            token=token,
+            timeout_s=timeout_s,
+            pause_s_max=pause_s_max,
+        )
+
+    @property
+    def up(self) -> bool:
+        """Whether it can be asked."""
+        return self.link.up
+
+    @property
+    def session(self) -> bytes:
+        """Secret of the attachment. Raises Unavailable while down."""
+        if self.link.attached is None or not self.up:
+            raise Unavailable(f"daemon {self.address} is not connected: {self.link.reason}")
+        return self.link.attached.session
+
+    def watch_loss(self, on_lost: Callable[[str], None]) -> None:
+        """Call `on_lost(reason)` at each loss of the session, before `on_change`."""
+        self._losses.append(on_lost)
+
+    # The dialect of SteadyLink.
+
+    def bind(self, channel: grpc.aio.Channel) -> None:
+        """Make the stub."""
+        self._stub = store_pb2_grpc.StoreStub(channel)
+
+    async def attach(
+        self, request: common_pb2.AttachRequest, *, timeout: float, metadata: Metadata
+    ) -> common_pb2.AttachResponse:
+        """Call Attach."""
+        answer = await self._stub.Attach(request, timeout=timeout, metadata=metadata)
+        assert isinstance(answer, common_pb2.AttachResponse)
+        return answer
+
+    def open_stream(self, *, metadata: Metadata) -> Any:
+        """Open Deliver."""
+        return self._stub.Deliver(metadata=metadata)
+
+    def hello(self, attached: common_pb2.AttachResponse) -> store_pb2.DeliverRequest:
+        """The first message carries only the session."""
+        return store_pb2.DeliverRequest(session=attached.session)
+
+    async def prepare(
+        self, attached: common_pb2.AttachResponse, first: store_pb2.DeliverResponse
+    ) -> None:
+        """Make known namespaces known to a daemon that may have been restarted."""
+        for namespace in tuple(self._namespaces.values()):
+            await self._call(
+                "OpenNamespace", store_pb2.OpenNamespaceRequest(namespace=to_proto(namespace))
+            )
+        self.peer_id = first.peer_id or attached.peer_id
+
+    def on_up(self) -> None:
+        """Tell the owner."""
+        self._on_change(self)
+
+    def on_response(self, response: store_pb2.DeliverResponse) -> None:
+        """Hand progress to the grants."""
+        for progress in response.progress:
+            callback = self._grants.get(progress.grant_id)
+            if callback is None:
+                continue
+            if progress.done:
+                del self._grants[progress.grant_id]
+            callback(progress)
+
+    def on_down(self, reason: str) -> None:
+        """All grants are over."""
+        self.peer_id = ""
+        self._grants.clear()
+        for callback in self._losses:
+            callback(reason)
+        self._on_change(self)
+
+    # Grants.
+
+    def deliver(
+        self,
+        grant: common_pb2.ChunkGrant,
+        on_progress: OnProgress,
+        *,
+        lease_id: int = 0,
+        ticket: bytes = b"",
+    ) -> int:
+        """Ask for chunks under an own lease or a delegated one; returns the grant's id.
+
+        Raises PathDown while the session is not there.
+        """
+        grant.grant_id = self._next_grant
+        self.link.send(store_pb2.DeliverRequest(lease_id=lease_id, ticket=ticket, grant=grant))
+        self._next_grant += 1
+        self._grants[grant.grant_id] = on_progress
+        return grant.grant_id
+
+    def cancel(self, grant_ids: Iterable[int]) -> None:
+        """Spare the daemon work that nobody wants any more; no answer is awaited."""
+        known = [grant_id for grant_id in grant_ids if self._grants.pop(grant_id, None)]
+        if known and self.up:
+            self.link.send(store_pb2.DeliverRequest(cancel_grant_id=known))
+
+    # Unary calls. All raise the errors of dualpath.transfer.errors.
+
+    async def _call(self, method: str, request: Any, timeout_s: float = 0) -> Any:
+        if self._stub is None:
+            raise Unavailable(f"daemon {self.address} is not connected: {self.link.reason}")
+        with translated(f"{method} at daemon {self.address}"):
+            return await getattr(self._stub, method)(
+                request, timeout=timeout_s or self._timeout_s, metadata=self.link.metadata
+            )
+
+    async def open_namespace(self, namespace: Namespace) -> None:
+        """Make a namespace known."""
+        request = store_pb2.OpenNamespaceRequest(namespace=to_proto(namespace))
+        await self._call("OpenNamespace", request)
+
+    async def lookup(
+        self, namespace_id: bytes, hashes: Sequence[bytes], *, lease_s: float, timeout_s: float
+    ) -> store_pb2.LookupResponse:
+        """Longest prefix; with a lease of our attachment if `lease_s` > 0."""
+        request = store_pb2.LookupRequest(
+            namespace_id=namespace_id,
+            hash=hashes,
+            lease_ms=round(lease_s * 1000),
+            session=self.session,
+        )
+        answer = await self._call("Lookup", request, timeout_s)
+        assert isinstance(answer, store_pb2.LookupResponse)
+        return answer
+
+    async def renew(self, lease_ids: Sequence[int], lease_s: float) -> frozenset[int]:
+        """Extend leases; returns those that are gone."""
+        request = store_pb2.RenewRequest(
+            lease_id=lease_ids, lease_ms=round(lease_s * 1000), session=self.session
+        )
+        return frozenset((await self._call("Renew", request)).expired_lease_id)
+
+    async def release(self, lease_ids: Sequence[int]) -> None:
+        """End leases; a failure is logged, since leases end by themselves."""
+        try:
+            request = store_pb2.ReleaseRequest(lease_id=lease_ids, session=self.session)
+            await self._call("Release", request)
+        except DualPathError as error:
+            log.info("leases %s were not released: %s", lease_ids, error)
+
+    async def delegate(
+        self, lease_id: int, peer_ids: Sequence[str], ttl_s: float
+    ) -> tuple[bytes, ...]:
+        """Tickets with which other attachments may read under our lease."""
+        request = store_pb2.DelegateRequest(
+            lease_id=lease_id,
+            peer_id=peer_ids,
+            ttl_ms=max(1, round(ttl_s * 1000)),
+            session=self.session,
+        )
+        return tuple((await self._call("Delegate", request)).ticket)
+
+    async def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
+        """Tell of a wrong checksum; returns whether the daemon dropped the block."""
+        request = store_pb2.ReportCorruptRequest(
+            lease_id=lease_id, block=block, chunk=chunk, session=self.session
+        )
+        return bool((await self._call("ReportCorrupt", request)).dropped)
+
+    async def reserve(
+        self,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        parents: Sequence[bytes],
+        *,
+        ttl_s: float,
+        timeout_s: float,
+    ) -> store_pb2.ReserveResponse:
+        """Reserve room for blocks that we will write."""
+        request = store_pb2.ReserveRequest(
+            namespace_id=namespace_id,
+            hash=hashes,
+            parent=parents,
+            ttl_ms=round(ttl_s * 1000),
+            session=self.session,
+        )
+        answer = await self._call("Reserve", request, timeout_s)
+        assert isinstance(answer, store_pb2.ReserveResponse)
+        return answer
+
+    async def seal(
+        self,
+        reservation_ids: Sequence[int],
+        checksums: Sequence[int],
+        *,
+        durable: bool,
+        timeout_s: float,
+    ) -> tuple[store_pb2.SealStatus, ...]:
+        """Publish blocks that were written."""
+        request = store_pb2.SealRequest(
+            reservation_id=reservation_ids,
+            checksum=checksums,
+            durable=durable,
+            session=self.session,
+        )
+        return tuple((await self._call("Seal", request, timeout_s)).status)
+
+    async def abandon(self, reservation_ids: Sequence[int]) -> None:
+        """Give reservations up; a failure is logged, since they expire by themselves."""
+        try:
+            request = store_pb2.AbandonRequest(reservation_id=reservation_ids, session=self.session)
+            await self._call("Abandon", request)
+        except DualPathError as error:
+            log.info("reservations were not abandoned: %s", error)
+
+
+def to_proto(namespace: Namespace) -> common_pb2.Namespace:
+    """The protocol's form of a namespace."""
+    layout = namespace.layout
+    return common_pb2.Namespace(
+        model=namespace.model,
+        layout=common_pb2.KVLayout(
+            layers=layout.layers,
+            block_tokens=layout.block_tokens,
+            layer_bytes=layout.layer_bytes,
+            dtype=layout.dtype,
+            attention=layout.attention,
+            scales=layout.scales,
+        ),
+        lora=namespace.lora,
+        shard=namespace.shard,
+        engine_format=namespace.engine_format,
+        hash_algorithm=namespace.hash_algorithm,
+        hash_root=namespace.hash_root,
+        tenant=namespace.tenant,
+        salt=namespace.salt,
+    )

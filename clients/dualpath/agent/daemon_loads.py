@@ -1,0 +1,457 @@
+"""All running loads of one daemon: who fetches what by which path, and what came of it.
+
+Owns the dispatcher of these loads and carries out its decisions: arms windows, sends grants,
+takes verdicts and failures, fences what is given up, and ends loads. The order is always: fence,
+then give back, so that no two paths ever write the same bytes. Belongs to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+
+from dualpath.agent.active_load import ActiveLoad
+from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.load_refresh import LoadRefresh
+from dualpath.agent.load_window import LoadWindow, Verdict
+from dualpath.agent.mailbox import Mailbox
+from dualpath.agent.network import Network
+from dualpath.agent.outcome import LoadResult, MissReason
+from dualpath.agent.relay_job import REASON_OF_FAILURE
+from dualpath.agent.relay_link import RelayLink
+from dualpath.agent.self_relay import SelfRelay
+from dualpath.agent.slice_table import GRANT_CHUNKS_MAX, table_of
+from dualpath.proto.v1 import common_pb2
+from dualpath.transfer.dispatch_config import DispatchConfig
+from dualpath.transfer.dispatcher import Dispatcher, Grant
+from dualpath.transfer.errors import DualPathError, PathDown
+from dualpath.transfer.lane import Lane
+from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_named, relay_path
+
+log = logging.getLogger(__name__)
+
+REFRESHES_MAX = 3
+"""Most new leases of one load; then the failure counts against its chunks."""
+
+_MISS_OF_REASON = {
+    "corrupt": MissReason.CORRUPT,
+    "overloaded": MissReason.OVERLOADED,
+    "deadline": MissReason.DEADLINE,
+}
+
+
+class DaemonLoads:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        daemon: DaemonLink,
+        relays: Mapping[str, RelayLink],
+        compute: Network,
+        self_relay: SelfRelay,
+        config: DispatchConfig,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        storage_limit_bytes_per_s: float,
+        lease_s: float,
+        grace_s: float,
+    ) -> None:
+        self.daemon = daemon
+        self.loads: dict[str, ActiveLoad] = {}
+        self.path_bytes: Counter[str] = Counter()
+        self.path_chunks: Counter[str] = Counter()
+        self._relays = {relay_path(relay.name): relay for relay in relays.values()}
+        self._compute = compute
+        self._self_relay = self_relay
+        self._loop = loop
+        self._grace_s = grace_s
+        self._verdicts: Mailbox[Verdict] = Mailbox(loop, self._on_verdicts)
+        self._timer: asyncio.TimerHandle | None = None
+        self._stranded_timer: asyncio.TimerHandle | None = None
+        self._pumping = False
+        self._again = False
+        self._refresh = LoadRefresh(daemon, self._relays, lease_s)
+        self.dispatcher = Dispatcher(config)
+        now = loop.time()
+        self.dispatcher.add_path(DIRECT_PATH, PathKind.DIRECT, now, storage_limit_bytes_per_s)
+        self.dispatcher.set_up(DIRECT_PATH, daemon.up, now)
+        for name in self._relays:
+            self.dispatcher.add_path(name, PathKind.RELAY, now)
+            self.dispatcher.set_up(name, self._relay_up(name), now)
+
+    # Paths.
+
+    @property
+    def path_names(self) -> tuple[str, ...]:
+        """All paths, up or not."""
+        return (DIRECT_PATH, *self._relays)
+
+    def views(self) -> tuple[PathView, ...]:
+        """State of the paths."""
+        return self.dispatcher.views(self._loop.time())
+
+    def link_changed(self) -> None:
+        """The daemon or a relay came or went: bring the dispatcher's paths in line."""
+        now = self._loop.time()
+        up = {view.name: view.up for view in self.views()}
+        wanted = {DIRECT_PATH: self.daemon.up}
+        wanted.update((name, self._relay_up(name)) for name in self._relays)
+        for name, is_up in wanted.items():
+            if is_up and not up[name]:
+                self.dispatcher.set_up(name, True, now)
+            elif not is_up:
+                self._lose(name, "path_lost")
+                self.dispatcher.set_up(name, False, now)
+        if not self.daemon.up or not any(wanted.values()):
+            self._watch_stranded()
+        self.pump()
+
+    def report_queue(self, path: str, queue_bytes: int) -> None:
+        """What waits at the storage link of a path for others."""
+        self.dispatcher.report_queue(path, queue_bytes, self._loop.time())
+
+    def _relay_up(self, name: str) -> bool:
+        return self.daemon.up and bool(self._relays[name].peer_id_at(self.daemon.address))
+
+    def _lose(self, path: str, reason: str) -> None:
+        """Fence everything in flight on a path and give it back."""
+        self._verdicts.drain()
+        now = self._loop.time()
+        inflight = {
+            load_id: chunks
+            for load_id, load in self.loads.items()
+            if (chunks := self.dispatcher.inflight(load_id).get(path))
+        }
+        for load_id in tuple(self.loads):
+            self._close_window(self.loads[load_id], path)
+        self._verdicts.drain()  # those that had landed before the fence
+        self.dispatcher.path_lost(path, reason, now)
+        for load_id in inflight:
+            load = self.loads.get(load_id)
+            if load is not None:
+                load.events[reason] += 1
+                load.held = [grant for grant in load.held if grant.path != path]
+        if inflight:
+            log.warning("path %s: %s; %d loads go on by others", path, reason, len(inflight))
+
+    def _close_window(self, load: ActiveLoad, path: str) -> None:
+        window = load.windows.pop(path, None)
+        if window is None:
+            return
+        window.close()
+        window.outstanding.clear()
+        self._cancel(load, window)
+
+    def _cancel(self, load: ActiveLoad, window: LoadWindow) -> None:
+        grant_ids, window.grant_ids = window.grant_ids, set()
+        if window.path in self._relays:
+            self._relays[window.path].cancel(grant_ids)
+        elif load.entry.behind_compute_link:
+            self._self_relay.cancel(grant_ids)
+        else:
+            self.daemon.cancel(grant_ids)
+
+    # Loads.
+
+    def add(self, load: ActiveLoad, policy: str) -> None:
+        """Run a load that has begun. Raises InvalidRequest, Overloaded."""
+        spec = load.spec
+        self.dispatcher.add_load(
+            spec.load_id,
+            load.progress.chunk_nbytes,
+            policy_named(policy),
+            self._loop.time(),
+            decode_peer=spec.decode_peer,
+            allowed=spec.paths,
+        )
+        self.loads[spec.load_id] = load
+        load.deadline_timer = self._loop.call_at(
+            load.deadline_at, self.end, load, MissReason.DEADLINE, "the deadline passed"
+        )
+        load.entry.on_gone[load] = partial(self._memory_gone, load)
+        placed = self.dispatcher.paths_of(spec.load_id)
+        self._refresh.delegate(load, placed, self._sendable, self._refused)
+        self.pump()
+
+    def end(
+        self, load: ActiveLoad, miss: MissReason, detail: str, event: str = ""
+    ) -> LoadResult | None:
+        """End a load now, with the longest verified prefix; fenced when this returns."""
+        load_id = load.spec.load_id
+        if self.loads.get(load_id) is not load:
+            return load.result
+        for window in load.windows.values():
+            window.close()
+        self._verdicts.drain()  # what had landed before the fence; it may complete the load
+        if self.loads.get(load_id) is not load:
+            return load.result
+        if not load.progress.complete:
+            load.miss, load.detail = miss, detail
+            load.events[event or miss.value] += 1
+        return self._finish(load)
+
+    def _memory_gone(self, load: ActiveLoad) -> None:
+        self.end(load, MissReason.UNAVAILABLE, "its memory was taken back", "aborted")
+
+    def _finish(self, load: ActiveLoad) -> LoadResult:
+        load_id = load.spec.load_id
+        for window in load.windows.values():
+            window.close()
+            self._cancel(load, window)
+        extra = {
+            name: count
+            for name, count in self.dispatcher.events(load_id).items()
+            if name.startswith("fallback")
+        }
+        self.dispatcher.remove_load(load_id)
+        del self.loads[load_id]
+        load.entry.on_gone.pop(load, None)
+        if load.deadline_timer is not None:
+            load.deadline_timer.cancel()
+        if load.refreshing is not None:
+            load.refreshing.cancel()
+        self._refresh.release(load)
+        result = load.finish(self._loop.time(), extra)
+        self._loop.call_soon(self.pump)
+        return result
+
+    def _cut(self, load: ActiveLoad, block: int, reason: str, detail: str) -> None:
+        """The prefix ends before `block`."""
+        if block >= load.progress.blocks_valid:
+            return
+        load.miss = _MISS_OF_REASON.get(reason, MissReason.UNAVAILABLE)
+        load.detail = detail
+        dropped = load.progress.cut(block)
+        for path, chunks in self.dispatcher.drop(load.spec.load_id, dropped).items():
+            window = load.windows.get(path)
+            if window is not None:
+                window.fence_chunks(chunks)
+        load.changed()
+
+    def _check_done(self, load: ActiveLoad) -> None:
+        if load.result is None and (
+            load.progress.complete or self.dispatcher.is_done(load.spec.load_id)
+        ):
+            self._finish(load)
+
+    def _watch_stranded(self) -> None:
+        if self._stranded_timer is None and self.loads:
+            self._stranded_timer = self._loop.call_later(self._grace_s, self._end_stranded)
+
+    def _end_stranded(self) -> None:
+        """End loads that no path can serve any more, rather than wait for their deadlines."""
+        self._stranded_timer = None
+        up = {view.name for view in self.views() if view.up}
+        for load in tuple(self.loads.values()):
+            if not self.daemon.up:
+                reason = f"daemon {self.daemon.address}: {self.daemon.link.reason}"
+                self.end(load, MissReason.UNAVAILABLE, reason, "daemon_unavailable")
+            elif not up & set(load.spec.paths or self.path_names):
+                self.end(load, MissReason.UNAVAILABLE, "no path is up", "no_path")
+
+    # Decisions.
+
+    def pump(self) -> None:
+        """Carry out what the dispatcher decides now."""
+        if self._pumping:
+            self._again = True
+            return
+        self._pumping = True
+        try:
+            self._again = True
+            while self._again:
+                self._again = False
+                self._pump_once()
+        finally:
+            self._pumping = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.loads:
+            wait_s = self.dispatcher.next_event_s(self._loop.time())
+            if wait_s < float("inf"):
+                self._timer = self._loop.call_later(max(wait_s, 0.001), self.pump)
+
+    def _pump_once(self) -> None:
+        now = self._loop.time()
+        for path in self.dispatcher.stalled(now):
+            self._lose(path, "stalled")
+        for grant in self.dispatcher.grants(now):
+            self._send(grant)
+
+    def _send(self, grant: Grant) -> None:
+        load = self.loads.get(grant.load_id)
+        if load is None:
+            return
+        if not self._refresh.ready(load, grant.path):
+            load.held.append(grant)
+            self._refresh.delegate(load, (grant.path,), self._sendable, self._refused)
+            return
+        for first in range(0, len(grant.chunks), GRANT_CHUNKS_MAX):
+            try:
+                self._grant(load, grant.path, grant.chunks[first : first + GRANT_CHUNKS_MAX])
+            except PathDown:
+                self._lose(grant.path, "path_lost")
+                self._again = True
+                return
+            except DualPathError as error:
+                self._lose(grant.path, error.reason)
+                log.warning("path %s: %s", grant.path, error)
+                self._again = True
+                return
+
+    def _grant(self, load: ActiveLoad, path: str, chunks: Sequence[int]) -> None:
+        # A path that was lost since this grant was made has its chunks no more.
+        inflight = set(self.dispatcher.inflight(load.spec.load_id).get(path, ()))
+        chunks = [index for index in chunks if index in inflight]
+        if not chunks:
+            return
+        window = self._window(load, path)
+        armed = [load.arm_chunk(index) for index in chunks]
+        window.arm([item for _, _, item in armed])
+        left_s = load.deadline_at - self._loop.time()
+        message = common_pb2.ChunkGrant(
+            window=window.descriptor.to_bytes(),
+            lane=Lane.LOAD_PREFILL,
+            deadline_ms=max(1, round(left_s * 1000)),
+            block=[block for block, _, _ in armed],
+            chunk=[chunk for _, chunk, _ in armed],
+            tag=[item.tag for _, _, item in armed],
+            target=table_of([item.slices for _, _, item in armed]),
+        )
+        on_progress = partial(self._on_progress, window)
+        if path in self._relays:
+            grant_id = self._relays[path].submit(
+                self.daemon.address, load.tickets[path][1], message, on_progress
+            )
+        elif load.entry.behind_compute_link:
+            grant_id = self._self_relay.submit(self.daemon, load.lease_id, message, on_progress)
+        else:
+            grant_id = self.daemon.deliver(message, on_progress, lease_id=load.lease_id)
+        window.grant_ids.add(grant_id)
+
+    def _window(self, load: ActiveLoad, path: str) -> LoadWindow:
+        window = load.windows.get(path)
+        if window is None:
+            direct = path == DIRECT_PATH and not load.entry.behind_compute_link
+            network = self.daemon.link.network if direct else self._compute
+            if network is None:
+                raise PathDown(f"daemon {self.daemon.address} is away")
+            window = load.windows[path] = LoadWindow(
+                load.spec.load_id, path, network, load.entry.region, load.span, self._verdicts
+            )
+        return window
+
+    def _sendable(self, load: ActiveLoad) -> None:
+        """Tickets or a new lease came: send what waited for them."""
+        held, load.held = load.held, []
+        inflight = self.dispatcher.inflight(load.spec.load_id)
+        for grant in held:
+            still = set(inflight.get(grant.path, ()))
+            chunks = tuple(chunk for chunk in grant.chunks if chunk in still)
+            if chunks:
+                self._send(Grant(grant.load_id, grant.path, chunks, grant.nbytes))
+        self.pump()
+
+    def _refused(self, load: ActiveLoad, paths: Collection[str], reason: str) -> None:
+        """No ticket for these paths: their grants of this load go elsewhere."""
+        held = [grant for grant in load.held if grant.path in paths]
+        load.held = [grant for grant in load.held if grant.path not in paths]
+        for grant in held:
+            for index in grant.chunks:
+                self._failed(load, grant.path, index, reason, "no ticket for this path")
+        self._check_done(load)
+        self.pump()
+
+    # News.
+
+    def _on_verdicts(self, verdicts: list[Verdict]) -> None:
+        now = self._loop.time()
+        touched: dict[str, ActiveLoad] = {}
+        for verdict in verdicts:
+            window = verdict.window
+            index = window.settle(verdict.tag)
+            load = self.loads.get(window.load_id)
+            if index is None or load is None:
+                continue
+            touched[window.load_id] = load
+            if not verdict.intact:
+                self._failed(load, window.path, index, "corrupt", "checksum does not hold")
+            elif self.dispatcher.verified(window.load_id, index, window.path, now):
+                load.verified(index, window.path)
+                self.path_bytes[window.path] += load.progress.chunk_nbytes[index]
+                self.path_chunks[window.path] += 1
+        for load in touched.values():
+            load.changed()
+            self._check_done(load)
+        self.pump()
+
+    def _on_progress(self, window: LoadWindow, progress: common_pb2.GrantProgress) -> None:
+        self._verdicts.drain()  # what landed before this message was sent
+        if window.path in self._relays:
+            self.report_queue(window.path, progress.queue_bytes)
+        if progress.done:
+            window.grant_ids.discard(progress.grant_id)
+        load = self.loads.get(window.load_id)
+        if load is None or not progress.failed_tag:
+            return
+        unlanded = window.fence(progress.failed_tag)
+        for tag, failure in zip(progress.failed_tag, progress.failure, strict=True):
+            index = unlanded.get(tag)
+            if index is not None:
+                reason = REASON_OF_FAILURE.get(failure, "refused")
+                self._failed(load, window.path, index, reason, progress.detail)
+        self._check_done(load)
+        self.pump()
+
+    def _failed(self, load: ActiveLoad, path: str, index: int, reason: str, detail: str) -> None:
+        """A chunk did not come, or not intact: again, or the prefix ends before its block."""
+        now = self._loop.time()
+        load_id = load.spec.load_id
+        load.events[reason] += 1
+        if reason in ("lease_expired", "denied") and load.refreshes < REFRESHES_MAX:
+            # Not the chunk's fault: it waits until the load has a lease (and tickets) again.
+            self.dispatcher.failed(load_id, index, path, "cancelled", now)
+            if load.refreshing is None:
+                load.tickets.clear()
+                self._refresh.renew(load, self._sendable, self._cut)
+            return
+        if self.dispatcher.failed(load_id, index, path, reason, now):
+            return
+        block, chunk = load.progress.chunk_ref(index)
+        if reason == "corrupt":
+            self._refresh.report_corrupt(load, block, chunk)
+        self._cut(load, block, reason, f"block {block}, chunk {chunk}: {detail}")
+
+    async def renew_leases(self, lease_s: float) -> None:
+        """Extend the leases of all running loads, in one call."""
+        by_lease = {load.lease_id: load for load in self.loads.values()}
+        if not by_lease or not self.daemon.up:
+            return
+        try:
+            expired = await self.daemon.renew(tuple(by_lease), lease_s)
+        except DualPathError as error:
+            log.warning("leases at daemon %s were not renewed: %s", self.daemon.address, error)
+            return
+        for lease_id in expired:
+            load = by_lease[lease_id]
+            if load.spec.load_id in self.loads and load.refreshing is None:
+                load.events["lease_expired"] += 1
+                self._refresh.renew(load, self._sendable, self._cut)
+
+    def self_relay_lost(self) -> None:
+        """Our own compute connection broke: what went through it goes again."""
+        self._lose(DIRECT_PATH, "path_lost")
+        self.pump()
+
+    def close(self) -> None:
+        """End all loads."""
+        self._refresh.close()
+        for load in tuple(self.loads.values()):
+            self.end(load, MissReason.UNAVAILABLE, "the agent stops", "aborted")
+        for timer in (self._timer, self._stranded_timer):
+            if timer is not None:
+                timer.cancel()

@@ -1,0 +1,176 @@
+"""What a running load needs from its daemon besides bytes: tickets, a new lease, its release.
+
+Owns the background calls of loads and their tasks. Guarantees that each request ends in one of
+its callbacks unless the load ended first, and that a lease is released after what is still to be
+said under it. Decides nothing about chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from typing import Any
+
+from dualpath.agent.active_load import ActiveLoad
+from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.relay_link import RelayLink
+from dualpath.transfer.errors import DualPathError
+
+log = logging.getLogger(__name__)
+
+TICKET_S_MAX = 600.0
+
+OnReady = Callable[[ActiveLoad], None]
+OnRefused = Callable[[ActiveLoad, Collection[str], str], None]
+OnCut = Callable[[ActiveLoad, int, str, str], None]
+"""The prefix ends before this block, for this reason; detail."""
+
+
+class LoadRefresh:
+    """See the module docstring. `relays` are by path. Belongs to the loop."""
+
+    def __init__(self, daemon: DaemonLink, relays: Mapping[str, RelayLink], lease_s: float) -> None:
+        self._daemon = daemon
+        self._relays = relays
+        self._lease_s = lease_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def ready(self, load: ActiveLoad, path: str) -> bool:
+        """Whether grants of this load may be sent on a path now."""
+        if load.refreshing is not None:
+            return False
+        relay = self._relays.get(path)
+        if relay is None:
+            return True
+        peer_id = relay.peer_id_at(self._daemon.address)
+        return bool(peer_id) and load.tickets.get(path, ("", b""))[0] == peer_id
+
+    def delegate(
+        self, load: ActiveLoad, paths: Collection[str], on_ready: OnReady, on_refused: OnRefused
+    ) -> None:
+        """Get tickets for those of `paths` that lack one; one call at a time a load."""
+        missing = [path for path in paths if path in self._relays and not self.ready(load, path)]
+        if missing and load.delegating is None and load.refreshing is None:
+            load.delegating = self._start(
+                self._delegate(load, missing, on_ready, on_refused), f"tickets {load.spec.load_id}"
+            )
+
+    async def _delegate(
+        self, load: ActiveLoad, paths: list[str], on_ready: OnReady, on_refused: OnRefused
+    ) -> None:
+        address = self._daemon.address
+        peer_ids = {path: self._relays[path].peer_id_at(address) for path in paths}
+        away = [path for path, peer_id in peer_ids.items() if not peer_id]
+        asked = {path: peer_id for path, peer_id in peer_ids.items() if peer_id}
+        ttl_s = min(TICKET_S_MAX, load.spec.deadline_s)
+        reason = ""
+        if asked:
+            try:
+                tickets = await self._daemon.delegate(load.lease_id, tuple(asked.values()), ttl_s)
+                for (path, peer_id), ticket in zip(asked.items(), tickets, strict=True):
+                    load.tickets[path] = (peer_id, ticket)
+            except DualPathError as error:
+                log.warning("load %s got no tickets: %s", load.spec.load_id, error)
+                reason = error.reason
+        load.delegating = None
+        if load.result is not None:
+            return
+        if reason:
+            on_refused(load, tuple(asked), reason)
+        if away:
+            on_refused(load, away, "path_lost")
+        on_ready(load)
+
+    def renew(self, load: ActiveLoad, on_ready: OnReady, on_cut: OnCut) -> None:
+        """Look up again after the lease was lost."""
+        load.refreshes += 1
+        load.tickets.clear()
+        load.refreshing = self._start(
+            self._renew(load, on_ready, on_cut), f"lease {load.spec.load_id}"
+        )
+
+    async def _renew(self, load: ActiveLoad, on_ready: OnReady, on_cut: OnCut) -> None:
+        wanted = load.progress.blocks_valid
+        left_s = load.deadline_at - asyncio.get_running_loop().time()
+        cut: tuple[int, str, str] | None = None
+        try:
+            hit = await self._daemon.lookup(
+                load.spec.namespace_id,
+                load.spec.hashes[:wanted],
+                lease_s=self._lease_s,
+                timeout_s=max(0.05, left_s),
+            )
+            load.lease_id = hit.lease_id
+            same = _same_blocks(load, hit.checksum, hit.blocks)
+            if same < wanted:
+                cut = (same, "lease_expired", f"gone after the lease was lost: {hit.detail}")
+        except DualPathError as error:
+            cut = (0, error.reason, str(error))
+        load.refreshing = None
+        if load.result is not None:
+            if load.lease_id:
+                await self._daemon.release((load.lease_id,))
+            return
+        if cut is not None:
+            # What is verified stays: only blocks that still lack something are given up.
+            on_cut(load, max(cut[0], load.progress.complete_blocks()), cut[1], cut[2])
+        on_ready(load)
+
+    def report_corrupt(self, load: ActiveLoad, block: int, chunk: int) -> None:
+        """Tell the daemon of a chunk that failed its checksum on all paths."""
+        task = self._start(
+            self._report(load, block, chunk), f"corrupt {load.spec.load_id} {block}.{chunk}"
+        )
+        load.reports.append(task)
+
+    async def _report(self, load: ActiveLoad, block: int, chunk: int) -> None:
+        try:
+            dropped = await self._daemon.report_corrupt(load.lease_id, block, chunk)
+        except DualPathError as error:
+            log.warning("block %d of %s was not reported: %s", block, load.spec.load_id, error)
+            return
+        log.warning(
+            "load %s: block %d chunk %d is corrupt; the daemon %s",
+            load.spec.load_id,
+            block,
+            chunk,
+            "dropped it" if dropped else "finds it intact",
+        )
+
+    def release(self, load: ActiveLoad) -> None:
+        """The load ended: give its lease back."""
+        if load.lease_id and self._daemon.up:
+            self._start(self._release(load), f"release {load.spec.load_id}")
+
+    async def _release(self, load: ActiveLoad) -> None:
+        if load.reports:
+            await asyncio.wait(load.reports)
+        await self._daemon.release((load.lease_id,))
+
+    def close(self) -> None:
+        """Cancel what is under way."""
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
+
+
+def _same_blocks(load: ActiveLoad, checksums: Collection[int], blocks: int) -> int:
+    """Length of the prefix that is still the one that the load began with."""
+    chunks = load.layout.chunk_count
+    fresh = tuple(checksums)
+    for block in range(blocks):
+        part = slice(block * chunks, (block + 1) * chunks)
+        if tuple(load.checksums[part]) != fresh[part]:
+            return block
+    return blocks

@@ -1,0 +1,282 @@
+"""Loads from the request to the result.
+
+Owns the checks of a request, the lookup with its lease, the choice of the daemon, and the renewal
+of leases. Guarantees that a load which was accepted always ends with a result, at its deadline at
+the latest, and never in an exception but for InvalidRequest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+from dualpath.agent.active_load import ActiveLoad
+from dualpath.agent.config import AgentConfig
+from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.daemon_loads import DaemonLoads
+from dualpath.agent.histogram import Histogram
+from dualpath.agent.load_spec import LoadSpec, LoadUpdate, check_hashes
+from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason
+from dualpath.agent.regions import Regions
+from dualpath.agent.self_relay import SelfRelay
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.store_api import Tier
+from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import (
+    DeadlineExceeded,
+    DualPathError,
+    InvalidRequest,
+    Overloaded,
+)
+from dualpath.transfer.placement import policy_named
+
+log = logging.getLogger(__name__)
+
+_TIERS = {1: Tier.DRAM, 2: Tier.SSD}
+
+
+def daemon_for(namespace_id: bytes, first_hash: bytes, daemons: Sequence[str]) -> str:
+    """Rendezvous hashing: the daemon that holds chains which begin with `first_hash`."""
+    if not daemons:
+        raise InvalidRequest("no daemon is configured: give the agent at least one")
+
+    def weight(address: str) -> bytes:
+        return hashlib.sha256(namespace_id + first_hash + address.encode()).digest()
+
+    return max(daemons, key=weight)
+
+
+class Loader:
+    """See the module docstring. Belongs to the loop."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        daemons: Mapping[str, DaemonLink],
+        loads: Mapping[str, DaemonLoads],
+        regions: Regions,
+        namespaces: Mapping[bytes, Namespace],
+        self_relay: SelfRelay,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._config = config
+        self._daemons = daemons
+        self._loads = loads
+        self._regions = regions
+        self._namespaces = namespaces
+        self._self_relay = self_relay
+        self._loop = loop
+        self._starting: dict[str, ActiveLoad] = {}
+        self._renewer = asyncio.create_task(self._renew(), name="renew leases")
+        self.events: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+        self.done = 0
+        self.requested_blocks = 0
+        self.loaded_blocks = 0
+        self.load_s = Histogram()
+
+    @property
+    def active(self) -> int:
+        """Loads under way."""
+        return len(self._starting) + sum(len(loads.loads) for loads in self._loads.values())
+
+    async def lookup(self, namespace_id: bytes, hashes: Sequence[bytes]) -> Lookup:
+        """Longest stored prefix, without a lease; what fails is a miss with its reason."""
+        check_hashes(tuple(hashes))
+        self.layout(namespace_id)
+        try:
+            daemon = await self._daemon(namespace_id, hashes[0], self._config.lookup_timeout_s)
+            answer = await daemon.lookup(
+                namespace_id, hashes, lease_s=0, timeout_s=self._config.lookup_timeout_s
+            )
+        except DualPathError as error:
+            miss = _miss_of(error)
+            self.misses[miss.value] += 1
+            return Lookup(0, (), miss, str(error))
+        miss = MissReason.of_proto(answer.miss)
+        if miss is not MissReason.NONE:
+            self.misses[miss.value] += 1
+        tiers = tuple(_TIERS.get(tier, Tier.SSD) for tier in answer.tiers)
+        return Lookup(answer.blocks, tiers, miss, answer.detail)
+
+    def layout(self, namespace_id: bytes) -> KVLayout:
+        """Layout of an opened namespace. Raises InvalidRequest."""
+        namespace = self._namespaces.get(namespace_id)
+        if namespace is None:
+            raise InvalidRequest(
+                f"unknown namespace {namespace_id.hex()}: open it first", reason="namespace"
+            )
+        return namespace.layout
+
+    async def load(self, spec: LoadSpec) -> AsyncGenerator[LoadUpdate, None]:
+        """Run a load. Raises InvalidRequest before the first update, nothing later.
+
+        Closing the iterator early aborts the load.
+        """
+        load = self._accept(spec)
+        loads: DaemonLoads | None = None
+        try:
+            try:
+                loads = await self._start(load)
+            finally:
+                self._starting.pop(spec.load_id, None)
+            yield LoadUpdate(started=load.hit)
+            while load.result is None:
+                yield await load.next_change()
+            if load.last_told is not load.result:
+                yield LoadUpdate(load.layers_ready, load.result.blocks, result=load.result)
+        finally:
+            if loads is not None and load.result is None:
+                loads.end(load, MissReason.UNAVAILABLE, "nobody waits for it", "aborted")
+            if load.result is not None:
+                self._count(load.result)
+
+    def abort(self, load_ids: Sequence[str]) -> int:
+        """End loads; their writes are fenced when this returns. Says how many there were."""
+        aborted = 0
+        for load_id in load_ids:
+            starting = self._starting.get(load_id)
+            if starting is not None:
+                starting.aborted = True
+                aborted += 1
+            for loads in self._loads.values():
+                load = loads.loads.get(load_id)
+                if load is not None:
+                    loads.end(load, MissReason.UNAVAILABLE, "aborted", "aborted")
+                    aborted += 1
+        return aborted
+
+    async def close(self) -> None:
+        """End all loads."""
+        self._renewer.cancel()
+        for loads in self._loads.values():
+            loads.close()
+
+    def _accept(self, spec: LoadSpec) -> ActiveLoad:
+        layout = self.layout(spec.namespace_id)
+        entry = self._regions.get(spec.region)
+        spec.places.check(layout, len(spec.hashes), entry.region.nbytes)
+        policy_named(spec.policy or self._config.policy)
+        if spec.deadline_s > self._config.deadline_s_max:
+            raise InvalidRequest(
+                f"deadline_s {spec.deadline_s} is over {self._config.deadline_s_max}; ask for less"
+            )
+        known = next(iter(self._loads.values())).path_names if self._loads else ()
+        for path in spec.paths:
+            if path not in known:
+                raise InvalidRequest(
+                    f"unknown path {path!r}; this agent knows {', '.join(known) or 'none'}"
+                )
+        if spec.load_id in self._starting or any(
+            spec.load_id in loads.loads for loads in self._loads.values()
+        ):
+            raise InvalidRequest(
+                f"load {spec.load_id!r} is running already; choose another load_id",
+                reason="duplicate_load",
+            )
+        load = ActiveLoad(spec, layout, entry, self._loop.time())
+        self._starting[spec.load_id] = load
+        return load
+
+    async def _start(self, load: ActiveLoad) -> DaemonLoads | None:
+        """Look up and hand the load over; None if it is over already."""
+        spec = load.spec
+        try:
+            if self.active > self._config.loads_max:
+                raise Overloaded(f"{self.active - 1} loads are running", retry_after_s=0.1)
+            timeout_s = min(self._config.lookup_timeout_s, spec.deadline_s)
+            daemon = await self._daemon(spec.namespace_id, spec.hashes[0], timeout_s)
+            answer = await daemon.lookup(
+                spec.namespace_id,
+                spec.hashes,
+                lease_s=self._config.lease_s,
+                timeout_s=timeout_s,
+            )
+        except DualPathError as error:
+            load.events[_event_of(error)] += 1
+            self._miss(load, _miss_of(error), str(error))
+            return None
+        load.lookup_s = self._loop.time() - load.started_at
+        miss = MissReason.of_proto(answer.miss)
+        if miss is not MissReason.NONE:
+            self.misses[miss.value] += 1
+        if answer.blocks == 0:
+            self._miss(load, miss, answer.detail)
+            return None
+        return await self._begin(load, daemon, answer)
+
+    async def _begin(
+        self, load: ActiveLoad, daemon: DaemonLink, answer: store_pb2.LookupResponse
+    ) -> DaemonLoads | None:
+        chunks = answer.blocks * load.layout.chunk_count
+        hit = LoadStarted(answer.blocks, MissReason.of_proto(answer.miss), answer.detail)
+        try:
+            if len(answer.checksum) != chunks or answer.blocks > len(load.spec.hashes):
+                raise DualPathError(
+                    f"daemon {daemon.address} answered {answer.blocks} blocks with "
+                    f"{len(answer.checksum)} checksums"
+                )
+            if load.entry.behind_compute_link:
+                await self._self_relay.ensure()
+            if load.entry.gone or load.aborted:
+                raise DualPathError("aborted before it began", reason="aborted")
+            if self._loop.time() >= load.deadline_at:
+                raise DeadlineExceeded("the lookup took all the time that the load had")
+            load.begin(hit, answer.lease_id, tuple(answer.checksum))
+            loads = self._loads[daemon.address]
+            loads.add(load, load.spec.policy or self._config.policy)
+        except DualPathError as error:
+            load.events[_event_of(error)] += 1
+            load.hit = hit
+            await daemon.release((answer.lease_id,))
+            self._miss(load, _miss_of(error), str(error))
+            return None
+        return loads
+
+    def _miss(self, load: ActiveLoad, miss: MissReason, detail: str) -> None:
+        """The load ends without having begun."""
+        if not load.hit.hit_blocks:
+            load.hit = LoadStarted(0, miss, detail)
+        load.miss, load.detail = miss, detail
+        load.lookup_s = load.lookup_s or self._loop.time() - load.started_at
+        load.progress.cut(0)
+        load.finish(self._loop.time(), {})
+
+    async def _daemon(self, namespace_id: bytes, first_hash: bytes, timeout_s: float) -> DaemonLink:
+        daemon = self._daemons[daemon_for(namespace_id, first_hash, tuple(self._daemons))]
+        await daemon.link.settled(timeout_s)
+        return daemon
+
+    def _count(self, result: LoadResult) -> None:
+        self.done += 1
+        self.requested_blocks += result.requested_blocks
+        self.loaded_blocks += result.blocks
+        self.events.update(result.events)
+        self.load_s.observe(result.elapsed_s)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.lease_s / 3)
+            await asyncio.gather(
+                *(loads.renew_leases(self._config.lease_s) for loads in self._loads.values())
+            )
+
+
+def _miss_of(error: DualPathError) -> MissReason:
+    if isinstance(error, Overloaded):
+        return MissReason.OVERLOADED
+    if isinstance(error, DeadlineExceeded):
+        return MissReason.DEADLINE
+    if isinstance(error, InvalidRequest) and error.reason == "namespace":
+        return MissReason.NAMESPACE
+    return MissReason.UNAVAILABLE
+
+
+def _event_of(error: DualPathError) -> str:
+    if isinstance(error, Overloaded | DeadlineExceeded):
+        return error.reason
+    return "aborted" if error.reason == "aborted" else "daemon_unavailable"

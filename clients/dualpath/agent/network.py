@@ -1,0 +1,69 @@
+"""One transport of the agent and the loop's view of its peers.
+
+Owns the transport's life and the routing of lost peers, which transports report on their own
+threads, to whoever watches that peer in the event loop. An agent has one network for storage
+(two when shared memory is used) and one for compute, so that a limit of a transport is the limit
+of a link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from dualpath.agent.mailbox import Mailbox
+from dualpath.transfer.transport import OnPeerLost, Transport
+
+MakeTransport = Callable[[str, OnPeerLost], Transport]
+"""Called with the name of self and the callback for lost peers."""
+
+
+class Network:
+    """See the module docstring. All methods belong to the loop."""
+
+    def __init__(self, name: str, make: MakeTransport, loop: asyncio.AbstractEventLoop) -> None:
+        self._lost: Mailbox[tuple[str, str]] = Mailbox(loop, self._on_lost)
+        self._watchers: dict[str, Callable[[str], None]] = {}
+        self._loop = loop
+        self.name = name
+        self.transport = make(name, lambda peer, reason: self._lost.put((peer, reason)))
+
+    async def connect(
+        self, peer: str, address: str, invitation: bytes, *, deadline_s: float
+    ) -> None:
+        """Dial without blocking the loop. Raises Unavailable, DeadlineExceeded, ..."""
+
+        def dial() -> None:
+            self.transport.connect(peer, address, invitation, deadline_s=deadline_s)
+
+        await self._loop.run_in_executor(None, dial)
+
+    def watch(self, peer: str, on_lost: Callable[[str], None]) -> None:
+        """Call `on_lost(reason)` in the loop when the connection to `peer` ends."""
+        self._watchers[peer] = on_lost
+
+    def forget(self, peer: str) -> None:
+        """Stop watching and drop the connection, if there still is one."""
+        self._watchers.pop(peer, None)
+        self.transport.disconnect(peer)
+
+    def _on_lost(self, items: list[tuple[str, str]]) -> None:
+        for peer, reason in items:
+            watcher = self._watchers.pop(peer, None)
+            if watcher is not None:
+                watcher(reason)
+
+    @property
+    def received_bytes(self) -> int:
+        """Payload received since start, all peers."""
+        return sum(peer.received_bytes for peer in self.transport.traffic())
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload sent since start, all peers."""
+        return sum(peer.sent_bytes for peer in self.transport.traffic())
+
+    async def close(self) -> None:
+        """Fence everything and join the transport's threads."""
+        self._watchers.clear()
+        await self._loop.run_in_executor(None, self.transport.close)

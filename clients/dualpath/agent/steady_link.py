@@ -1,0 +1,275 @@
+"""A session with another process that is made again whenever it was lost.
+
+Owns, for one peer: the gRPC channel, the attachment of the data plane (Attach, then dial with
+the invitation) and one long-lived stream with its reader and writer. After a loss everything is
+torn down, the dialect is told, and a new attempt follows after a growing pause. Knows nothing of
+what the messages mean: that is the dialect's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import random
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+from dualpath.agent.network import Network
+from dualpath.proto.channel import client_options
+from dualpath.proto.status import translated
+from dualpath.proto.v1 import common_pb2
+from dualpath.transfer.errors import DualPathError, PathDown, Unavailable
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+RequestT_co = TypeVar("RequestT_co", covariant=True)
+ResponseT_contra = TypeVar("ResponseT_contra", contravariant=True)
+
+OUTGOING_MAX = 4096
+"""Most messages that wait for the stream; beyond it the peer counts as lost."""
+PAUSE_S_MIN = 0.05
+
+log = logging.getLogger(__name__)
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+def metadata_of(token: str) -> Metadata:
+    """Call metadata that shows `token` ("" for none)."""
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+class LinkState(enum.Enum):
+    """Where the session stands."""
+
+    CONNECTING = "connecting"
+    UP = "up"
+    DOWN = "down"
+    """Between two attempts."""
+    CLOSED = "closed"
+
+
+class Dialect(Protocol[RequestT_co, ResponseT_contra]):
+    """The calls of one service, and what to do with its messages. Called in the loop."""
+
+    def bind(self, channel: grpc.aio.Channel) -> None:
+        """Make the stubs on a fresh channel."""
+
+    async def attach(
+        self, request: common_pb2.AttachRequest, *, timeout: float, metadata: Metadata
+    ) -> common_pb2.AttachResponse:
+        """Call Attach."""
+
+    def open_stream(self, *, metadata: Metadata) -> Any:
+        """Open the long-lived stream (a grpc.aio.StreamStreamCall)."""
+
+    def hello(self, attached: common_pb2.AttachResponse) -> RequestT_co:
+        """The first message of the stream."""
+
+    async def prepare(self, attached: common_pb2.AttachResponse, first: ResponseT_contra) -> None:
+        """`first` answered `hello`; what this raises refuses the session."""
+
+    def on_up(self) -> None:
+        """The session is there: messages can be sent."""
+
+    def on_response(self, response: ResponseT_contra) -> None:
+        """A later message came."""
+
+    def on_down(self, reason: str) -> None:
+        """The session was lost after `on_up`; nothing that was asked for will be answered."""
+
+
+class SteadyLink(Generic[RequestT, ResponseT]):
+    """See the module docstring. `networks` are by transport name, in order of preference."""
+
+    def __init__(
+        self,
+        label: str,
+        target: str,
+        dialect: Dialect[RequestT, ResponseT],
+        networks: Mapping[str, Network],
+        *,
+        name: str,
+        token: str,
+        timeout_s: float,
+        pause_s_max: float,
+    ) -> None:
+        self.label = label
+        self.target = target
+        self.peer = ""
+        """Name of the other side in `network`, while up."""
+        self.network: Network | None = None
+        self.attached: common_pb2.AttachResponse | None = None
+        self.state = LinkState.CONNECTING
+        self.reason = "not connected yet"
+        """Why it is not up, for people."""
+        self.metadata = metadata_of(token)
+        self._dialect = dialect
+        self._networks = dict(networks)
+        self._name = name
+        self._timeout_s = timeout_s
+        self._pause_s_max = pause_s_max
+        self._outgoing: deque[RequestT] = deque()
+        self._wake = asyncio.Event()
+        self._lost = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._attempt = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._task = asyncio.create_task(self._run(), name=f"link to {self.label}")
+
+    async def settled(self, timeout_s: float) -> bool:
+        """Wait until the attempt that is under way came to an end; say whether the link is up.
+
+        Returns at once between attempts, so that an absent peer costs its callers nothing.
+        """
+        if self.state is LinkState.CONNECTING:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._settled.wait(), timeout_s)
+        return self.up
+
+    @property
+    def up(self) -> bool:
+        """Whether messages can be sent."""
+        return self.state is LinkState.UP
+
+    def send(self, request: RequestT) -> None:
+        """Queue a message for the stream. Raises PathDown if the link is not up."""
+        if not self.up:
+            raise PathDown(f"{self.label} is not connected: {self.reason}")
+        if len(self._outgoing) >= OUTGOING_MAX:
+            self.lose("outgoing queue full")
+            raise PathDown(f"{self.label} does not read its stream")
+        self._outgoing.append(request)
+        self._wake.set()
+
+    def lose(self, reason: str) -> None:
+        """Give the session up and make it again."""
+        if self.up and not self._lost.is_set():
+            self.reason = reason
+            self._lost.set()
+            self._wake.set()
+
+    async def close(self) -> None:
+        """End the session for good."""
+        self.state = LinkState.CLOSED
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._settled.set()
+
+    async def _run(self) -> None:
+        pause_s = PAUSE_S_MIN
+        while True:
+            self.state = LinkState.CONNECTING
+            self._settled.clear()
+            try:
+                if await self._session():
+                    pause_s = PAUSE_S_MIN
+            except DualPathError as error:
+                self._note(str(error))
+            except grpc.RpcError as error:
+                self._note(str(error))
+            except Exception:  # the loop must go on: the next attempt may succeed
+                log.exception("link to %s failed", self.label)
+                self._note("internal error")
+            finally:
+                if self.state is not LinkState.CLOSED:
+                    self.state = LinkState.DOWN
+                self._settled.set()
+            await asyncio.sleep(pause_s * random.uniform(0.7, 1.0))
+            pause_s = min(pause_s * 2, self._pause_s_max)
+
+    def _note(self, reason: str) -> None:
+        if reason != self.reason:
+            log.warning("%s: %s is not reachable: %s", self._name, self.label, reason)
+        self.reason = reason
+
+    async def _session(self) -> bool:
+        """One session from attach to loss; True if it was up."""
+        self._attempt += 1
+        self._outgoing.clear()
+        self._lost.clear()
+        peer = f"{self.label}#{self._attempt}"
+        stack = contextlib.AsyncExitStack()
+        async with stack:
+            channel = grpc.aio.insecure_channel(self.target, options=client_options())
+            stack.push_async_callback(channel.close, None)
+            self._dialect.bind(channel)
+            with translated(f"attach to {self.label}"):
+                attached = await self._dialect.attach(
+                    common_pb2.AttachRequest(name=self._name, transports=list(self._networks)),
+                    timeout=self._timeout_s,
+                    metadata=self.metadata,
+                )
+            network = self._networks.get(attached.transport)
+            if network is None:
+                raise Unavailable(
+                    f"{self.label} chose transport {attached.transport!r}; "
+                    f"known are {', '.join(self._networks)}"
+                )
+            network.watch(peer, lambda reason: self.lose(f"data connection: {reason}"))
+            stack.callback(network.forget, peer)
+            await network.connect(
+                peer, attached.address, attached.invitation, deadline_s=self._timeout_s
+            )
+            call = self._dialect.open_stream(metadata=self.metadata)
+            stack.callback(call.cancel)
+            with translated(f"stream to {self.label}"):
+                await call.write(self._dialect.hello(attached))
+                first = await asyncio.wait_for(call.read(), self._timeout_s)
+            if first is grpc.aio.EOF:
+                raise Unavailable(f"{self.label} closed the stream: {await call.details()}")
+            self.peer, self.network, self.attached = peer, network, attached
+            await self._dialect.prepare(attached, first)
+            self.state = LinkState.UP
+            self.reason = ""
+            self._settled.set()
+            self._dialect.on_up()
+            log.info("%s: %s is up (%s)", self._name, self.label, attached.transport)
+            await self._serve(call)
+        return True
+
+    async def _serve(self, call: Any) -> None:
+        reader = asyncio.create_task(self._read(call), name=f"reader of {self.label}")
+        writer = asyncio.create_task(self._write(call), name=f"writer to {self.label}")
+        lost = asyncio.create_task(self._lost.wait(), name=f"loss of {self.label}")
+        tasks = (reader, writer, lost)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if self.state is LinkState.UP:
+                self.state = LinkState.DOWN
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            errors = [str(r) for r in results if isinstance(r, Exception)]
+            reason = self.reason or "; ".join(errors) or "the stream ended"
+            self.reason = reason
+            self.attached = None
+            self._dialect.on_down(reason)
+            log.warning("%s: lost %s: %s", self._name, self.label, reason)
+
+    async def _read(self, call: Any) -> None:
+        with translated(f"stream of {self.label}"):
+            while True:
+                response = await call.read()
+                if response is grpc.aio.EOF:
+                    return
+                self._dialect.on_response(response)
+
+    async def _write(self, call: Any) -> None:
+        with translated(f"stream of {self.label}"):
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._outgoing:
+                    await call.write(self._outgoing.popleft())

@@ -1,0 +1,200 @@
+"""A session with the node's agent in another process, over gRPC.
+
+Owns the channel, the connection to the region socket and the mapping of messages to values. The
+agent's loss is Unavailable; its memory registrations end with this process in any case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc.aio
+from dualpath.agent.daemon_link import to_proto
+from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
+from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult
+from dualpath.agent.places import Places
+from dualpath.agent.region_socket import RegionClient
+from dualpath.client.memory import EngineMemory
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.store_api import ReserveStatus, SealStatus, Tier
+from dualpath.proto.channel import client_options
+from dualpath.proto.status import translated
+from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, store_pb2
+from dualpath.transfer.errors import InvalidRequest, Unavailable
+from dualpath.transfer.region import Region
+
+CALL_S_MAX = 30.0
+"""Longest wait for the answer to a short call."""
+GRACE_S = 10.0
+"""How long after a deadline the agent may take to say how it ended."""
+CONNECT_S_MAX = 5.0
+
+_TIERS = {1: Tier.DRAM, 2: Tier.SSD}
+
+
+class RemoteSession:
+    """Implements AgentSession."""
+
+    def __init__(self, address: str, channel: grpc.aio.Channel, token: str) -> None:
+        self._address = address
+        self._channel = channel
+        # The generated stub does not say that its calls are awaitable.
+        self._stub: Any = agent_pb2_grpc.AgentStub(channel)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._regions: RegionClient | None = None
+
+    @classmethod
+    async def connect(cls, address: str, *, token: str) -> RemoteSession:
+        """Reach the agent. Raises Unavailable within CONNECT_S_MAX."""
+        channel = grpc.aio.insecure_channel(address, options=client_options())
+        try:
+            await asyncio.wait_for(channel.channel_ready(), CONNECT_S_MAX)
+        except TimeoutError as error:
+            await channel.close()
+            raise Unavailable(
+                f"no agent answers at {address}: start `dualpath agent`, or correct the address"
+            ) from error
+        return cls(address, channel, token)
+
+    async def open_namespace(self, namespace: Namespace) -> bytes:
+        """See AgentSession."""
+        request = store_pb2.OpenNamespaceRequest(namespace=to_proto(namespace))
+        with translated("OpenNamespace at the agent"):
+            answer = await self._stub.OpenNamespace(
+                request, timeout=CALL_S_MAX, metadata=self._metadata
+            )
+        return bytes(answer.namespace_id)
+
+    async def allocate(self, nbytes: int, *, behind_compute_link: bool) -> EngineMemory:
+        """See AgentSession."""
+        if not self._address.startswith("unix:"):
+            raise InvalidRequest(
+                f"memory can be shared over the agent's Unix socket only, not over "
+                f"{self._address}; connect to unix:/path"
+            )
+        region = Region.memfd("dualpath-engine", nbytes)
+        try:
+            region.prefault()
+            loop = asyncio.get_running_loop()
+            if self._regions is None:
+                path = self._address.removeprefix("unix:").removeprefix("//") + ".regions"
+                self._regions = await loop.run_in_executor(None, RegionClient, path)
+            client = self._regions
+            handle = await loop.run_in_executor(
+                None, lambda: client.register(region, behind_compute_link=behind_compute_link)
+            )
+        except BaseException:
+            region.close()
+            raise
+        return EngineMemory(region, handle, client.drop)
+
+    async def lookup(self, namespace_id: bytes, hashes: Sequence[bytes]) -> Lookup:
+        """See AgentSession."""
+        request = store_pb2.LookupRequest(namespace_id=namespace_id, hash=hashes)
+        with translated("Lookup at the agent"):
+            answer = await self._stub.Lookup(request, timeout=CALL_S_MAX, metadata=self._metadata)
+        tiers = tuple(_TIERS.get(tier, Tier.SSD) for tier in answer.tiers)
+        return Lookup(answer.blocks, tiers, MissReason.of_proto(answer.miss), answer.detail)
+
+    async def load(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
+        """See AgentSession."""
+        request = agent_pb2.LoadRequest(
+            load_id=spec.load_id,
+            namespace_id=spec.namespace_id,
+            hash=spec.hashes,
+            places=_places(spec.region, spec.places),
+            deadline_ms=max(1, round(spec.deadline_s * 1000)),
+            policy=spec.policy,
+            decode_peer=spec.decode_peer,
+            path=spec.paths,
+        )
+        timeout_s = spec.deadline_s + GRACE_S
+        with translated("Load at the agent"):
+            call = self._stub.Load(request, timeout=timeout_s, metadata=self._metadata)
+            async for event in call:
+                yield _update(event, len(spec.hashes))
+
+    async def abort(self, load_id: str) -> None:
+        """See AgentSession."""
+        with translated("Abort at the agent"):
+            await self._stub.Abort(
+                agent_pb2.AbortRequest(load_id=[load_id]),
+                timeout=CALL_S_MAX,
+                metadata=self._metadata,
+            )
+
+    async def save(self, spec: SaveSpec) -> SaveResult:
+        """See AgentSession."""
+        request = agent_pb2.SaveRequest(
+            namespace_id=spec.namespace_id,
+            hash=spec.hashes,
+            parent=spec.parents,
+            places=_places(spec.region, spec.places),
+            durable=spec.durable,
+            deadline_ms=max(1, round(spec.deadline_s * 1000)),
+        )
+        timeout_s = spec.deadline_s + GRACE_S
+        with translated("Save at the agent"):
+            answer = await self._stub.Save(request, timeout=timeout_s, metadata=self._metadata)
+        return SaveResult(
+            reserved=tuple(_RESERVE.get(status) for status in answer.reserved),
+            sealed=tuple(_SEAL.get(status) for status in answer.status),
+            reason=answer.reason,
+            detail=answer.detail,
+            events=dict(answer.events),
+        )
+
+    async def stats(self) -> agent_pb2.AgentStatsResponse:
+        """See AgentSession."""
+        with translated("Stats at the agent"):
+            answer = await self._stub.Stats(
+                agent_pb2.AgentStatsRequest(), timeout=CALL_S_MAX, metadata=self._metadata
+            )
+        assert isinstance(answer, agent_pb2.AgentStatsResponse)
+        return answer
+
+    async def close(self) -> None:
+        """See AgentSession."""
+        if self._regions is not None:
+            self._regions.close()
+            self._regions = None
+        await self._channel.close()
+
+
+_RESERVE = {
+    int(store_pb2.ReserveStatus.Value(f"RESERVE_STATUS_{status.name}")): status
+    for status in ReserveStatus
+}
+_SEAL = {
+    int(store_pb2.SealStatus.Value(f"SEAL_STATUS_{status.name}")): status for status in SealStatus
+}
+
+
+def _places(region: int, places: Places) -> agent_pb2.BlockPlaces:
+    return agent_pb2.BlockPlaces(
+        region=region,
+        layer_stride_bytes=places.layer_stride_bytes,
+        base_bytes=places.base_bytes,
+    )
+
+
+def _update(event: agent_pb2.LoadEvent, requested: int) -> LoadUpdate:
+    miss = MissReason.of_proto(event.miss)
+    started = LoadStarted(event.hit_blocks, miss, event.detail) if event.started else None
+    result = None
+    if event.done:
+        shares = {share.path: share.bytes for share in event.share}
+        result = LoadResult(
+            blocks=event.blocks_valid,
+            requested_blocks=requested,
+            miss=miss,
+            detail=event.detail,
+            shares=shares,
+            events=dict(event.events),
+            elapsed_s=event.elapsed_s,
+            lookup_s=event.lookup_s,
+            nbytes=event.nbytes,
+        )
+    return LoadUpdate(event.layers_ready, event.blocks_valid, started, result)
