@@ -335,6 +335,9 @@ class StreamTransport(ABC):
             )
             connection = self._connection(sock, peer)
             self._register(connection)
+            with self._lock:
+                # From here on it is the connection's socket; `close` ends that.
+                self._handshakes.discard(sock)
             send_welcome(sock, self._own_name)
         except (OSError, MalformedFrame, DualPathError) as error:
             _log.info("%s turned a caller down: %s", self._own_name, error)
