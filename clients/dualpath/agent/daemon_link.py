@@ -248,15 +248,15 @@ class DaemonLink:
         *,
         durable: bool,
         timeout_s: float,
-    ) -> tuple[store_pb2.SealStatus, ...]:
-        """Publish blocks that were written."""
+    ) -> tuple[int, ...]:
+        """Publish blocks that were written; returns a SealStatus of the protocol for each."""
         request = store_pb2.SealRequest(
             reservation_id=reservation_ids,
             checksum=checksums,
             durable=durable,
             session=self.session,
         )
-        return tuple((await self._call("Seal", request, timeout_s)).status)
+        return tuple(map(int, (await self._call("Seal", request, timeout_s)).status))
 
     async def abandon(self, reservation_ids: Sequence[int]) -> None:
         """Give reservations up; a failure is logged, since they expire by themselves."""

@@ -310,7 +310,7 @@ class Saver:
         )
         for block, number in zip(good, statuses, strict=True):
             # INCOMPLETE is not in the table: chunks got lost.
-            status = _SEAL.get(int(number), SealStatus.FAILED)
+            status = _SEAL.get(number, SealStatus.FAILED)
             save.sealed[block] = status
             if status is not SealStatus.SEALED:
                 save.fail(status.value, f"block {block} was not sealed: {status.value}")
