@@ -188,7 +188,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
 
     async def Write(self, request_iterator: Any, context: Context) -> store_pb2.WriteResponse:
         """See store.proto."""
-        return await self._streams.write(aiter(request_iterator))
+        return await self._streams.write(request_iterator)
 
     async def Stats(
         self, request: store_pb2.StatsRequest, context: Context

@@ -1,0 +1,239 @@
+"""Read and Write over gRPC: frames with checksums, nothing half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+from dualpath.kvstore.checksum import xxh3_64
+from dualpath.proto.status import error_of
+from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import Overloaded
+
+WAIT_S = 20.0
+FRAME = 1 << 20
+
+
+def _frames(
+    lab: Any, namespace_id: bytes, hashes: Sequence[bytes], size: int = 200_000
+) -> list[store_pb2.WriteFrame]:
+    """Whole blocks of keyed content, in frames of `size` bytes."""
+    frames = []
+    for block_hash, parent in zip(hashes, lab.parents(hashes), strict=True):
+        data = lab.content(block_hash)
+        for offset in range(0, len(data), size):
+            piece = data[offset : offset + size]
+            frame = store_pb2.WriteFrame(data=piece, checksum=xxh3_64(piece))
+            if offset == 0:
+                frame.hash, frame.parent = block_hash, parent
+            frames.append(frame)
+    frames[0].namespace_id, frames[0].durable = namespace_id, True
+    return frames
+
+
+async def _write(client: Any, frames: Sequence[store_pb2.WriteFrame]) -> Any:
+    return await client.stub.Write(iter(frames), timeout=WAIT_S)
+
+
+async def _read(client: Any, namespace_id: bytes, hashes: Sequence[bytes]) -> Any:
+    hit: Any = None
+    blocks: dict[int, bytearray] = {}
+    request = store_pb2.ReadRequest(namespace_id=namespace_id, hash=hashes)
+    async for frame in client.stub.Read(request, timeout=WAIT_S):
+        if hit is None:
+            hit = frame.hit
+            continue
+        assert len(frame.data) <= FRAME
+        assert xxh3_64(frame.data) == frame.checksum
+        block = blocks.setdefault(frame.block, bytearray())
+        assert frame.offset_bytes == len(block)
+        block += frame.data
+    return hit, [bytes(blocks[index]) for index in sorted(blocks)]
+
+
+def test_what_one_stream_wrote_another_reads(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        namespace_id = await client.namespace()
+        hashes = lab.chain(40)  # more than one group of seals
+        written = await _write(client, _frames(lab, namespace_id, hashes))
+        assert list(written.hash) == hashes
+        assert set(written.status) == {store_pb2.SEAL_STATUS_SEALED}
+        assert not any(written.existed)
+        hit, blocks = await _read(client, namespace_id, [*hashes, b"absent" * 4])
+        assert hit.blocks == 40
+        assert hit.lease_id == 0
+        assert hit.miss == store_pb2.MISS_REASON_ABSENT
+        assert blocks == [lab.content(block_hash) for block_hash in hashes]
+        again = await _write(client, _frames(lab, namespace_id, hashes[:3]))
+        assert list(again.existed) == [True] * 3
+        assert set(again.status) == {store_pb2.SEAL_STATUS_SEALED}
+        stats = await client.call("Stats", store_pb2.StatsRequest())
+        assert (stats.leases, stats.reservations) == (0, 0)
+
+    in_lab(body)
+
+
+def test_what_a_stream_wrote_is_loaded_over_the_data_plane(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        client = await lab.client(await lab.daemon()).attach()
+        namespace_id = await client.namespace()
+        hashes = lab.chain(2)
+        await _write(client, _frames(lab, namespace_id, hashes))
+        hit = await client.lookup(namespace_id, hashes)
+        assert hit.blocks == 2
+        async with client.deliver() as delivery:
+            chunks = [(b, c) for b in range(2) for c in range(lab.layout.chunk_count)]
+            grant = await delivery.grant(chunks, delivery.window(), lease_id=hit.lease_id)
+            assert not (await delivery.outcome(grant)).failed
+            assert delivery.block(1) == lab.content(hashes[1])
+
+    in_lab(body)
+
+
+def _without_hash(frames: list[Any]) -> None:
+    frames[0].hash = b""
+
+
+def _flipped(frames: list[Any]) -> None:
+    data = bytearray(frames[2].data)
+    data[100] ^= 1
+    frames[2].data = bytes(data)
+
+
+def _swapped_with_next_block(frames: list[Any]) -> None:
+    frames[3], frames[4] = frames[4], frames[3]
+
+
+def _too_long(frames: list[Any]) -> None:
+    frames.insert(1, frames[1])
+
+
+def _huge(frames: list[Any]) -> None:
+    frames[1].data = bytes(FRAME + 1)
+
+
+def _cut(frames: list[Any]) -> None:
+    frames.pop()
+
+
+def _other_namespace(frames: list[Any]) -> None:
+    frames[1].namespace_id = b"o" * 16
+
+
+def _no_namespace(frames: list[Any]) -> None:
+    frames[0].namespace_id = b""
+
+
+def _unknown_namespace(frames: list[Any]) -> None:
+    frames[0].namespace_id = b"u" * 16
+
+
+def _orphan(frames: list[Any]) -> None:
+    frames[0].parent = b"p" * 32
+
+
+def _short_hash(frames: list[Any]) -> None:
+    frames[0].hash = b"short"
+
+
+_INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "said"),
+    [
+        (_flipped, grpc.StatusCode.DATA_LOSS, "frame 2"),
+        (_without_hash, _INVALID, "before a frame with the block's hash"),
+        (_swapped_with_next_block, _INVALID, "before block 0 is complete"),
+        (_too_long, _INVALID, "block 0 gets"),
+        (_huge, _INVALID, "1048577 bytes"),
+        (_cut, _INVALID, "ended inside of block 1"),
+        (_other_namespace, _INVALID, "another namespace_id"),
+        (_no_namespace, _INVALID, "namespace_id: 0 bytes"),
+        (_unknown_namespace, _INVALID, "namespace"),
+        (_orphan, _INVALID, "write parents first"),
+        (_short_hash, _INVALID, "5 bytes"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_stream_is_refused_and_leaves_nothing(
+    in_lab: Any, damage: Any, code: grpc.StatusCode, said: str
+) -> None:
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        namespace_id = await client.namespace()
+        hashes = lab.chain(2)
+        frames = _frames(lab, namespace_id, hashes)
+        damage(frames)
+        with pytest.raises(grpc.RpcError, match=said) as caught:
+            await _write(client, frames)
+        assert caught.value.code() is code
+        stats = await client.call("Stats", store_pb2.StatsRequest())
+        assert (stats.blocks, stats.reservations) == (0, 0)
+        await _write(client, _frames(lab, namespace_id, hashes))  # the slots are free again
+
+    in_lab(body)
+
+
+def test_a_cancelled_write_gives_its_slots_back(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        namespace_id = await client.namespace()
+        call = client.stub.Write()
+        await call.write(_frames(lab, namespace_id, lab.chain(1))[0])
+        while not (await client.call("Stats", store_pb2.StatsRequest())).reservations:
+            pass
+        call.cancel()
+        while (await client.call("Stats", store_pb2.StatsRequest())).reservations:
+            pass
+
+    in_lab(body)
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        running = await lab.daemon()
+        client, other = lab.client(running), lab.client(running)
+        namespace_id = await client.namespace()
+        hashes = lab.chain(30)
+        await _write(client, _frames(lab, namespace_id, hashes))
+        request = store_pb2.ReadRequest(namespace_id=namespace_id, hash=hashes)
+        call = client.stub.Read(request)
+        await call.read()
+        _, blocks = await _read(other, namespace_id, hashes)
+        assert len(blocks) == 30
+        call.cancel()
+        while (await other.call("Stats", store_pb2.StatsRequest())).leases:
+            pass
+
+    in_lab(body)
+
+
+def test_streams_beyond_the_limit_are_told_when_to_retry(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        namespace_id = await client.namespace()
+        first = _frames(lab, namespace_id, lab.chain(1))[0]
+        held = []
+        for index in range(16):
+            call = client.stub.Write()
+            frame = store_pb2.WriteFrame()
+            frame.CopyFrom(first)
+            frame.hash = lab.chain(1, f"w{index}")[0]
+            await call.write(frame)
+            held.append(call)
+        while (await client.call("Stats", store_pb2.StatsRequest())).reservations < 16:
+            pass
+        with pytest.raises(grpc.RpcError, match="16 at most") as caught:
+            await _write(client, _frames(lab, namespace_id, lab.chain(1)))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        error = error_of(caught.value)
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s == 1.0
+        for call in held:
+            call.cancel()
+
+    in_lab(body)
