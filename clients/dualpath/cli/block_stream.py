@@ -18,7 +18,7 @@ from dualpath.cli.connection import ClientConfig
 from dualpath.client.kv_client import KVClient
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX
-from dualpath.transfer.errors import DualPathError
+from dualpath.transfer.errors import DualPathError, Unavailable
 
 FillBlocks = Callable[[memoryview], int]
 """Fill the buffer from the stream; return the bytes written, fewer only at the end."""
@@ -48,8 +48,13 @@ class BlockStream:
         return self._namespace_id
 
     async def lookup(self, blocks: int) -> tuple[int, MissReason, str, list[str]]:
-        """(blocks stored, why not more, detail, the tier of each) of the first `blocks`."""
+        """(blocks stored, why not more, detail, the tier of each) of the first `blocks`.
+
+        To an engine a daemon that is away is a miss; to a person it is Unavailable.
+        """
         hit = await self._client.lookup(self._namespace_id, self._identity.hashes(blocks))
+        if not hit.blocks and hit.miss is MissReason.UNAVAILABLE:
+            raise Unavailable(f"{hit.detail}; is `dualpath serve` running there?")
         return hit.blocks, hit.miss, hit.detail, [tier.value for tier in hit.tiers]
 
     async def save(self, blocks: int, fill: FillBlocks, *, durable: bool) -> SavedBlocks:

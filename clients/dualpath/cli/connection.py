@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dualpath.agent.config import AgentConfig
 from dualpath.cli.config_file import add_config_arguments, given_flags, read_config
+from dualpath.cli.logs import LEVELS, configure_logs
 from dualpath.client.kv_client import KVClient
 from dualpath.transfer.errors import InvalidRequest
 
@@ -42,10 +43,12 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `ClientConfig`, and --json."""
     add_config_arguments(parser, ClientConfig)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--log-level", choices=LEVELS, default="error", help="(default error)")
 
 
 def connection_of(args: argparse.Namespace) -> ClientConfig:
-    """From the file's [client], DUALPATH_CLIENT_* and flags."""
+    """From the file's [client], DUALPATH_CLIENT_* and flags. Also sets the log level."""
+    configure_logs(args.log_level)
     return read_config(
         ClientConfig,
         TABLE,

@@ -114,13 +114,17 @@ async def read_frame(stream: BlockStream) -> FileFrame:
     """The frame of a stored file. Raises DualPathError, reason of the miss, if it is absent."""
     hit, miss, detail, _ = await stream.lookup(1)
     if not hit:
-        raise DualPathError(f"nothing is stored under this name: {detail}", reason=miss.value)
+        raise DualPathError(_nothing("under this name", detail), reason=miss.value)
     frame: FileFrame | None = None
     async for view, _result in stream.load(1):
         frame = FileFrame.from_head(view)
     if frame is None:
         raise Corrupt("the first block has no bytes")
     return frame
+
+
+def _nothing(where: str, detail: str) -> str:
+    return f"nothing is stored {where}" + (f": {detail}" if detail else "")
 
 
 async def _copy_raw(
@@ -132,7 +136,7 @@ async def _copy_raw(
         identity.hashes(1)  # raises: not even one block
     hit, miss, detail, _ = await stream.lookup(identity.blocks_max)
     if not hit:
-        raise DualPathError(f"nothing is stored for these tokens: {detail}", reason=miss.value)
+        raise DualPathError(_nothing("for these tokens", detail), reason=miss.value)
     nbytes = hit * identity.layout.block_bytes
     return hit, *await _copy(stream, file, hit, 0, nbytes)
 

@@ -62,7 +62,7 @@ class LookupCommand:
         tiers = ", ".join(f"{count} in {tier}" for tier, count in report.tiers.items())
         print(f"{report.hit_blocks} of {report.blocks} blocks" + (f": {tiers}" if tiers else ""))
         if report.miss != "none":
-            print(f"miss: {report.miss}: {report.detail}")
+            print(f"miss: {report.miss}" + (f": {report.detail}" if report.detail else ""))
         return 0
 
 
