@@ -1,0 +1,164 @@
+"""A tag lands at most once, and a fence lets nothing through: as a state machine."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slices import Slices
+from dualpath.transfer.transport import Arrival
+from dualpath.transfer.window import Landing, Refused, WindowTable
+from hypothesis import settings
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+
+TAGS = st.integers(0, 5)
+NBYTES = 4096
+
+
+class Windows(RuleBasedStateMachine):
+    """Against a model that knows which (window, tag) is armed, landing or spent."""
+
+    landings = Bundle("landings")
+
+    @initialize()
+    def start(self) -> None:
+        self.table = WindowTable()
+        self.region = Region.anonymous(NBYTES)
+        self.arrived: list[tuple[int, int]] = []
+        self.state: dict[tuple[int, int], str] = {}
+        self.live: dict[int, RegionDescriptor] = {}
+        self.dead: list[RegionDescriptor] = []
+        self.accept = True
+
+    def _on_arrival(self, arrival: Arrival) -> bool:
+        self.arrived.append((arrival.key, arrival.tag))
+        return self.accept
+
+    @rule()
+    def expose(self) -> None:
+        if len(self.live) < 3:
+            window = self.table.expose(self.region, 0, NBYTES, self._on_arrival)
+            generations = [each.generation for each in (*self.live.values(), *self.dead)]
+            assert window.generation > max(generations, default=0)
+            self.live[window.key] = window
+
+    @rule(data=st.data(), tag=TAGS)
+    def arm(self, data: st.DataObject, tag: int) -> None:
+        window = self._any(data)
+        if window is None:
+            return
+        key = (window.key, tag)
+        if window.key not in self.live or key in self.state:
+            with pytest.raises(InvalidRequest):
+                self.table.arm(window, [(tag, _slices(tag))])
+        else:
+            self.table.arm(window, [(tag, _slices(tag))])
+            self.state[key] = "armed"
+
+    @rule(target=landings, data=st.data(), tag=TAGS)
+    def begin(self, data: st.DataObject, tag: int):  # type: ignore[no-untyped-def]
+        window = self._any(data)
+        if window is None:
+            return multiple()
+        key = (window.key, tag)
+        args = ("peer", window.key, window.generation, tag)
+        if self.state.get(key) != "armed":
+            with pytest.raises(Refused):
+                self.table.begin(*args, _slices(tag))
+            return multiple()
+        with pytest.raises(Refused, match="other_slices"):
+            self.table.begin(*args, Slices.contiguous(1, 1))
+        with pytest.raises(Refused, match="no_window"):
+            self.table.begin("peer", window.key, window.generation + 1, tag, _slices(tag))
+        landing = self.table.begin(*args, _slices(tag))
+        self.state[key] = "landing"
+        return key, landing
+
+    @rule(pair=consumes(landings), accept=st.booleans())
+    def land(self, pair: tuple[tuple[int, int], Landing], accept: bool) -> None:
+        key, landing = pair
+        self.accept = accept
+        before = len(self.arrived)
+        if not landing.open:
+            with pytest.raises(Refused, match="fenced"):
+                self.table.land(landing)
+            assert len(self.arrived) == before
+            return
+        if accept:
+            self.table.land(landing)
+        else:
+            with pytest.raises(Refused, match="rejected"):
+                self.table.land(landing)
+        assert self.arrived[before:] == [key]
+        del self.state[key]
+
+    @rule(pair=consumes(landings))
+    def abandon(self, pair: tuple[tuple[int, int], Landing]) -> None:
+        key, landing = pair
+        was_open = landing.open
+        self.table.abandon(landing)
+        assert not landing.open
+        if was_open:
+            self.state[key] = "spent"
+
+    @rule(data=st.data(), tags=st.sets(TAGS))
+    def disarm(self, data: st.DataObject, tags: set[int]) -> None:
+        window = self._any(data)
+        if window is None:
+            return
+        known = {tag for tag in tags if (window.key, tag) in self.state}
+        assert self.table.disarm(window, tags) == known
+        for tag in known:
+            del self.state[window.key, tag]
+
+    @rule(data=st.data())
+    def revoke(self, data: st.DataObject) -> None:
+        window = self._any(data)
+        if window is None:
+            return
+        self.table.revoke(window)
+        if self.live.pop(window.key, None) is not None:
+            self.dead.append(window)
+        self.state = {key: each for key, each in self.state.items() if key[0] != window.key}
+
+    def _any(self, data: st.DataObject) -> RegionDescriptor | None:
+        windows = [*self.live.values(), *self.dead[-2:]]
+        return data.draw(st.sampled_from(windows)) if windows else None
+
+    @invariant()
+    def the_repr_tells_the_state(self) -> None:
+        if not hasattr(self, "table"):
+            return
+        states = list(self.state.values())
+        assert repr(self.table) == (
+            f"<WindowTable windows={len(self.live)} armed={states.count('armed')} "
+            f"landing={states.count('landing')}>"
+        )
+
+
+def _slices(tag: int) -> Slices:
+    return Slices.contiguous(tag * 100, 100)
+
+
+TestWindows = Windows.TestCase
+TestWindows.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_closed_table_opens_no_window_and_has_fenced_all() -> None:
+    table, region = WindowTable(), Region.anonymous(NBYTES)
+    window = table.expose(region, 0, NBYTES, lambda arrival: True)
+    table.arm(window, [(1, _slices(1))])
+    landing = table.begin("peer", window.key, window.generation, 1, _slices(1))
+    table.close()
+    assert not landing.open
+    with pytest.raises(InvalidRequest):
+        table.expose(region, 0, NBYTES, lambda arrival: True)
