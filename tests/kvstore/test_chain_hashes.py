@@ -69,7 +69,7 @@ def test_parents_start_with_the_empty_one() -> None:
 
 
 def test_bad_input_names_the_value() -> None:
-    with pytest.raises(InvalidRequest, match="md5.*sha256"):
+    with pytest.raises(InvalidRequest, match=r"md5.*sha256"):
         chain_hashes([1], 1, algorithm="md5")
     with pytest.raises(InvalidRequest, match="positive, not 0"):
         chain_hashes([1], 0)

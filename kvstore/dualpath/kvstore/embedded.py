@@ -49,12 +49,24 @@ def put(
             )
     step = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // nbytes))
     statuses: list[PutStatus] = []
-    for start in range(0, len(hashes), step):
-        end = min(start + step, len(hashes))
+    while len(statuses) < len(hashes):
+        start, end = len(statuses), min(len(statuses) + step, len(hashes))
         blocks = [NewBlock(hashes[i], parents[i]) for i in range(start, end)]
         reservations = store.reserve(namespace_id, blocks, owner=owner, ttl_s=_TTL_S)
-        statuses += _fill_and_seal(store, reservations, data[start:end], owner, durable)
+        taken = _until_full(reservations)
+        statuses += _fill_and_seal(store, reservations, data[start:end], owner, durable)[:taken]
     return tuple(statuses)
+
+
+def _until_full(reservations: Sequence[Reservation]) -> int:
+    """How many outcomes to take: sealing the blocks before the first FULL one makes room for the
+    rest, which is tried again; without such blocks FULL is the answer."""
+    reserved = False
+    for index, reservation in enumerate(reservations):
+        reserved = reserved or reservation.status is ReserveStatus.RESERVED
+        if reservation.status is ReserveStatus.FULL and reserved:
+            return index
+    return len(reservations)
 
 
 def _fill_and_seal(
