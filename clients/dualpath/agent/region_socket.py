@@ -204,6 +204,7 @@ class RegionClient:
             magic, ok, text_bytes, handle = _ANSWER.unpack(self._receive(_ANSWER.size))
             text = self._receive(text_bytes).decode(errors="replace")
         except OSError as error:
+            self._sock.close()  # an answer that comes later must not be taken for another's
             raise Unavailable(f"the agent's region socket is gone: {error}") from error
         if magic != MAGIC:
             raise InvalidRequest("the agent's region socket speaks another version")

@@ -1,0 +1,32 @@
+"""Runs a test's body in a loop of its own, with a daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dualpath.client.loopback_cluster import LoopbackCluster, loopback_cluster
+
+TEST_S_MAX = 90.0
+
+Body = Callable[[LoopbackCluster], Awaitable[None]]
+
+
+@pytest.fixture
+def run_cluster(tmp_path: Path) -> Callable[..., None]:
+    """Call it with the body and, if need be, settings of the daemon."""
+
+    async def run(body: Body, settings: dict[str, Any]) -> None:
+        async with loopback_cluster(tmp_path, **settings) as cluster:
+            await asyncio.wait_for(body(cluster), TEST_S_MAX)
+
+    def run_body(body: Body, **settings: Any) -> None:
+        asyncio.run(run(body, settings))
+        left = [t.name for t in threading.enumerate() if t.name.startswith("dualpath-")]
+        assert not left, f"threads were left behind: {left}"
+
+    return run_body
