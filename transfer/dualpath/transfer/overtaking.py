@@ -41,7 +41,7 @@ def overtaken(
             chunks = []
             for chunk, name in reversed(load.chunks.inflight.items()):
                 nbytes = load.chunks.nbytes[chunk]
-                if name == path.name and nbytes <= left * (1 + 1e-9):
+                if name == path.name and nbytes <= 2 * left:  # to the nearest chunk
                     chunks.append(chunk)
                     left -= nbytes
             budgets[path.name] = left

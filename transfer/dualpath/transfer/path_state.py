@@ -106,6 +106,9 @@ class PathState:
     def look(self, now: float) -> None:
         """Fix `rate` and `window` for the decisions of this moment."""
         self.rate = self.rate_bytes_per_s(now)
+        if not self.rate and self._overtaken:
+            # It did not land a single chunk in the time that it was given.
+            self.rate = self.largest_bytes / self._config.overtake_s
         self.window = self._config.credit.window_bytes(self.rate)
 
     def drained_in_s(self) -> float:
@@ -180,7 +183,12 @@ class PathState:
             self._overtaken_at_s = now
 
     def drains_after(self, wait_s: float, now: float) -> bool:
-        """Whether what is in flight is expected to take longer than `wait_s` from now."""
+        """Whether what is in flight is expected to take longer than `wait_s` from now.
+
+        A path on which nothing ever landed is given that time before anything is expected.
+        """
+        if not self.estimate.bytes_per_s(now) and now - self.progress_at_s < wait_s:
+            return False
         rate = self.rate_while_busy(now)
         return bool(rate) and self.inflight_bytes > wait_s * rate
 
