@@ -289,20 +289,16 @@ def _open(
     )
     recovery = Recovery(directory, device, catalog, table)
     try:
-        index, records, rebuilt = recovery.open_index()
-        try:
-            recovered = recovery.load(index, records, ssd, residency, rebuilt=rebuilt)
-        except BaseException:
-            index.close()
-            raise
+        records, rebuilt = recovery.read()
+        recovered = recovery.load(records, ssd, residency, rebuilt=rebuilt)
     except BaseException:
         recovery.close()
         dram.close()
         raise
     state.generation = recovered.generation
     writer = BlockWriter(state)
-    committer = Committer(writer, ssd, index, directory)
+    committer = Committer(writer, ssd, recovery.index, directory)
     committers.append(committer)
     writer.attach(committer)
     committer.start()
-    return BlockStore(directory, index, state, writer, committer, recovered)
+    return BlockStore(directory, recovery.index, state, writer, committer, recovered)

@@ -3,7 +3,7 @@
 Key: namespace id (16 bytes), then hash. Value: `BlockRecord.to_bytes`. Private to the process
 that holds the data directory's lock. Read once at opening; written by one thread. `apply` is one
 transaction: after it has returned its changes survive power loss, before that none of them is
-visible. After an unclean stop `probe` walks it in a child process first, because a damaged map
+visible. After an unclean stop `probe` tries it in a child process first, because a damaged map
 can kill its reader.
 """
 
@@ -23,9 +23,14 @@ _MAP_BYTES_MAX = 1 << 40
 _PROBE_S_MAX = 120.0
 _PROBE = (
     "import sys, lmdb\n"
-    "env = lmdb.open(sys.argv[1], readonly=True, lock=False, create=False)\n"
+    "env = lmdb.open(sys.argv[1], map_size=int(sys.argv[2]), lock=False, create=False)\n"
     "with env.begin() as txn:\n"
     "    sum(len(k) + len(v) for k, v in txn.cursor())\n"
+    "with env.begin(write=True) as txn:\n"
+    "    txn.put(b'probe', b'')\n"
+    "with env.begin(write=True) as txn:\n"
+    "    txn.delete(b'probe')\n"
+    "env.close()\n"
 )
 
 
@@ -100,12 +105,15 @@ def _goes(value: bytes, generation: int) -> bool:
 
 
 def probe(path: Path) -> bool:
-    """Walk the whole index in a child process; False if it fails, crashes or hangs."""
-    if not (path / "data.mdb").exists():
+    """Walk the whole index and write to it in a child process; False if that fails, crashes or
+    hangs."""
+    data = path / "data.mdb"
+    if not data.exists():
         return True
+    map_bytes = max(_MAP_BYTES_MIN, 2 * data.stat().st_size)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE, str(path)],
+            [sys.executable, "-c", _PROBE, str(path), str(map_bytes)],
             timeout=_PROBE_S_MAX,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -64,9 +64,17 @@ class Recovery:
         self._segments: dict[int, _Found] = {}
         self._damaged: list[int] = []
         self._stale: list[tuple[bytes, int]] = []
+        self._suspect = False
+        self._index: DurableIndex | None = None
 
-    def open_index(self) -> tuple[DurableIndex, list[BlockRecord], bool]:
-        """(index, records that may be taken, whether it was rebuilt)."""
+    @property
+    def index(self) -> DurableIndex:
+        """The open index, once `load` has returned."""
+        assert self._index is not None
+        return self._index
+
+    def read(self) -> tuple[list[BlockRecord], bool]:
+        """(records that may be taken, whether the index was rebuilt from headers)."""
         for namespace in self._directory.namespaces():
             self._catalog.open(namespace)
         self._open_segments()
@@ -74,33 +82,30 @@ class Recovery:
         try:
             if not self._directory.was_clean and not probe(self._directory.index_path):
                 raise Corrupt("the index cannot be walked by a child process")
-            index = DurableIndex(self._directory.index_path)
-            try:
-                if not lost:
-                    return index, self._usable(index), False
-            except Corrupt:
-                index.close()
-                raise
+            self._index = DurableIndex(self._directory.index_path)
+            if not lost:
+                return self._usable(self._index), False
         except Corrupt as error:
             _log.warning("%s; it is set aside and rebuilt from the headers", error)
-            self._stale.clear()
-            self._directory.set_index_aside()
-            index = DurableIndex(self._directory.index_path)
+        self._stale.clear()
         records = self._from_headers()
+        self._rewrite(records)
+        _log.warning("the index was rebuilt from headers: %d blocks", len(records))
+        return records, True
+
+    def _rewrite(self, records: list[BlockRecord]) -> None:
+        """Set the index aside and write a new one."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        self._directory.set_index_aside()
+        self._index = DurableIndex(self._directory.index_path)
         for start in range(0, len(records), _PUTS_MAX):
             part = records[start : start + _PUTS_MAX]
-            index.apply([], [(record.key, record.to_bytes()) for record in part])
-        _log.warning("the index was rebuilt from headers: %d blocks", len(records))
-        return index, records, True
+            self._index.apply([], [(record.key, record.to_bytes()) for record in part])
 
     def load(
-        self,
-        index: DurableIndex,
-        records: list[BlockRecord],
-        ssd: SsdTier,
-        residency: Residency,
-        *,
-        rebuilt: bool,
+        self, records: list[BlockRecord], ssd: SsdTier, residency: Residency, *, rebuilt: bool
     ) -> Recovered:
         """Bring records into memory; delete the others from the index."""
         kept = self._link(self._one_a_slot(records))
@@ -114,11 +119,24 @@ class Recovery:
             ssd.adopt(segment, found.geometry, found.file, taken.get(segment, ()))
         for segment in self._damaged:
             ssd.skip(segment)
-        if self._stale:
-            index.apply(self._stale, [])
-            _log.warning("%d records were damaged, orphaned or stale: dropped", len(self._stale))
+        if self._suspect or not self._delete_stale():
+            # A page with a bad record may have bad neighbours that only a write would find.
+            _log.warning("the index is damaged; it is set aside and written anew")
+            self._rewrite([record for record, _ in kept])
         generation = max((record.generation for record, _ in kept), default=0)
         return Recovered(generation, len(kept), len(self._stale), rebuilt)
+
+    def _delete_stale(self) -> bool:
+        """False if the index refuses. Must be done before any slot is written again."""
+        if not self._stale:
+            return True
+        _log.warning("%d records were damaged, orphaned or stale: dropped", len(self._stale))
+        try:
+            self.index.apply(self._stale, [])
+        except OSError as error:
+            _log.warning("%s", error)
+            return False
+        return True
 
     def _open_segments(self) -> None:
         for name in self._device.names():
@@ -146,7 +164,9 @@ class Recovery:
             self._segments[segment] = _Found(geometry, file)
 
     def close(self) -> None:
-        """Close the segments that were opened and not adopted."""
+        """Give everything back after a failure."""
+        if self._index is not None:
+            self._index.close()
         for found in self._segments.values():
             found.file.close()
         self._segments.clear()
@@ -158,6 +178,7 @@ class Recovery:
                 record = BlockRecord.from_bytes(value)
             except Corrupt:
                 self._stale.append((bytes(key), -1))
+                self._suspect = True
                 continue
             if record.key != key or not self._fits(record):
                 self._stale.append((bytes(key), -1))

@@ -1,0 +1,261 @@
+"""Failing media: seals fail, reads become misses, the store keeps serving; power loss loses
+nothing that was acknowledged."""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from dualpath.kvstore.block_store import BlockStore, StoreConfig
+from dualpath.kvstore.chain import chain_hashes, parents_of
+from dualpath.kvstore.device import MemoryDevice
+from dualpath.kvstore.durable_index import IndexFailure
+from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.store_api import MissReason, SealStatus, Tier
+from dualpath.transfer.errors import Corrupt
+
+Content = Callable[[bytes, int], bytes]
+SIZE = 300_000
+CONFIG = StoreConfig(
+    disk_bytes=16 << 20,
+    dram_bytes=2 << 20,
+    segment_bytes=2 << 20,
+    reserve_wait_s=0.2,
+    read_buffers_bytes=2 << 20,
+)
+
+
+def chain(blocks: int, first_token: int = 0) -> list[bytes]:
+    return chain_hashes(range(first_token, first_token + 16 * blocks), 16)
+
+
+def put(
+    store: BlockStore, space: bytes, hashes: list[bytes], content: Content, durable: bool = True
+) -> list[object]:
+    data = [content(h, SIZE) for h in hashes]
+    return list(store.put(space, hashes, parents_of(hashes), data, durable=durable))
+
+
+def intact(store: BlockStore, space: bytes, hashes: list[bytes], content: Content) -> int:
+    """Blocks that are served; all of them must be right."""
+    blocks = store.get(space, hashes)
+    assert blocks == [content(h, SIZE) for h in hashes[: len(blocks)]]
+    return len(blocks)
+
+
+@pytest.mark.parametrize("fault", ["write_error", "torn_write", "sync_error"])
+def test_a_failing_write_fails_the_seal_and_nothing_else(
+    tmp_path: Path, namespace: Namespace, content: Content, fault: str
+) -> None:
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        space = store.open_namespace(namespace)
+        assert put(store, space, chain(2), content) == [SealStatus.SEALED] * 2
+        setattr(device.plan, fault, 1.0)
+        assert put(store, space, chain(4), content)[2:] == [SealStatus.FAILED] * 2
+        assert intact(store, space, chain(4), content) == 2
+        setattr(device.plan, fault, 0.0)
+        assert put(store, space, chain(4), content)[2:] == [SealStatus.SEALED] * 2
+        assert intact(store, space, chain(4), content) == 4
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        assert intact(store, space, chain(4), content) == 4
+        assert "faulty" in store.stats().device
+
+
+def test_a_full_disk_fails_the_seal_and_the_store_serves_on(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    device = FaultDevice(MemoryDevice(), FaultPlan(space_bytes=5 << 20))
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        space = store.open_namespace(namespace)
+        statuses = put(store, space, chain(30), content)
+        good = statuses.count(SealStatus.SEALED)
+        assert 0 < good < 30
+        assert statuses[:good] == [SealStatus.SEALED] * good
+        assert SealStatus.FAILED in statuses
+        assert intact(store, space, chain(30), content) == good
+
+
+def test_an_index_that_refuses_fails_the_seal_and_recovers(
+    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with BlockStore.open(tmp_path, CONFIG) as store:
+        space = store.open_namespace(namespace)
+
+        def refuse(deletes: Sequence[object], puts: Sequence[object]) -> None:
+            raise IndexFailure(errno.ENOSPC, "no space for the index")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._index, "apply", refuse)
+            assert put(store, space, chain(2), content) == [SealStatus.FAILED] * 2
+            assert intact(store, space, chain(2), content) == 0
+        assert put(store, space, chain(2), content) == [SealStatus.SEALED] * 2
+    with BlockStore.open(tmp_path, CONFIG) as store:
+        assert intact(store, namespace.id, chain(2), content) == 2
+
+
+def test_a_failed_write_back_drops_the_block_and_its_descendants(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        space = store.open_namespace(namespace)
+        device.plan.write_error = 1.0
+        assert set(put(store, space, chain(3), content, durable=False)) <= {
+            SealStatus.SEALED,
+            SealStatus.FAILED,
+            SealStatus.EXPIRED,
+        }
+        # A durable seal goes through the queue behind them.
+        other = chain(1, first_token=900)
+        assert put(store, space, other, content) == [SealStatus.FAILED]
+        assert intact(store, space, chain(3), content) == 0
+        device.plan.write_error = 0.0
+        assert put(store, space, chain(3), content, durable=False) == [SealStatus.SEALED] * 3
+        assert put(store, space, other, content) == [SealStatus.SEALED]
+        assert intact(store, space, chain(3), content) == 3
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        assert intact(store, space, chain(3), content) == 3
+
+
+@pytest.mark.parametrize("fault", ["read_error", "short_read"])
+def test_a_failing_read_is_corrupt_and_the_prefix_ends_there(
+    tmp_path: Path, namespace: Namespace, content: Content, fault: str
+) -> None:
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        space = store.open_namespace(namespace)
+        put(store, space, chain(10), content)
+        hit = store.lookup(space, chain(10), owner="o", lease_s=60)
+        cold = hit.tiers.index(Tier.SSD)
+        setattr(device.plan, fault, 1.0)
+        with pytest.raises(Corrupt, match="block dropped"):
+            store.fetch(hit.lease_id, cold, 0)
+        with pytest.raises(Corrupt, match="dropped since"):
+            store.fetch(hit.lease_id, cold, 0)
+        setattr(device.plan, fault, 0.0)
+        again = store.lookup(space, chain(10), owner="o", lease_s=0)
+        assert (again.blocks, again.miss) == (cold, MissReason.CORRUPT)
+        store.release(hit.lease_id, owner="o")
+        put(store, space, chain(10), content)
+        assert intact(store, space, chain(10), content) == 10
+        assert store.stats().corrupt_blocks == 10 - cold
+
+
+def test_rot_on_the_medium_is_found_dropped_and_replaced(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    inner = MemoryDevice()
+    with BlockStore.open(tmp_path, CONFIG, device=inner) as store:
+        space = store.open_namespace(namespace)
+        put(store, space, chain(3), content)
+    wanted = content(chain(3)[1], SIZE)
+    for data in inner.files.values():
+        at = data.find(wanted)
+        if at >= 0:
+            data[at + SIZE - 1] ^= 1
+    with BlockStore.open(tmp_path, CONFIG, device=inner) as store:
+        hit = store.lookup(space, chain(3), owner="o", lease_s=60)
+        assert hit.blocks == 3
+        assert store.report_corrupt(hit.lease_id, 1, 0) is False
+        assert store.report_corrupt(hit.lease_id, 1, 1) is True
+        assert store.report_corrupt(hit.lease_id, 1, 1) is True
+        assert intact(store, space, chain(3), content) == 1
+        assert store.lookup(space, chain(3), owner="o", lease_s=0).miss is MissReason.CORRUPT
+        put(store, space, chain(3), content)
+        assert intact(store, space, chain(3), content) == 3
+    with BlockStore.open(tmp_path, CONFIG, device=inner) as store:
+        assert intact(store, space, chain(3), content) == 3
+
+
+def test_a_bad_copy_in_memory_is_read_again_from_ssd(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    with BlockStore.open(tmp_path, CONFIG) as store:
+        space = store.open_namespace(namespace)
+        put(store, space, chain(2), content)
+        hit = store.lookup(space, chain(2), owner="o", lease_s=60)
+        with store.fetch(hit.lease_id, 0, 1) as chunk:
+            chunk.region.view[chunk.slices.start] ^= 1
+        assert store.report_corrupt(hit.lease_id, 0, 1) is False
+        assert intact(store, space, chain(2), content) == 2
+        store.release(hit.lease_id, owner="o")
+
+
+def test_passing_rot_is_never_served(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    device = FaultDevice(MemoryDevice(), FaultPlan(seed=5))
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        space = store.open_namespace(namespace)
+        for i in range(6):
+            put(store, space, chain(6, first_token=10_000 * i), content)
+        device.plan.rot = 0.3
+        for i in range(6):
+            intact(store, space, chain(6, first_token=10_000 * i), content)
+
+
+class PowerCut:
+    """Counts down device writes, syncs and index commits; then nothing is stored any more."""
+
+    def __init__(self, operations: int) -> None:
+        self.left = operations
+
+    def tick(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise IndexFailure(errno.EIO, "the power is gone")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_power_loss_keeps_what_was_acknowledged_and_serves_nothing_torn(
+    tmp_path: Path, namespace: Namespace, content: Content, seed: int
+) -> None:
+    dice = random.Random(seed)
+    device = FaultDevice(MemoryDevice(), FaultPlan(seed=seed))
+    cut = PowerCut(dice.randrange(5, 120))
+    path = tmp_path / "data"
+    store = BlockStore.open(path, CONFIG, device=device)
+    apply, ensure = store._index.apply, device.note_write
+
+    def apply_or_die(deletes: list[tuple[bytes, int]], puts: list[tuple[bytes, bytes]]) -> None:
+        cut.tick()
+        apply(deletes, puts)
+
+    def write_or_die(name: str, file: object, offset: int, nbytes: int) -> None:
+        cut.tick()
+        ensure(name, file, offset, nbytes)  # type: ignore[arg-type]
+
+    store._index.apply = apply_or_die  # type: ignore[method-assign]
+    device.note_write = write_or_die  # type: ignore[method-assign]
+    space = store.open_namespace(namespace)
+    chains = [chain(5, first_token=10_000 * i) for i in range(9)]
+    sealed: set[bytes] = set()
+    for _ in range(14):
+        hashes = dice.choice(chains)
+        durable = dice.random() < 0.7
+        for h, status in zip(hashes, put(store, space, hashes, content, durable), strict=True):
+            if status is SealStatus.SEALED and durable:
+                sealed.add(h)
+    present = {h for h in sealed if h in store._state.catalog.entry(space).present}
+    device.plan.sync_error = 1.0
+    cut.left = -1
+    shutil.copytree(path, tmp_path / "after")
+    store.close()
+    device.crash()
+    device.plan.sync_error = 0.0
+    del device.note_write
+    with BlockStore.open(tmp_path / "after", CONFIG, device=device) as store:
+        store.open_namespace(namespace)
+        served = set()
+        for hashes in chains:
+            served |= set(hashes[: intact(store, space, hashes, content)])
+        assert present <= served
+        for hashes in chains:
+            put(store, space, hashes, content)
+            intact(store, space, hashes, content)
