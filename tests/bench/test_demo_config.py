@@ -71,6 +71,22 @@ def test_the_default_is_what_the_help_says() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     args = parser.parse_args([])
-    assert parse_rate(args.storage_rate) == DemoConfig().storage_bytes_per_s
+    assert args.storage_rate == "auto"
     assert args.policies == ",".join(DemoConfig().policies)
     assert args.budget_mib << 20 == DemoConfig().budget_bytes
+
+
+@pytest.mark.parametrize(
+    ("unshaped", "nodes", "rate"),
+    [(1e9, (1, 1), 50e6), (2e8, (1, 1), 35e6), (2e8, (1, 3), 17e6), (1e6, (1, 1), 10e6)],
+)
+def test_the_automatic_rate_leaves_the_processor_room(
+    unshaped: float, nodes: tuple[int, int], rate: float
+) -> None:
+    config = DemoConfig(prefill=nodes[0], decode=nodes[1]).fitting(unshaped)
+    assert config.storage_bytes_per_s == rate
+    assert config.fitting(1e5) is config
+
+
+def test_a_rate_that_was_asked_for_is_kept() -> None:
+    assert DemoConfig(storage_bytes_per_s=9e7).fitting(1e6).storage_bytes_per_s == 9e7

@@ -18,7 +18,7 @@ from dualpath.bench.demo.link_meter import (
 )
 from dualpath.bench.demo.plot import draw_utilisation, smoothed
 from dualpath.bench.demo.replay import PolicyRun
-from dualpath.bench.demo.report import DemoReport, links_sum_bytes_per_s, percentile
+from dualpath.bench.demo.report import DemoReport, percentile
 from dualpath.bench.demo.shaping import LinkRates
 from dualpath.bench.demo.table import plain_table, print_report
 from dualpath.bench.demo.topology import Topology
@@ -87,7 +87,7 @@ def report(unshaped: float = 600 * MB, **config: object) -> DemoReport:
     )
     workload = Workload("made up", 512, 1 << 18, ((PlannedLoad(0, 0, (b"x" * 32,)),),), ())
     return DemoReport(
-        config=DemoConfig(prefill=1, decode=2, **config),  # type: ignore[arg-type]
+        config=DemoConfig(prefill=1, decode=2, storage_bytes_per_s=50 * MB, **config),  # type: ignore[arg-type]
         topology="1P2D",
         shaping="kernel",
         shaping_reason="network namespaces with HTB",
@@ -146,8 +146,14 @@ def test_a_shaped_sum_above_two_fifths_of_the_unshaped_rate_is_cpu_bound() -> No
 def test_the_sum_of_links_counts_what_every_byte_has_to_cross(
     destination: Destination, ratio: float, expected: float
 ) -> None:
-    config = DemoConfig(prefill=1, decode=2, destination=destination, compute_ratio=ratio)
-    assert links_sum_bytes_per_s(config) == pytest.approx(expected * MB)
+    config = DemoConfig(
+        prefill=1,
+        decode=2,
+        destination=destination,
+        compute_ratio=ratio,
+        storage_bytes_per_s=50 * MB,
+    )
+    assert config.links_sum_bytes_per_s == pytest.approx(expected * MB)
 
 
 def test_the_report_says_when_the_compute_link_makes_a_second_path_useless() -> None:

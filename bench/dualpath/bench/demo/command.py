@@ -58,9 +58,10 @@ class DemoCommand:
         cluster.add_argument("--decode", type=int, default=default.decode, metavar="N")
         cluster.add_argument(
             "--storage-rate",
-            default=f"{default.storage_bytes_per_s / 1e6:.0f}MB/s",
+            default="auto",
             metavar="RATE",
-            help="of each node's storage link, such as 50MB/s (default) or 400Mbit/s",
+            help="of each node's storage link, such as 50MB/s or 400Mbit/s (default auto: 50MB/s, "
+            "less where this machine is too slow for the links to be what binds)",
         )
         cluster.add_argument(
             "--compute-ratio",
@@ -157,7 +158,9 @@ class DemoCommand:
             sessions=args.sessions,
             trace=args.trace,
             context=Context(args.context),
-            storage_bytes_per_s=parse_rate(args.storage_rate),
+            storage_bytes_per_s=0.0
+            if args.storage_rate == "auto"
+            else parse_rate(args.storage_rate),
             compute_ratio=args.compute_ratio,
             destination=Destination(args.destination),
             budget_bytes=args.budget_mib << 20 if args.budget_mib > 0 else 0,

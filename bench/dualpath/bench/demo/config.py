@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dualpath.bench.demo.topology import Topology
@@ -17,8 +17,16 @@ BUDGET_BYTES_MIN = 1 << 20
 BUDGET_BYTES_MAX = 1 << 40
 LAYERS = 16
 LAYER_BYTES = 16 << 10
+STORAGE_BYTES_PER_S = 50e6
+STORAGE_BYTES_PER_S_MIN = 10e6
+RATE_STEP = 1e6
+CPU_BOUND_SHARE = 0.4
+"""Above this share of the unshaped throughput, the links do not clearly bind."""
+FITTING_SHARE = 0.35
 RATE_MIN_BYTES_PER_S = 1e6
 RATE_MAX_BYTES_PER_S = 1e11
+
+assert FITTING_SHARE < CPU_BOUND_SHARE
 
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?(b|bit)(?:/s|ps)", re.IGNORECASE)
 _SCALE = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -78,7 +86,8 @@ class DemoConfig:
     sessions: int = 0
     trace: str = ""
     context: Context = Context.K64
-    storage_bytes_per_s: float = 50e6
+    storage_bytes_per_s: float = 0.0
+    """0: STORAGE_BYTES_PER_S, or less where this machine is too slow for that (`fitting`)."""
     compute_ratio: float = 8.0
     destination: Destination = Destination.GPU
     budget_bytes: int = 512 << 20
@@ -105,17 +114,41 @@ class DemoConfig:
         _within("--budget-mib", self.budget_bytes, BUDGET_BYTES_MIN, BUDGET_BYTES_MAX)
         _within("--compute-ratio", self.compute_ratio, 0.1, 100)
         _within("--seed", self.seed, 0, (1 << 63) - 1)
-        _within(
-            "--storage-rate",
-            self.storage_bytes_per_s,
-            RATE_MIN_BYTES_PER_S,
-            RATE_MAX_BYTES_PER_S,
-        )
+        if self.storage_bytes_per_s:
+            _within(
+                "--storage-rate",
+                self.storage_bytes_per_s,
+                RATE_MIN_BYTES_PER_S,
+                RATE_MAX_BYTES_PER_S,
+            )
         for flag, path in (("--json", self.json), ("--plot", self.plot)):
             if path and not Path(path).absolute().parent.is_dir():
                 raise InvalidRequest(f"{flag} {path}: there is no folder {Path(path).parent}")
         if self.trace and not Path(self.trace).is_file():
             raise InvalidRequest(f"--trace {self.trace}: there is no such file")
+
+    @property
+    def links_sum_bytes_per_s(self) -> float:
+        """What the links allow a split over all paths, in loaded bytes a second."""
+        return self.storage_bytes_per_s * self._links_sum
+
+    @property
+    def _links_sum(self) -> float:
+        """The same in units of a storage link."""
+        into_prefill = self.prefill * self.compute_ratio
+        relayed = self.decode * min(1.0, self.compute_ratio)
+        if self.destination is Destination.GPU:
+            return min(self.prefill + relayed, into_prefill)
+        return self.prefill + min(relayed, into_prefill)
+
+    def fitting(self, unshaped_bytes_per_s: float) -> DemoConfig:
+        """With a storage rate: as asked, else one at which the links bind and not the processor,
+        given what the same cluster moves without limits."""
+        if self.storage_bytes_per_s:
+            return self
+        fits = FITTING_SHARE * unshaped_bytes_per_s / self._links_sum
+        rate = min(STORAGE_BYTES_PER_S, max(STORAGE_BYTES_PER_S_MIN, fits))
+        return replace(self, storage_bytes_per_s=rate // RATE_STEP * RATE_STEP)
 
     @property
     def compute_bytes_per_s(self) -> float:

@@ -104,7 +104,6 @@ class Demonstration:
     def __init__(self, config: DemoConfig, progress: Progress) -> None:
         self._config = config
         self._progress = progress
-        self._rates = LinkRates(config.storage_bytes_per_s, config.compute_bytes_per_s)
         self._workload = plan(config)
         layout = KVLayout(
             layers=settings.LAYERS,
@@ -139,6 +138,11 @@ class Demonstration:
             versions=describe_versions(),
             seconds=time.monotonic() - started_s,
         )
+
+    def _rates(self, unshaped_bytes_per_s: float = 0.0) -> LinkRates:
+        """The links' limits; the first call settles them."""
+        self._config = self._config.fitting(unshaped_bytes_per_s)
+        return LinkRates(self._config.storage_bytes_per_s, self._config.compute_bytes_per_s)
 
     def _folder(self) -> Path:
         """A new folder for sockets, logs and the store; those of killed runs are removed."""
@@ -188,7 +192,7 @@ class Demonstration:
                 await self._fill(cluster)
                 async with self._engines(cluster) as engines:
                     unshaped = await self._baseline(cluster, engines)
-                    namespaces.shape(self._rates)
+                    namespaces.shape(self._rates(unshaped))
                     return unshaped, await self._policies(cluster, engines, shaping)
 
     async def _measure_on_loopback(
@@ -202,7 +206,7 @@ class Demonstration:
                 if shaping is Shaping.NONE:
                     return unshaped, await self._policies(cluster, engines, shaping)
         async with (
-            self._cluster(replace(config, pacing=self._rates)) as cluster,
+            self._cluster(replace(config, pacing=self._rates(unshaped))) as cluster,
             self._engines(cluster) as engines,
         ):
             return unshaped, await self._policies(cluster, engines, shaping)
@@ -349,7 +353,7 @@ class Demonstration:
                 )
 
         self._progress.stage(policy)
-        rates = None if shaping is Shaping.NONE else self._rates
+        rates = None if shaping is Shaping.NONE else self._rates()
         cpu = CpuMeter(cluster.pids.values())
         async with LinkMeter(links_of(self._topology(shaping), rates), counters) as meter:
             work = self._replay(engines).run(self._workload, policy, on_outcome)

@@ -11,13 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dualpath.bench.demo.config import DemoConfig, Destination
+from dualpath.bench.demo.config import CPU_BOUND_SHARE, DemoConfig, Destination
 from dualpath.bench.demo.link_meter import LinkKind, LinkUse
 from dualpath.bench.demo.replay import PolicyRun
 from dualpath.bench.demo.workload import Workload
 
-CPU_BOUND_SHARE = 0.4
-"""Above this share of the unshaped throughput, the links do not clearly bind."""
 BINDING_UTILISATION = 0.85
 GIB = 1 << 30
 
@@ -28,16 +26,6 @@ def percentile(values: Sequence[float], share: float) -> float:
         return 0.0
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def links_sum_bytes_per_s(config: DemoConfig) -> float:
-    """What the links allow a split over all paths, in loaded bytes a second."""
-    direct = config.prefill * config.storage_bytes_per_s
-    into_prefill = config.prefill * config.compute_bytes_per_s
-    relayed = config.decode * min(config.storage_bytes_per_s, config.compute_bytes_per_s)
-    if config.destination is Destination.GPU:
-        return min(direct + relayed, into_prefill)
-    return direct + min(relayed, into_prefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +180,7 @@ class DemoReport:
     @property
     def links_sum_bytes_per_s(self) -> float:
         """What the shaped links allow."""
-        return links_sum_bytes_per_s(self.config)
+        return self.config.links_sum_bytes_per_s
 
     @property
     def cpu_bound(self) -> bool:
@@ -246,7 +234,7 @@ class DemoReport:
 
     @property
     def _compute_binds(self) -> bool:
-        return self.config.compute_bytes_per_s <= self.config.storage_bytes_per_s
+        return 0 < self.config.compute_bytes_per_s <= self.config.storage_bytes_per_s
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for `--json`."""

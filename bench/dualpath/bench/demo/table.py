@@ -99,15 +99,20 @@ def summary(report: DemoReport) -> list[str]:
     config, workload = report.config, report.workload
     reason = f" ({report.shaping_reason})" if report.shaping_reason else ""
     mean_mib = workload.load_bytes / max(1, workload.loads) / (1 << 20)
+    limits = "no limits"
+    if config.storage_bytes_per_s:
+        limits = (
+            f"storage links {config.storage_bytes_per_s / 1e6:.0f} MB/s, compute links "
+            f"{config.compute_bytes_per_s / 1e6:.0f} MB/s, together they allow "
+            f"{report.links_sum_bytes_per_s / 1e6:.0f} MB/s; unshaped "
+            f"{report.unshaped_bytes_per_s / 1e6:.0f} MB/s"
+        )
     return [
-        f"{report.topology}, shaping: {report.shaping}{reason}; storage links "
-        f"{config.storage_bytes_per_s / 1e6:.0f} MB/s, compute links "
-        f"{config.compute_bytes_per_s / 1e6:.0f} MB/s, destination {config.destination.value}",
+        f"{report.topology}, destination {config.destination.value}, shaping: "
+        f"{report.shaping}{reason}; {limits}",
         f"{workload.loads} loads of {mean_mib:.1f} MiB on average in "
         f"{len(workload.sessions)} sessions, {config.concurrency} at a time; {workload.source}, "
-        f"{workload.block_tokens} tokens a block of {workload.block_bytes >> 10} KiB; the links "
-        f"allow {report.links_sum_bytes_per_s / 1e6:.0f} MB/s, unshaped "
-        f"{report.unshaped_bytes_per_s / 1e6:.0f} MB/s",
+        f"{workload.block_tokens} tokens a block of {workload.block_bytes >> 10} KiB",
     ]
 
 

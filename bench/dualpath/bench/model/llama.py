@@ -50,7 +50,12 @@ def make_checkpoint(folder: Path, seed: int) -> None:
 
 
 def load_model(folder: Path, dtype: str) -> Any:
-    """The model of a checkpoint, warmed up."""
+    """The model of a checkpoint, warmed up.
+
+    On one thread: agents and daemon share the processor, and a team of threads of which one is
+    preempted at every barrier is slower than one by far, and not by a steady factor.
+    """
+    torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(
         folder, local_files_only=True, dtype=getattr(torch, dtype)
     ).eval()
