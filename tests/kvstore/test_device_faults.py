@@ -231,7 +231,7 @@ def test_power_loss_keeps_what_was_acknowledged_and_serves_nothing_torn(
         cut.tick()
         ensure(name, file, offset, nbytes)  # type: ignore[arg-type]
 
-    store._index.apply = apply_or_die  # type: ignore[method-assign]
+    store._index.apply = apply_or_die  # type: ignore[method-assign,assignment]
     device.note_write = write_or_die  # type: ignore[method-assign]
     space = store.open_namespace(namespace)
     chains = [chain(5, first_token=10_000 * i) for i in range(9)]
