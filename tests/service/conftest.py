@@ -360,17 +360,17 @@ class Running:
     where: dict[str, str]
 
 
-RunLab = Callable[[Callable[[Lab], Awaitable[None]]], None]
+RunLab = Callable[..., None]
 
 
 @pytest.fixture
 def in_lab(tmp_path: Path) -> RunLab:
-    """Run a coroutine function with a Lab in a fresh event loop."""
+    """Run a coroutine function with a Lab in a fresh event loop, for `limit_s` at most."""
 
-    def run(body: Callable[[Lab], Awaitable[None]]) -> None:
+    def run(body: Callable[[Lab], Awaitable[None]], limit_s: float = 100) -> None:
         async def main() -> None:
             lab = Lab(tmp_path)
-            async with asyncio.timeout(100):
+            async with asyncio.timeout(limit_s):
                 try:
                     await body(lab)
                 finally:

@@ -131,26 +131,16 @@ def test_a_stream_without_a_session_ends_at_once(
     in_lab(body)
 
 
-def test_an_attachment_has_one_stream_and_may_open_another_after_it(in_lab: Any) -> None:
+def test_a_new_stream_of_an_attachment_replaces_the_old_one(in_lab: Any) -> None:
     async def body(lab: Any) -> None:
         _, client, namespace_id, hashes = await _filled(lab)
         hit = await client.lookup(namespace_id, hashes)
-        async with client.deliver():
-            with pytest.raises(grpc.RpcError, match="Deliver stream already"):
-                async with client.deliver():
-                    pass
-        async with asyncio.timeout(WAIT_S):
-            while True:
-                try:
-                    async with client.deliver() as delivery:
-                        grant = await delivery.grant(
-                            [(0, 0)], delivery.window(), lease_id=hit.lease_id
-                        )
-                        assert not (await delivery.outcome(grant)).failed
-                        return
-                except grpc.RpcError as error:
-                    if "already" not in str(error):
-                        raise
+        async with client.deliver() as old, client.deliver() as new:
+            with pytest.raises(grpc.RpcError) as caught:
+                await asyncio.wait_for(old.call.read(), WAIT_S)
+            assert error_of(caught.value).reason == "replaced"
+            grant = await new.grant([(0, 0)], new.window(), lease_id=hit.lease_id)
+            assert not (await new.outcome(grant)).failed
 
     in_lab(body)
 

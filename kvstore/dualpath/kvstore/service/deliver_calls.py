@@ -1,8 +1,9 @@
 """The calls that take blocks out over the data plane: attach, and the Deliver stream.
 
 Owns the meeting of one stream with the delivery engine: grants and cancels in, progress out. A
-grant that is wrong in itself fails alone, with its reason; a broken stream (unknown session, an id
-used twice, reports left unread) ends. When the stream ends, what it granted is dropped.
+grant that is wrong in itself fails alone, with its reason; a broken stream (unknown session, an
+id used twice, reports left unread) ends. An attachment has one stream: a new one replaces it.
+When a stream ends, what it granted is dropped.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class DeliverCalls:
         self._mint = mint
         self._server_id = server_id
         self._clock = clock
-        self._streams: set[_Stream] = set()
+        self._streams: dict[str, _Stream] = {}
         self._stopping = False
 
     def attach(
@@ -86,12 +87,15 @@ class DeliverCalls:
                 f"no first message with the session within {FIRST_MESSAGE_S_MAX:.0f} s"
             ) from None
         attachment = self._attachments.of_session(checked_session(first.session), caller)
+        if attachment.peer_id in self._streams:
+            # The client lost the old one, though this side may not know yet.
+            self._streams[attachment.peer_id].stop("replaced by a new Deliver stream", "replaced")
         stream = _Stream(self, attachment)
         # Also run when the call is cancelled while this generator is not being awaited. The
         # stubs ask for a class of theirs where gRPC takes any callable.
         ended: Any = lambda _: stream.end()  # noqa: E731
         context.add_done_callback(ended)
-        self._streams.add(stream)
+        self._streams[attachment.peer_id] = stream
         try:
             yield store_pb2.DeliverResponse(peer_id=attachment.peer_id)
             stream.take(first)
@@ -105,13 +109,12 @@ class DeliverCalls:
     async def stop(self) -> None:
         """End all streams with UNAVAILABLE."""
         self._stopping = True
-        for stream in list(self._streams):
-            stream.stopped = True
-            stream.wake.set()
+        for stream in list(self._streams.values()):
+            stream.stop("the daemon is stopping: use another", "draining")
 
-    def forget(self, stream: _Stream) -> None:
-        """A stream ended."""
-        self._streams.discard(stream)
+    def forget(self, peer: str) -> None:
+        """The stream of `peer` ended."""
+        self._streams.pop(peer, None)
 
     def take(self, peer: str, request: store_pb2.DeliverRequest) -> None:
         """Act on one message of `peer`. Raises what ends its stream."""
@@ -164,7 +167,7 @@ class _Stream:
         self._attachment = attachment
         self._ended = False
         self.wake = asyncio.Event()
-        self.stopped = False
+        self._stopped: Unavailable | None = None
         self.reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         calls.engine.open(attachment.peer_id, attachment.plane.transport, self._news)
@@ -187,14 +190,16 @@ class _Stream:
         while True:
             await self.wake.wait()
             self.wake.clear()
+            if self._stopped is not None:
+                raise self._stopped
             while taken := engine.reports(peer):
                 queue_bytes = engine.stats().pending_bytes
                 yield store_pb2.DeliverResponse(
                     progress=[progress_message(each, queue_bytes) for each in taken]
                 )
+                if self._stopped is not None:
+                    raise self._stopped
             check_alive(self._attachment)
-            if self.stopped:
-                raise Unavailable("the daemon is stopping: use another", reason="draining")
             if self.reader is not None and self.reader.done():
                 self.reader.result()  # raises what ended the stream
                 if engine.open_grants(peer) == 0:
@@ -205,6 +210,12 @@ class _Stream:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody to tell
             self._loop.call_soon_threadsafe(self.wake.set)
 
+    def stop(self, message: str, reason: str) -> None:
+        """End the stream with UNAVAILABLE."""
+        self.end()
+        self._stopped = Unavailable(message, reason=reason)
+        self.wake.set()
+
     def end(self) -> None:
         """Drop what is queued. Idempotent."""
         if self._ended:
@@ -214,4 +225,4 @@ class _Stream:
             self.reader.cancel()
         self._attachment.on_lost = None
         self._calls.engine.close_peer(self._attachment.peer_id)
-        self._calls.forget(self)
+        self._calls.forget(self._attachment.peer_id)
