@@ -7,7 +7,7 @@ import time
 
 import pytest
 from dualpath.transfer.errors import InvalidRequest
-from dualpath.transfer.pacer import BURST_BYTES, PIECE_BYTES, Pacer, TokenBucket
+from dualpath.transfer.pacer import BURST_BYTES, CATCH_UP_S, PIECE_BYTES, Pacer, TokenBucket
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def test_never_more_passes_than_rate_times_time_plus_the_burst(
         assert ready_at >= last - 1e-6, "a later reservation overtook an earlier one"
         last = ready_at
         passed += nbytes
-        allowed = burst + rate * (ready_at - 100.0)
+        allowed = burst + rate * (ready_at - 100.0 + CATCH_UP_S)
         assert passed <= allowed * (1 + 1e-9) + 1
 
 
@@ -46,9 +46,17 @@ def test_what_is_given_back_may_be_taken_again_up_to_the_burst() -> None:
     bucket.give_back(60, 0.0)
     assert bucket.reserve(60, 0.0) == 0
     assert bucket.reserve(1, 0.0) == pytest.approx(0.001)
-    bucket.give_back(1_000_000, 0.0)
-    assert bucket.reserve(100, 0.0) == 0
-    assert bucket.reserve(1, 0.0) > 0
+    bucket.give_back(1_000_000, 10.0)
+    assert bucket.reserve(100, 10.0) == 0
+    assert bucket.reserve(1, 10.0) > 0
+
+
+def test_a_link_in_use_makes_up_for_late_threads_and_an_idle_one_does_not() -> None:
+    bucket = TokenBucket(1e6, 100)
+    bucket.reserve(100, 0.0)
+    late = CATCH_UP_S * 0.9
+    assert bucket.reserve(int(1e6 * late), late) == 0
+    assert bucket.reserve(1000, 10.0) == pytest.approx(900 / 1e6)
 
 
 def test_time_that_goes_backwards_gains_nothing() -> None:

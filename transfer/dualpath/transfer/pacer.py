@@ -20,8 +20,16 @@ PIECE_S = 0.001
 """Least duration of a piece: fast links take larger pieces, since waits are not finer."""
 
 
+CATCH_UP_S = 0.02
+"""What a busy link may make up for, where its threads came late."""
+
+
 class TokenBucket:
-    """Lets `rate_bytes_per_s` pass on average and `burst_bytes` at once."""
+    """Lets `rate_bytes_per_s` pass on average and `burst_bytes` at once.
+
+    A link in use makes up for up to CATCH_UP_S in which a busy machine did not run its threads;
+    one that was idle for longer starts with the burst only.
+    """
 
     def __init__(self, rate_bytes_per_s: float, burst_bytes: float) -> None:
         if not math.isfinite(rate_bytes_per_s) or rate_bytes_per_s <= 0:
@@ -32,24 +40,31 @@ class TokenBucket:
         self._burst = burst_bytes
         self._level = burst_bytes
         self._updated = -math.inf
+        self._due = -math.inf  # when the last reservation may go
 
     def reserve(self, nbytes: int, now: float) -> float:
         """Take `nbytes` bytes and return after how many seconds they may go."""
         self._refill(now)
         self._level -= nbytes
-        return max(0.0, -self._level / self._rate)
+        wait_s = max(0.0, -self._level / self._rate)
+        self._due = now + wait_s
+        return wait_s
 
     def give_back(self, nbytes: int, now: float) -> None:
         """Return a part of a reservation that was not used."""
         self._refill(now)
-        self._level = min(self._burst, self._level + nbytes)
+        self._level = min(self._most(now), self._level + nbytes)
 
     def _refill(self, now: float) -> None:
         if now > self._updated:
             if self._updated > -math.inf:
                 gained = (now - self._updated) * self._rate
-                self._level = min(self._burst, self._level + gained)
+                self._level = min(self._most(now), self._level + gained)
             self._updated = now
+
+    def _most(self, now: float) -> float:
+        in_use = now - self._due <= CATCH_UP_S
+        return self._burst + (CATCH_UP_S * self._rate if in_use else 0.0)
 
 
 class Pacer:
