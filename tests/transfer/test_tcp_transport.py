@@ -1,0 +1,197 @@
+"""What is particular to tcp: addresses, limits, handshakes in time, pacing, peers that vanish."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+from dualpath.transfer import stream_handshake
+from dualpath.transfer.conformance_scene import Recorder, extents
+from dualpath.transfer.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Unavailable,
+)
+from dualpath.transfer.lane import Lane
+from dualpath.transfer.region import Region
+from dualpath.transfer.tcp_transport import (
+    TcpConfig,
+    TcpTransport,
+    format_address,
+    parse_address,
+)
+from dualpath.transfer.transport import Write, WriteStatus
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def make(
+    stack: ExitStack, name: str, heard: Recorder, config: TcpConfig | None = None
+) -> TcpTransport:
+    transport = TcpTransport(name, heard.on_lost, config or TcpConfig())
+    stack.callback(transport.close)
+    return transport
+
+
+@pytest.mark.parametrize(
+    ("address", "parsed"),
+    [("127.0.0.1:80", ("127.0.0.1", 80)), ("[::1]:0", ("::1", 0)), ("node-3:9", ("node-3", 9))],
+)
+def test_addresses_are_taken_apart_and_put_together(address: str, parsed: tuple[str, int]) -> None:
+    assert parse_address(address) == parsed
+    assert format_address(*parsed) == address
+
+
+@pytest.mark.parametrize(
+    "address", ["", "host", ":1", "host:", "host:x", "h:65536", "::1:2", "h:²"]
+)
+def test_what_is_no_address_is_refused_by_value(address: str, stack: ExitStack) -> None:
+    transport = make(stack, "t", Recorder())
+    with pytest.raises(InvalidRequest, match="host:port"):
+        transport.listen(address)
+    with pytest.raises(InvalidRequest, match="host:port"):
+        transport.connect("peer", address, bytes(16), deadline_s=1)
+
+
+def test_an_address_in_use_is_unavailable(stack: ExitStack) -> None:
+    one, other = make(stack, "one", Recorder()), make(stack, "other", Recorder())
+    address = one.listen("127.0.0.1:0")
+    with pytest.raises(Unavailable, match=address):
+        other.listen(address)
+    with pytest.raises(InvalidRequest, match="already"):
+        one.listen("127.0.0.1:0")
+
+
+def test_a_peer_that_accepts_and_says_nothing_costs_the_deadline_only(stack: ExitStack) -> None:
+    silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    dialler = make(stack, "dialler", Recorder())
+    with pytest.raises(DeadlineExceeded):
+        dialler.connect(
+            "silent", format_address(*silent.getsockname()[:2]), bytes(16), deadline_s=0.1
+        )
+
+
+def test_a_caller_that_says_nothing_is_hung_up_on_in_time(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_handshake, "HANDSHAKE_S", 0.2)
+    listener = make(stack, "listener", Recorder())
+    address = parse_address(listener.listen("127.0.0.1:0"))
+    with socket.create_connection(address, timeout=10) as silent:
+        silent.sendall(b"\x01")
+        with suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
+
+
+def test_connections_are_limited(stack: ExitStack) -> None:
+    listener = make(stack, "listener", Recorder(), TcpConfig(connections_max=1))
+    address = listener.listen("127.0.0.1:0")
+    first, second = make(stack, "first", Recorder()), make(stack, "second", Recorder())
+    first.connect("listener", address, listener.invite("first"), deadline_s=10)
+    with pytest.raises(Unavailable):
+        second.connect("listener", address, listener.invite("second"), deadline_s=10)
+    assert [each.peer for each in listener.traffic() if each.connected] == ["first"]
+
+
+@pytest.mark.parametrize("side", ["send", "receive"])
+def test_a_limit_is_shared_by_all_connections_of_a_transport(stack: ExitStack, side: str) -> None:
+    """Two peers together take at least the time that the limit gives their bytes."""
+    rate, nbytes = 20e6, 1 << 20
+    limited = TcpConfig(receive_bytes_per_s=rate, send_bytes_per_s=rate)
+    heard = Recorder()
+    hub = make(stack, "hub", heard, limited)
+    peers = [make(stack, f"peer {i}", heard) for i in range(2)]
+    source = Region.anonymous(nbytes)
+    targets = [Region.anonymous(nbytes) for _ in peers]
+    writes = []
+    address = hub.listen("127.0.0.1:0")
+    for tag, (peer, target) in enumerate(zip(peers, targets, strict=True)):
+        peer.connect("hub", address, hub.invite(f"peer {tag}"), deadline_s=10)
+        writer, reader = (hub, peer) if side == "send" else (peer, hub)
+        window = reader.expose(target, 0, nbytes, heard.on_arrival)
+        slices = extents(1, nbytes)[0]
+        reader.arm(window, [(tag, slices)])
+        write = Write(source, slices, window, slices, Lane.LOAD_PREFILL, tag, 30.0)
+        writes.append((writer, f"peer {tag}" if side == "send" else "hub", write))
+    began = time.monotonic()
+    for writer, name, write in writes:
+        writer.write(name, write, heard.on_completion)
+    assert {each.status for each in heard.wait_completions(2)} == {WriteStatus.DONE}
+    took = time.monotonic() - began
+    free = (128 << 10) + rate * 0.02
+    assert took >= (2 * nbytes - free) / rate * 0.99
+
+
+CHILD = """
+import sys
+from dualpath.transfer import Lane, Region, RegionDescriptor, Slices, TcpTransport, Write
+from dualpath.transfer import ShmTransport
+kind, address = sys.argv[1:]
+transport = (TcpTransport if kind == "tcp" else ShmTransport)("child", lambda *_: None)
+print(transport.listen(address), transport.invite("parent").hex(), flush=True)
+window = RegionDescriptor.from_bytes(bytes.fromhex(input()))
+source = Region.memfd("child", 1 << 20)
+source.view[:] = bytes([7]) * (1 << 20)
+slices = Slices.contiguous(0, 1 << 20)
+for tag in range(64):
+    write = Write(source, slices, window, slices, Lane.LOAD_PREFILL, tag, 60.0)
+    transport.write("parent", write, lambda completion: None)
+input()
+"""
+
+
+@pytest.mark.parametrize("kind", ["tcp", "shm"])
+def test_a_killed_peer_is_noticed_and_its_writes_never_land_later(
+    stack: ExitStack, kind: str, tmp_path: os.PathLike[str]
+) -> None:
+    from dualpath.transfer.shm_transport import ShmTransport
+
+    heard = Recorder()
+    parent = (TcpTransport if kind == "tcp" else ShmTransport)("parent", heard.on_lost)
+    stack.callback(parent.close)
+    address = "127.0.0.1:0" if kind == "tcp" else os.path.join(tmp_path, "s")
+    child = stack.enter_context(
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, kind, address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    )
+    stack.callback(child.kill)
+    assert child.stdout is not None
+    assert child.stdin is not None
+    address, invitation = child.stdout.readline().split()
+    parent.connect("child", address, bytes.fromhex(invitation), deadline_s=10)
+    target = Region.anonymous(1 << 20)
+    window = parent.expose(target, 0, 1 << 20, heard.on_arrival)
+    slices = extents(1, 1 << 20)[0]
+    parent.arm(window, [(tag, slices) for tag in range(64)])
+    child.stdin.write(window.to_bytes().hex() + "\n")
+    child.stdin.flush()
+    heard.wait_arrivals(3)
+    os.kill(child.pid, signal.SIGKILL)
+    heard.wait_losses(1)
+    landed = {arrival.tag for arrival in heard.arrivals}
+    assert parent.disarm(window, range(64)) == set(range(64)) - landed
+    assert target.view == bytes([7]) * (1 << 20)
+
+
+def test_impossible_settings_are_refused_by_value() -> None:
+    with pytest.raises(InvalidRequest, match="fragment_bytes"):
+        TcpConfig(fragment_bytes=2 << 20)
+    with pytest.raises(InvalidRequest, match="vanished_s"):
+        TcpConfig(vanished_s=0.1)
+    with pytest.raises(InvalidRequest, match="-5"):
+        TcpTransport("t", lambda *_: None, TcpConfig(receive_bytes_per_s=-5))
