@@ -248,7 +248,7 @@ def test_granting_costs_the_same_however_many_chunks_wait() -> None:
             flying = [
                 (one.load_id, chunk, one.path) for one in made.grants(0.0) for chunk in one.chunks
             ]
-            started = time.perf_counter()
+            started = time.thread_time()
             for step in range(400):
                 now = 0.005 * (step + 1)
                 made.verified(*flying.pop(0), now)
@@ -257,7 +257,7 @@ def test_granting_costs_the_same_however_many_chunks_wait() -> None:
                     for one in made.grants(now)
                     for chunk in one.chunks
                 ]
-            best = min(best, time.perf_counter() - started)
+            best = min(best, time.thread_time() - started)
         return best
 
     assert cost_s(4000) <= 5 * cost_s(40)
