@@ -31,6 +31,8 @@ exit codes: 0 ok, 1 failed, 2 wrong usage"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # gRPC's core writes lines of its own beside the one that names the error.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         return _run(arguments)
     except DualPathError as error:
