@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class IncomingBlocks:
         self._tag_groups = itertools.count(1)
         self._window: RegionDescriptor | None = None
         self._closed = False
+        self._first_expiry = math.inf
         self.received_bytes = 0
 
     @property
@@ -119,6 +121,7 @@ class IncomingBlocks:
                 for block in added:
                     self._blocks[block.reservation_id] = block
                     self._by_tag[block.first_tag // CHUNKS_PER_BLOCK_MAX] = block
+                    self._first_expiry = min(self._first_expiry, expires_at)
         ids = [block.reservation_id for block in added]
         if closed:
             self._store.abandon(ids, owner=self._owner)
@@ -182,9 +185,8 @@ class IncomingBlocks:
         self._fence(blocks)
 
     def overdue(self, now: float) -> bool:
-        """Whether `expire` has something to do. Fast."""
-        with self._lock:
-            return any(block.expires_at <= now for block in self._blocks.values())
+        """Whether `expire` may have something to do. Fast."""
+        return self._first_expiry <= now
 
     def expire(self, now: float) -> int:
         """Abandon what is past its time to live; return how many blocks."""
@@ -195,6 +197,14 @@ class IncomingBlocks:
                 if block.phase is _Phase.WRITING and block.expires_at <= now
             ]
             self._forget(late)
+            self._first_expiry = min(
+                (
+                    block.expires_at
+                    for block in self._blocks.values()
+                    if block.phase is _Phase.WRITING
+                ),
+                default=math.inf,
+            )
         self._fence(late)
         return len(late)
 

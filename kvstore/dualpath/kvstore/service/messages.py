@@ -45,7 +45,10 @@ DELEGATES_MAX = 64
 GRANT_DEADLINE_S_MAX = 600.0
 PIECES_MAX = 2 * LAYERS_MAX
 """Most contiguous pieces of one chunk: one a layer suffices, K and V apart make two."""
-_TIER_BYTES: Mapping[Tier, int] = {Tier.DRAM: 1, Tier.SSD: 2}
+# A look-up's answer is made for thousands of blocks: members of an enum are looked up once, and
+# compared by identity, as hashing one runs Python code.
+_DRAM = Tier.DRAM
+_DRAM_BYTE, _SSD_BYTE = 1, 2
 _MISS: Mapping[MissReason, store_pb2.MissReason.ValueType] = {
     MissReason.NONE: store_pb2.MISS_REASON_NONE,
     MissReason.ABSENT: store_pb2.MISS_REASON_ABSENT,
@@ -205,8 +208,8 @@ def hit_message(hit: PrefixHit) -> store_pb2.LookupResponse:
         blocks=hit.blocks,
         lease_id=hit.lease_id,
         lease_ms=int(hit.lease_s * 1000),
-        tiers=bytes(map(_TIER_BYTES.__getitem__, hit.tiers)),
-        checksum=chain.from_iterable(hit.checksums),
+        tiers=bytes([_DRAM_BYTE if tier is _DRAM else _SSD_BYTE for tier in hit.tiers]),
+        checksum=list(chain.from_iterable(hit.checksums)),
         miss=_MISS[hit.miss],
         detail=hit.detail,
     )

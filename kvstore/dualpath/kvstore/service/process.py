@@ -40,7 +40,7 @@ from grpc_reflection.v1alpha import reflection
 
 CALLS_MAX = 4096
 """Most calls at once, streams included; more are refused with RESOURCE_EXHAUSTED."""
-CONTROL_THREADS = 8
+CONTROL_THREADS = 16
 """Threads for calls that may touch a medium."""
 STOP_S_MAX = 5.0
 SERVICE = store_pb2.DESCRIPTOR.services_by_name["Store"].full_name
