@@ -1,5 +1,6 @@
 """Moves bytes between processes: regions, transports, links, paths, lanes, placement."""
 
+from dualpath.transfer.conformance import check_transport
 from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.dispatcher import Dispatcher, Grant
@@ -15,6 +16,8 @@ from dualpath.transfer.errors import (
     PermissionDenied,
     Unavailable,
 )
+from dualpath.transfer.fault_plan import FaultPlan
+from dualpath.transfer.fault_transport import FaultTransport
 from dualpath.transfer.lane import SAVE_FLOOR, Lane
 from dualpath.transfer.links import Link, LinkGraph, LinkKind, Path
 from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
@@ -57,6 +60,8 @@ __all__ = [
     "DispatchConfig",
     "Dispatcher",
     "DualPathError",
+    "FaultPlan",
+    "FaultTransport",
     "Grant",
     "InvalidRequest",
     "Lane",
@@ -92,6 +97,7 @@ __all__ = [
     "Unavailable",
     "Write",
     "WriteStatus",
+    "check_transport",
     "policy_named",
     "relay_path",
 ]

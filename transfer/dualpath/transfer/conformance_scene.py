@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -217,3 +218,50 @@ def pattern(nbytes: int) -> bytes:
 def extents(count: int, nbytes: int) -> Sequence[Slices]:
     """`count` ranges of `nbytes` bytes, one after another."""
     return [Slices.contiguous(index * nbytes, nbytes) for index in range(count)]
+
+
+def expect(error: type[Exception], act: Callable[[], object]) -> None:
+    """Fail unless `act` raises `error` with a message."""
+    message = None
+    try:
+        act()
+    except error as raised:
+        message = str(raised)
+    assert message is not None, f"{error.__name__} was not raised"
+    assert message, f"{error.__name__} without a message"
+
+
+def accept(arrival: Arrival) -> bool:
+    """An on_arrival that takes everything."""
+    return True
+
+
+def gather(region: Region, slices: Slices) -> bytes:
+    """The bytes of `slices`, one after another."""
+    return b"".join(bytes(region.view[at : at + nbytes]) for at, nbytes in slices.pieces())
+
+
+def wait_for_byte(region: Region, offset: int) -> None:
+    """Wait until something has landed at `offset`, which held zeros."""
+    deadline = time.monotonic() + WAIT_S
+    while region.view[offset : offset + 64] == bytes(64):
+        assert time.monotonic() < deadline, f"nothing landed at {offset}"
+
+
+def queued_behind_a_gate(scene: Scene, lanes: list[Lane], nbytes: int) -> list[int]:
+    """Stall the reader, submit a write on each of `lanes`, and return the tags as they came.
+
+    A first write, tag 0, holds the reader up until all were submitted; tags count from 1.
+    """
+    source = scene.source(nbytes)
+    target = Region.anonymous(nbytes)
+    gate = Gate()
+    window, slices = scene.gated_window(target, gate), Slices.contiguous(0, nbytes)
+    scene.reader.arm(window, [(tag, slices) for tag in range(len(lanes) + 1)])
+    scene.write(source, window, slices, 0)
+    gate.wait_reached()
+    for tag, lane in enumerate(lanes, start=1):
+        scene.write(source, window, slices, tag, lane=lane)
+    gate.open()
+    assert scene.finish(len(lanes) + 1) == [WriteStatus.DONE] * (len(lanes) + 1)
+    return [arrival.tag for arrival in scene.reader_heard.arrivals if arrival.tag]
