@@ -218,6 +218,26 @@ def test_a_chunk_that_failed_right_after_its_grant_is_no_fresh_chunk() -> None:
     assert queue.next_retry("relay:d0", True) == 0
 
 
+def test_a_chunk_given_back_that_then_fails_does_not_return_to_the_same_path() -> None:
+    made = dispatcher(2)
+    made.add_load("load", [CHUNK], DIRECT, 0.0)
+    made.grants(0.0)
+    made.remove_path("direct")
+    granted = by_path(made.grants(0.0))
+    assert granted == {"relay:d0": [("load", 0)]}
+    assert made.failed("load", 0, "relay:d0", "corrupt", 0.1)
+    assert by_path(made.grants(0.1)) == {"relay:d1": [("load", 0)]}
+
+
+def test_a_path_that_comes_later_takes_what_has_failed_on_the_only_other() -> None:
+    made = dispatcher(0)
+    made.add_load("load", [CHUNK], DIRECT, 0.0)
+    made.grants(0.0)
+    assert made.failed("load", 0, "direct", "corrupt", 0.1)
+    made.add_path("relay:d0", PathKind.RELAY, 0.1)
+    assert by_path(made.grants(0.1)) == {"relay:d0": [("load", 0)]}
+
+
 def test_bad_input_is_refused_by_value() -> None:
     made = dispatcher(config=DispatchConfig(loads_max=1))
     with pytest.raises(InvalidRequest, match="at least one byte, not 0"):

@@ -97,10 +97,14 @@ class ChunkQueue:
         return best
 
     def grant(self, chunk: int, path: str) -> None:
-        """A waiting chunk goes in flight on `path`."""
+        """A waiting chunk, as told by `next_plain` or `next_retry`, goes in flight on `path`."""
         self._move(chunk, ChunkState.WAITING, ChunkState.INFLIGHT)
+        # From now on it waits in one heap, or not at all: leave no second trace of it.
         if chunk == self._fresh:
-            self._fresh += 1  # from now on it is in a heap whenever it waits
+            self._fresh += 1
+        for heap in (self._returned, *self._by_failed_path.values()):
+            if heap and heap[0] == chunk:
+                heapq.heappop(heap)
         self.waiting_bytes -= self.nbytes[chunk]
         self._inflight[chunk] = path
 

@@ -253,18 +253,11 @@ class Dispatcher:
     def grants(self, now: float) -> list[Grant]:
         """What to fetch now. Call after every event, and when `next_event_s` has passed."""
         self._see(now)
-        ready = []
-        for order, path in enumerate(self._paths):
+        for path in self._paths:
             path.look(now)
-            if path.queue and path.usable(now):
-                ready.append((path.drained_in_s(), order, path))
-        heapq.heapify(ready)
         granted: dict[tuple[str, str], list[int]] = {}
-        while ready:
-            # The path that would be idle first takes a part of what it may, then all look anew.
-            _, order, path = heapq.heappop(ready)
-            if self._take_turn(path, granted, now):
-                heapq.heappush(ready, (path.drained_in_s(), order, path))
+        while self._take_round(granted, now):
+            pass  # what some took may make it worth while for one that left it to them
         return [self._grant(name, load_id, chunks) for (name, load_id), chunks in granted.items()]
 
     def verified(self, load_id: str, chunk: int, path: str, now: float) -> bool:
@@ -342,6 +335,23 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- decisions
 
+    def _take_round(self, granted: dict[tuple[str, str], list[int]], now: float) -> bool:
+        """Let all paths take turns until each has declined; whether any took something."""
+        ready = [
+            (path.drained_in_s(), order, path)
+            for order, path in enumerate(self._paths)
+            if path.queue and path.usable(now)
+        ]
+        heapq.heapify(ready)
+        any_taken = False
+        while ready:
+            # The path that would be idle first takes a part of what it may, then all look anew.
+            _, order, path = heapq.heappop(ready)
+            if self._take_turn(path, granted, now):
+                any_taken = True
+                heapq.heappush(ready, (path.drained_in_s(), order, path))
+        return any_taken
+
     def _take_turn(
         self, path: PathState, granted: dict[tuple[str, str], list[int]], now: float
     ) -> bool:
@@ -392,6 +402,7 @@ class Dispatcher:
         for load in self._loads.values():
             if load.policy.fixed:
                 if load.paths and self._paths[load.paths[0]].up:
+                    self._settle(load)  # a new path may take what has failed
                     continue
                 views = self._paths.views(load.hint, self._now)
                 paths = (
