@@ -33,7 +33,9 @@ from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.slices import Slices
 
 _RESERVED_AT_ONCE = 64
-"""Blocks of a reserve between two chances for others to take the lock."""
+_SEALED_AT_ONCE = 256
+_SETTLED_AT_ONCE = 64
+"""Blocks between two chances for others to take the lock."""
 _log = logging.getLogger(__name__)
 
 OnExpired = Callable[[tuple[int, ...]], None]
@@ -52,7 +54,8 @@ class _Sealing:
 
 @dataclass(slots=True)
 class _Batch:
-    """Sealings that a thread waits for."""
+    """Sealings that a thread waits for; `waiting` counts those, and the thread until it has
+    queued all of them."""
 
     waiting: int = 0
     done: threading.Event = field(default_factory=threading.Event)
@@ -225,39 +228,51 @@ class BlockWriter:
     def _enqueue(self, sealings: Sequence[_Sealing], owner: str, durable: bool) -> _Batch:
         """Publish or queue each block, in order. The batch is done when all are decided."""
         state = self._state
-        batch = _Batch()
-        jobs: list[CommitJob] = []
+        batch = _Batch(waiting=1)
+        for start in range(0, len(sealings), _SEALED_AT_ONCE):
+            jobs: list[CommitJob] = []
+            with state.lock:
+                for sealing in sealings[start : start + _SEALED_AT_ONCE]:
+                    if sealing.status is SealStatus.CORRUPT:
+                        self._give_up(sealing.row)
+                    elif sealing.status is None:
+                        self._enqueue_one(sealing, owner, durable, batch, jobs)
+                self._submit(jobs)
+                state.room.notify_all()
         with state.lock:
-            for sealing in sealings:
-                row = sealing.row
-                if sealing.status is SealStatus.CORRUPT:
-                    state.residency.drop_pending(row)
-                    state.residency.unpin(row)
-                if sealing.status is not None:
-                    continue
-                self._await_parent(row, jobs)
-                if not durable:
-                    self._await_write_back(row, jobs)
-                parent = int(state.table.parent[row])
-                if parent == GONE:
-                    sealing.status = SealStatus.EXPIRED
-                    state.residency.drop_pending(row)
-                    state.residency.unpin(row)
-                    continue
-                state.generation += 1
-                jobs.append(self._job(sealing, owner))
-                self._queued.add(row)
-                if not durable and (parent < 0 or state.table.state[parent] == RowState.PRESENT):
-                    self._publish(jobs[-1], dirty=True)
-                    sealing.status = SealStatus.SEALED
-                else:
-                    batch.waiting += 1
-                    self._waiters[row] = (batch, sealing)
-            self._submit(jobs)
-            if batch.waiting == 0:
-                batch.done.set()
-            state.room.notify_all()
+            self._decided(batch)
         return batch
+
+    def _enqueue_one(
+        self, sealing: _Sealing, owner: str, durable: bool, batch: _Batch, jobs: list[CommitJob]
+    ) -> None:
+        state, row = self._state, sealing.row
+        self._await_parent(row, jobs)
+        if not durable:
+            self._await_write_back(row, jobs)
+        parent = int(state.table.parent[row])
+        if parent == GONE:
+            sealing.status = SealStatus.EXPIRED
+            self._give_up(row)
+            return
+        state.generation += 1
+        jobs.append(self._job(sealing, owner))
+        self._queued.add(row)
+        if not durable and (parent < 0 or state.table.state[parent] == RowState.PRESENT):
+            self._publish(jobs[-1], dirty=True)
+            sealing.status = SealStatus.SEALED
+        else:
+            batch.waiting += 1
+            self._waiters[row] = (batch, sealing)
+
+    def _give_up(self, row: int) -> None:
+        self._state.residency.drop_pending(row)
+        self._state.residency.unpin(row)
+
+    def _decided(self, batch: _Batch) -> None:
+        batch.waiting -= 1
+        if batch.waiting == 0:
+            batch.done.set()
 
     def _await_parent(self, row: int, jobs: list[CommitJob]) -> None:
         """Wait while another thread is still hashing the parent: its job must come first."""
@@ -341,19 +356,18 @@ class BlockWriter:
     def settle(self, jobs: Sequence[CommitJob]) -> None:
         """See CommitHost."""
         state = self._state
-        with state.lock:
-            for job in jobs:
-                status = self._settle(job)
-                self._queued.discard(job.row)
-                job.data.release()
-                state.residency.unpin(job.row)
-                batch, sealing = self._waiters.pop(job.row, (None, None))
-                if batch is not None and sealing is not None:
-                    sealing.status = status
-                    batch.waiting -= 1
-                    if batch.waiting == 0:
-                        batch.done.set()
-            state.room.notify_all()
+        for start in range(0, len(jobs), _SETTLED_AT_ONCE):
+            with state.lock:
+                for job in jobs[start : start + _SETTLED_AT_ONCE]:
+                    status = self._settle(job)
+                    self._queued.discard(job.row)
+                    job.data.release()
+                    state.residency.unpin(job.row)
+                    batch, sealing = self._waiters.pop(job.row, (None, None))
+                    if batch is not None and sealing is not None:
+                        sealing.status = status
+                        self._decided(batch)
+                state.room.notify_all()
 
     def _settle(self, job: CommitJob) -> SealStatus:
         state, table, row = self._state, self._state.table, job.row

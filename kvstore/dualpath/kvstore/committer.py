@@ -21,10 +21,13 @@ from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.segment import runs
 from dualpath.kvstore.ssd_tier import SsdTier
 
 GROUP_JOBS_MAX = 1024
 GROUP_BYTES_MAX = 128 << 20
+RUN_BYTES_MAX = 4 << 20
+"""Most bytes of one write of neighbouring slots."""
 _IDLE_S = 1.0
 """How often the host may do its chores when nothing else happens."""
 _log = logging.getLogger(__name__)
@@ -189,16 +192,22 @@ class Committer:
         return deletes
 
     def _write_data(self, group: list[CommitJob]) -> None:
-        for job in group:
-            if job.failure:
-                continue
-            segment, slot = job.place
+        for segment, jobs in _by_segment(group).items():
             try:
-                self._save_namespace(job.namespace)
+                for job in jobs:
+                    self._save_namespace(job.namespace)
                 self._ssd.ensure(segment)
-                self._ssd.write_slot(segment, slot, job.data)
             except OSError as error:
-                job.failure = f"data: {error}"
+                _fail(jobs, f"space: {error}")
+                continue
+            by_slot = {job.record.slot: job for job in jobs}
+            most = max(1, RUN_BYTES_MAX // jobs[0].data.nbytes)
+            for first, count in runs(by_slot, most):
+                run = [by_slot[slot] for slot in range(first, first + count)]
+                try:
+                    self._ssd.write_slots(segment, first, [job.data for job in run])
+                except OSError as error:
+                    _fail(run, f"data: {error}")
 
     def _save_namespace(self, namespace: Namespace) -> None:
         """Once a namespace: without its file its blocks would be dropped at the next opening."""

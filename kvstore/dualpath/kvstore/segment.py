@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
@@ -23,6 +23,8 @@ from dualpath.transfer.errors import Corrupt, InvalidRequest
 SEGMENT_FORMAT = 1
 HEADERS_PER_PAGE = ALIGN_BYTES // HEADER_BYTES
 SLOTS_PER_SEGMENT_MAX = 1 << 20
+RUN_PAGES_MAX = 256
+"""Most header pages of one write."""
 
 _SUPERBLOCK = struct.Struct("<8sIIII")
 _MAGIC = b"dpsegmt\0"
@@ -127,18 +129,36 @@ def read_superblock(file: DeviceFile, segment: int, name: str) -> SegmentGeometr
 def write_headers(
     file: DeviceFile, geometry: SegmentGeometry, headers: Mapping[int, BlockRecord]
 ) -> None:
-    """Write headers by slot; neighbours in the same 4 KiB page are kept. One thread a segment."""
-    pages: dict[int, list[tuple[int, BlockRecord]]] = {}
-    for slot, record in headers.items():
-        offset, inside = geometry.header_page(slot)
-        pages.setdefault(offset, []).append((inside, record))
-    page = page_buffer()
-    for offset, records in pages.items():
-        if len(records) < HEADERS_PER_PAGE:
-            file.read(offset, [page])
-        for inside, record in records:
-            page[inside : inside + HEADER_BYTES] = record.to_header()
-        file.write(offset, [page])
+    """Write headers by slot; neighbours in the same 4 KiB page are kept. One thread a segment.
+    Neighbouring pages are written at once."""
+    pages: dict[int, list[int]] = {}
+    for slot in sorted(headers):
+        pages.setdefault(slot // HEADERS_PER_PAGE, []).append(slot)
+    for first, count in runs(pages, RUN_PAGES_MAX):
+        slots = [slot for page in range(first, first + count) for slot in pages[page]]
+        start, _ = geometry.header_page(first * HEADERS_PER_PAGE)
+        buffer = page_buffer(count * ALIGN_BYTES)
+        if len(slots) < count * HEADERS_PER_PAGE:
+            file.read(start, [buffer])
+        for slot in slots:
+            page, inside = geometry.header_page(slot)
+            at = page - start + inside
+            buffer[at : at + HEADER_BYTES] = headers[slot].to_header()
+        file.write(start, [buffer])
+
+
+def runs(numbers: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of runs of consecutive numbers, each at most `most` long."""
+    first = count = 0
+    for number in sorted(numbers):
+        if count and number == first + count and count < most:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
 
 
 def read_headers(file: DeviceFile, geometry: SegmentGeometry) -> Iterator[BlockRecord]:

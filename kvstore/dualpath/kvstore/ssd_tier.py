@@ -1,17 +1,17 @@
 """Slots on SSD: segments on a device, within a budget of bytes.
 
 Bookkeeping (`take`, `give`, `retired`) is memory only and needs the caller's lock. I/O (`ensure`,
-`read`, `write_slot`, `write_headers`, `sync`, `remove`) may run beside it; `ensure` and everything
+`read`, `write_slots`, `write_headers`, `sync`, `remove`) may run beside it; `ensure` and everything
 that writes is for one thread. A segment's file comes into being at its first write. Empty
 segments of one class make way for another class; their files go through `take_retired`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from dualpath.kvstore import segment as segments
-from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
+from dualpath.kvstore.device import Device, DeviceFile
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import SegmentGeometry
 from dualpath.kvstore.slot_allocator import SlotAllocator
@@ -146,10 +146,10 @@ class SsdTier:
         start = self._geometry[segment].slot_offset(slot) + offset
         self._files[segment].read(start, [view])
 
-    def write_slot(self, segment: int, slot: int, view: memoryview) -> None:
-        """Write a whole slot. Raises OSError."""
-        assert view.nbytes % ALIGN_BYTES == 0
-        self._files[segment].write(self._geometry[segment].slot_offset(slot), [view])
+    def write_slots(self, segment: int, first: int, views: Sequence[memoryview]) -> None:
+        """Write whole slots, one after another. Raises OSError."""
+        assert all(view.nbytes == self._geometry[segment].slot_bytes for view in views)
+        self._files[segment].write(self._geometry[segment].slot_offset(first), views)
 
     def write_headers(self, segment: int, headers: Mapping[int, BlockRecord]) -> None:
         """Write headers by slot. Raises OSError."""
