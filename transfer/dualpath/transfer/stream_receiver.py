@@ -29,7 +29,7 @@ LOOKAHEAD_BYTES = 256
 """Bytes read at once where a head is expected; few, since payload among them is copied."""
 BUFFERS_MAX = 64
 SCRATCH_BYTES = 256 << 10
-ACKS_DELAYED_MAX = 8
+ACKS_DELAYED_MAX = 16
 POLL_MS = 1000
 
 _CODES = {reason: code for code, reason in enumerate(frames.REFUSALS)}
