@@ -138,6 +138,9 @@ class BlockStream:
 
     @property
     def _batch_blocks(self) -> int:
+        if self._config.agent:
+            # It may have several daemons, and finds a chain by its first block.
+            return BATCH_BLOCKS_MAX
         return min(max(self._config.batch_bytes // self._block_bytes, 1), BATCH_BLOCKS_MAX)
 
     def _batches(self, blocks: int) -> Iterator[tuple[int, int]]:

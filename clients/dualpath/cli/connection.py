@@ -32,7 +32,7 @@ class ClientConfig:
     deadline_s: float = 60.0
     """Longest time for each batch of blocks."""
     batch_bytes: int = 64 << 20
-    """Bytes moved at once; at least one block."""
+    """Bytes moved at once; at least one block. With an agent, the whole file is moved at once."""
 
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
