@@ -38,7 +38,8 @@ def test_other_rates_are_refused_by_name(text: str) -> None:
         ({"policies": ("split", "split")}, "twice"),
         ({"concurrency": 0}, "--concurrency"),
         ({"sessions": -1}, "--sessions"),
-        ({"budget_bytes": 0}, "--budget-mib"),
+        ({"budget_bytes": 1}, "--budget-mib"),
+        ({"budget_bytes": -5}, "--budget-mib"),
         ({"compute_ratio": 0.0}, "--compute-ratio"),
         ({"prefill": 0}, "--prefill"),
         ({"trace": "/nowhere/x.jsonl"}, "/nowhere/x.jsonl"),
@@ -73,7 +74,14 @@ def test_the_default_is_what_the_help_says() -> None:
     args = parser.parse_args([])
     assert args.storage_rate == "auto"
     assert args.policies == ",".join(DemoConfig().policies)
-    assert args.budget_mib << 20 == DemoConfig().budget_bytes
+    assert args.budget_mib == DemoConfig().budget_bytes == 0
+
+
+def test_without_a_budget_the_direct_policy_runs_about_equally_long_at_any_rate() -> None:
+    fast, slow = (DemoConfig(prefill=2, storage_bytes_per_s=rate) for rate in (50e6, 10e6))
+    assert fast.planned_bytes == 5 * slow.planned_bytes
+    assert DemoConfig().planned_bytes * 2 == fast.planned_bytes
+    assert DemoConfig(budget_bytes=7 << 20).planned_bytes == 7 << 20
 
 
 @pytest.mark.parametrize(

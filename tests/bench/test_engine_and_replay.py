@@ -9,7 +9,8 @@ import pytest
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult
 from dualpath.bench.demo.config import Context
-from dualpath.bench.demo.engine import LoadOutcome, PagePool, PrefillEngine, fill_batches
+from dualpath.bench.demo.engine import LoadOutcome, PagePool, PrefillEngine
+from dualpath.bench.demo.fill import fill_batches
 from dualpath.bench.demo.keyed_content import KeyedContent
 from dualpath.bench.demo.replay import Replay, load_deadline_s
 from dualpath.bench.demo.workload import PlannedLoad, Workload, generated
@@ -108,7 +109,7 @@ def load_once(agent: MemoryAgent, *loads: PlannedLoad) -> list[LoadOutcome]:
         with ThreadPoolExecutor(1) as verifier:
             under_test = await engine(agent, verifier, 8)
             return [
-                await under_test.load(each, policy="split", decode_peer="", deadline_s=10)
+                await (await under_test.load(each, policy="split", decode_peer="", deadline_s=10))
                 for each in loads
             ]
 
@@ -142,7 +143,8 @@ def test_bytes_left_by_an_earlier_load_do_not_pass_for_those_of_a_later_one() ->
                 last = await under_test.load(
                     planned(6), policy="split", decode_peer="", deadline_s=10
                 )
-            return last
+                outcome = await last
+            return outcome
 
     outcome = asyncio.run(run())
     assert agent.specs[0].places.base_bytes == agent.specs[1].places.base_bytes

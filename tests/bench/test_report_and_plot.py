@@ -36,6 +36,7 @@ def outcome(seconds: float, mib: int = 8, *, failure: str = "", corrupt: int = 0
         verified_blocks=blocks - corrupt,
         corrupt_blocks=corrupt,
         nbytes=(blocks - corrupt) << 18,
+        ended_s=0.0,
         elapsed_s=seconds,
         failure=failure,
         detail="",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from dualpath.bench.demo.config import Context
-from dualpath.bench.demo.engine import fill_batches
+from dualpath.bench.demo.fill import fill_batches
 from dualpath.bench.demo.trace_formats import TraceRequest, read_trace
 from dualpath.bench.demo.workload import PAPER_TABLE, Workload, from_trace, generated, trajectory
 from dualpath.transfer.errors import InvalidRequest

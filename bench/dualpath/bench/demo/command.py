@@ -115,9 +115,9 @@ class DemoCommand:
         work.add_argument(
             "--budget-mib",
             type=int,
-            default=default.budget_bytes >> 20,
+            default=0,
             metavar="N",
-            help=f"what each policy loads (default {default.budget_bytes >> 20})",
+            help="what each policy loads (default 0: enough for the links to settle)",
         )
         work.add_argument("--seed", type=int, default=default.seed, metavar="N")
         work.add_argument("--json", default="", metavar="FILE", help="write the result as JSON")
@@ -163,7 +163,7 @@ class DemoCommand:
             else parse_rate(args.storage_rate),
             compute_ratio=args.compute_ratio,
             destination=Destination(args.destination),
-            budget_bytes=args.budget_mib << 20 if args.budget_mib > 0 else 0,
+            budget_bytes=args.budget_mib * (1 << 20),
             shaping=Shaping(args.shaping),
             seed=args.seed,
             json=args.json,

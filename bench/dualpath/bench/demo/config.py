@@ -18,6 +18,7 @@ BUDGET_BYTES_MAX = 1 << 40
 LAYERS = 16
 LAYER_BYTES = 16 << 10
 STORAGE_BYTES_PER_S = 50e6
+DIRECT_S = 12.0
 STORAGE_BYTES_PER_S_MIN = 10e6
 RATE_STEP = 1e6
 CPU_BOUND_SHARE = 0.4
@@ -90,7 +91,8 @@ class DemoConfig:
     """0: STORAGE_BYTES_PER_S, or less where this machine is too slow for that (`fitting`)."""
     compute_ratio: float = 8.0
     destination: Destination = Destination.GPU
-    budget_bytes: int = 512 << 20
+    budget_bytes: int = 0
+    """0: what the direct policy loads in about DIRECT_S."""
     shaping: Shaping = Shaping.AUTO
     seed: int = 1
     json: str = ""
@@ -111,7 +113,8 @@ class DemoConfig:
             raise InvalidRequest(f"--policies names one twice: {','.join(self.policies)}")
         _within("--concurrency", self.concurrency, 1, CONCURRENCY_MAX)
         _within("--sessions", self.sessions, 0, SESSIONS_MAX)
-        _within("--budget-mib", self.budget_bytes, BUDGET_BYTES_MIN, BUDGET_BYTES_MAX)
+        if self.budget_bytes:
+            _within("--budget-mib", self.budget_bytes, BUDGET_BYTES_MIN, BUDGET_BYTES_MAX)
         _within("--compute-ratio", self.compute_ratio, 0.1, 100)
         _within("--seed", self.seed, 0, (1 << 63) - 1)
         if self.storage_bytes_per_s:
@@ -149,6 +152,12 @@ class DemoConfig:
         fits = FITTING_SHARE * unshaped_bytes_per_s / self._links_sum
         rate = min(STORAGE_BYTES_PER_S, max(STORAGE_BYTES_PER_S_MIN, fits))
         return replace(self, storage_bytes_per_s=rate // RATE_STEP * RATE_STEP)
+
+    @property
+    def planned_bytes(self) -> int:
+        """How much to plan and store, before the storage rate is known."""
+        rate = self.storage_bytes_per_s or STORAGE_BYTES_PER_S
+        return self.budget_bytes or round(DIRECT_S * self.prefill * rate)
 
     @property
     def compute_bytes_per_s(self) -> float:

@@ -21,7 +21,8 @@ from dualpath.bench.demo import config as settings
 from dualpath.bench.demo.cluster import FILLER, Cluster, ClusterConfig
 from dualpath.bench.demo.config import DemoConfig, Destination, Shaping
 from dualpath.bench.demo.cpu_meter import CpuMeter
-from dualpath.bench.demo.engine import LoadOutcome, PrefillEngine, fill_store
+from dualpath.bench.demo.engine import LoadOutcome, PrefillEngine
+from dualpath.bench.demo.fill import fill_store
 from dualpath.bench.demo.link_meter import (
     AgentCounters,
     KernelCounters,
@@ -71,7 +72,7 @@ def plan(config: DemoConfig) -> Workload:
             sessions=sessions,
             block_bytes=block_bytes,
             load_bytes_mean=load_bytes_mean,
-            budget_bytes=config.budget_bytes,
+            budget_bytes=config.planned_bytes,
             seed=config.seed,
         )
     return generated(
@@ -79,7 +80,7 @@ def plan(config: DemoConfig) -> Workload:
         sessions=sessions,
         block_bytes=block_bytes,
         load_bytes_mean=load_bytes_mean,
-        budget_bytes=config.budget_bytes,
+        budget_bytes=config.planned_bytes,
         seed=config.seed,
     )
 
@@ -140,8 +141,9 @@ class Demonstration:
         )
 
     def _rates(self, unshaped_bytes_per_s: float = 0.0) -> LinkRates:
-        """The links' limits; the first call settles them."""
+        """The links' limits; the first call settles them, and with them the budget."""
         self._config = self._config.fitting(unshaped_bytes_per_s)
+        self._workload = self._workload.limited(self._config.planned_bytes)
         return LinkRates(self._config.storage_bytes_per_s, self._config.compute_bytes_per_s)
 
     def _folder(self) -> Path:

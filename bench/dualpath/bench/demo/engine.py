@@ -1,4 +1,4 @@
-"""The engines of a demo: one that fills the store, and one a prefill node that replays loads.
+"""The engine of a prefill node: it runs loads into paged memory and checks what arrived.
 
 Owns the paged KV pool of an engine, the loads that it runs and the verification of every byte of
 every loaded block against the keyed content, away from the event loop. A page is poisoned before
@@ -10,21 +10,19 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from dualpath.agent.places import Places
 from dualpath.bench.demo.keyed_content import KeyedContent
-from dualpath.bench.demo.workload import PlannedLoad, Workload
+from dualpath.bench.demo.workload import PlannedLoad
 from dualpath.client.kv_client import KVClient
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
-from dualpath.transfer.errors import DualPathError, Unavailable
+from dualpath.transfer.errors import DualPathError
 
-FILL_BATCH_BYTES = 16 << 20
-FILL_DEADLINE_S = 120.0
 CORRUPT_DETAILS_MAX = 16
 _POISON = 0xDB
 
@@ -34,7 +32,8 @@ class LoadOutcome:
     """What one load came to, as the engine itself saw it.
 
     `failure` is "" when every requested block arrived, else the reason. `nbytes` counts blocks
-    that were verified right; `shares` are the agent's bytes by path.
+    that were verified right; `shares` are the agent's bytes by path. `ended_s` (monotonic) is when
+    the load ended, before it was verified.
     """
 
     session: int
@@ -43,11 +42,26 @@ class LoadOutcome:
     verified_blocks: int
     corrupt_blocks: int
     nbytes: int
+    ended_s: float
     elapsed_s: float
     failure: str
     detail: str
     shares: Mapping[str, int]
     events: Mapping[str, int]
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """What a load brought, while it is not verified."""
+
+    places: Places
+    blocks: int = 0
+    ended_s: float = 0.0
+    elapsed_s: float = 0.0
+    failure: str = ""
+    detail: str = ""
+    shares: Mapping[str, int] = field(default_factory=dict)
+    events: Mapping[str, int] = field(default_factory=dict)
 
 
 class PagePool:
@@ -133,63 +147,73 @@ class PrefillEngine:
 
     async def load(
         self, planned: PlannedLoad, *, policy: str, decode_peer: str, deadline_s: float
-    ) -> LoadOutcome:
-        """Run one load and verify it. Failures are outcomes; only programming errors raise."""
-        pages = await self._pool.take(len(planned.hashes))
-        try:
-            return await self._load(planned, pages, policy, decode_peer, deadline_s)
-        finally:
-            await self._pool.give(pages)
+    ) -> asyncio.Task[LoadOutcome]:
+        """Run one load; return when it has ended, with the verification under way.
 
-    async def _load(
+        Failures are outcomes; only programming errors raise. The pages are taken until the
+        verification has ended, so that these never pile up beyond the pool.
+        """
+        pages = await self._pool.take(len(planned.hashes))
+        arrival = _Arrival(Places.paged(self._namespace.layout, pages, self._pages))
+        try:
+            await self._arrive(planned, arrival, policy, decode_peer, deadline_s)
+        except BaseException:
+            await self._pool.give(pages)
+            raise
+        return asyncio.create_task(self._outcome(planned, pages, arrival))
+
+    async def _arrive(
         self,
         planned: PlannedLoad,
-        pages: tuple[int, ...],
+        arrival: _Arrival,
         policy: str,
         decode_peer: str,
         deadline_s: float,
-    ) -> LoadOutcome:
-        places = Places.paged(self._namespace.layout, pages, self._pages)
-        requested = len(planned.hashes)
+    ) -> None:
         started_s = time.monotonic()
-        shares: Mapping[str, int] = {}
-        events: Mapping[str, int] = {}
-        blocks, failure, detail = 0, "", ""
         try:
             load = await self._client.load(
                 self._namespace.id,
                 planned.hashes,
                 self._memory,
-                places,
+                arrival.places,
                 deadline_s=deadline_s,
                 policy=policy,
                 decode_peer=decode_peer,
             )
             result = await load.result()
-            blocks, shares, events = result.blocks, result.shares, result.events
-            if blocks < requested:
-                failure, detail = result.miss.value, result.detail
+            arrival.blocks = result.blocks
+            arrival.shares, arrival.events = result.shares, result.events
+            if result.blocks < len(planned.hashes):
+                arrival.failure, arrival.detail = result.miss.value, result.detail
         except DualPathError as error:
-            failure, detail = error.reason, str(error)
-        elapsed_s = time.monotonic() - started_s
-        wrong = await asyncio.get_running_loop().run_in_executor(
-            self._verifier, self._verify, planned.hashes[:blocks], places
-        )
-        if wrong:
-            failure, detail = "corrupt", "; ".join(wrong[:CORRUPT_DETAILS_MAX])
-        verified = blocks - len(wrong)
+            arrival.failure, arrival.detail = error.reason, str(error)
+        arrival.ended_s = time.monotonic()
+        arrival.elapsed_s = arrival.ended_s - started_s
+
+    async def _outcome(
+        self, planned: PlannedLoad, pages: tuple[int, ...], arrival: _Arrival
+    ) -> LoadOutcome:
+        try:
+            wrong = await asyncio.get_running_loop().run_in_executor(
+                self._verifier, self._verify, planned.hashes[: arrival.blocks], arrival.places
+            )
+        finally:
+            await self._pool.give(pages)
+        verified = arrival.blocks - len(wrong)
         return LoadOutcome(
             session=planned.session,
             turn=planned.turn,
-            requested_blocks=requested,
+            requested_blocks=len(planned.hashes),
             verified_blocks=verified,
             corrupt_blocks=len(wrong),
             nbytes=verified * self._namespace.layout.block_bytes,
-            elapsed_s=elapsed_s,
-            failure=failure,
-            detail=detail,
-            shares=shares,
-            events=events,
+            ended_s=arrival.ended_s,
+            elapsed_s=arrival.elapsed_s,
+            failure="corrupt" if wrong else arrival.failure,
+            detail="; ".join(wrong[:CORRUPT_DETAILS_MAX]) if wrong else arrival.detail,
+            shares=arrival.shares,
+            events=arrival.events,
         )
 
     def _verify(self, hashes: Sequence[bytes], places: Places) -> list[str]:
@@ -215,83 +239,3 @@ class PrefillEngine:
         """Give the memory back and end the session."""
         self._memory.close()
         await self._client.close()
-
-
-async def fill_store(
-    agent: str,
-    namespace: Namespace,
-    workload: Workload,
-    *,
-    token: str,
-    seed: int,
-    on_progress: Callable[[int], None],
-) -> int:
-    """Save all blocks of the workload through the agent; return how many bytes that were.
-
-    Two buffers: one is generated while the other is being saved. Raises Unavailable, naming what
-    the store said, if a block could not be stored.
-    """
-    layout = namespace.layout
-    batch_blocks = max(1, FILL_BATCH_BYTES // layout.block_bytes)
-    content = KeyedContent(layout, seed)
-    done_bytes = 0
-    saving: asyncio.Task[int] | None = None
-    async with await KVClient.connect(agent, token=token) as client:
-        await client.open_namespace(namespace)
-        buffers = [await client.allocate(batch_blocks * layout.block_bytes) for _ in range(2)]
-
-        async def save(hashes: Sequence[bytes], parents: Sequence[bytes], half: int) -> int:
-            result = await client.save(
-                namespace.id,
-                hashes,
-                parents,
-                buffers[half],
-                Places.contiguous(layout, len(hashes)),
-                deadline_s=FILL_DEADLINE_S,
-            )
-            if result.present_blocks < len(hashes):
-                raise Unavailable(
-                    f"the store took {result.present_blocks} of {len(hashes)} blocks: "
-                    f"{result.reason or 'refused'} {result.detail}".strip()
-                )
-            return len(hashes) * layout.block_bytes
-
-        def generate(hashes: Sequence[bytes], half: int) -> None:
-            for index, key in enumerate(hashes):
-                content.fill(
-                    key, buffers[half].view, index * layout.block_bytes, layout.layer_bytes
-                )
-
-        half = 0
-        for hashes, parents in fill_batches(workload, batch_blocks):
-            await asyncio.to_thread(generate, hashes, half)
-            if saving is not None:
-                done_bytes += await saving
-                on_progress(done_bytes)
-            saving = asyncio.create_task(save(hashes, parents, half))
-            half = 1 - half
-        if saving is not None:
-            done_bytes += await saving
-            on_progress(done_bytes)
-        for buffer in buffers:
-            buffer.close()
-    return done_bytes
-
-
-def fill_batches(
-    workload: Workload, batch_blocks: int
-) -> list[tuple[tuple[bytes, ...], tuple[bytes, ...]]]:
-    """(hashes, parents) of each batch: every distinct block once, parents first."""
-    stored: set[bytes] = set()
-    batches = []
-    for chain in workload.chains:
-        new = [
-            (each, chain[index - 1] if index else b"")
-            for index, each in enumerate(chain)
-            if each not in stored
-        ]
-        stored.update(each for each, _ in new)
-        for start in range(0, len(new), batch_blocks):
-            part = new[start : start + batch_blocks]
-            batches.append((tuple(each for each, _ in part), tuple(parent for _, parent in part)))
-    return batches
