@@ -20,6 +20,7 @@ from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.stream_handshake import introduce
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 WAIT_S = 20.0
 
@@ -170,6 +171,59 @@ def test_a_stream_ends_as_unavailable_with_its_data_connection(in_lab: Any) -> N
             with pytest.raises(grpc.RpcError) as caught:
                 await asyncio.wait_for(delivery.call.read(), WAIT_S)
             assert error_of(caught.value).reason == "peer_lost"
+
+    in_lab(body)
+
+
+def test_an_id_used_twice_ends_the_stream(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, namespace_id, hashes = await _filled(lab)
+        hit = await client.lookup(namespace_id, hashes)
+        async with client.deliver() as delivery:
+            window = RegionDescriptor(1, 1, 0, 1 << 30)
+            # All at once, so that the first is still open when the second comes.
+            for _ in range(2):
+                await delivery.grant(
+                    [(0, 0)] * 500,
+                    window,
+                    lease_id=hit.lease_id,
+                    arm=False,
+                    change=_set("grant_id", 77),
+                )
+            with pytest.raises(grpc.RpcError, match="grant_id 77") as caught:
+                await delivery.outcome(-1)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    in_lab(body)
+
+
+def test_what_was_granted_before_a_stop_still_lands(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        running, client, namespace_id, hashes = await _filled(
+            lab, blocks=6, send_limit_bytes_per_s=6e6, drain_s=20.0
+        )
+        hit = await client.lookup(namespace_id, hashes)
+        async with client.deliver() as delivery:
+            window = delivery.window()
+            chunks = [(b, c) for b in range(6) for c in range(lab.layout.chunk_count)]
+            grant = await delivery.grant(chunks, window, lease_id=hit.lease_id)
+            while not delivery.landed:
+                await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(running.daemon.stop())
+            health: Any = health_pb2_grpc.HealthStub(client.channel)
+            serving = health_pb2.HealthCheckResponse.SERVING
+            while (await health.Check(health_pb2.HealthCheckRequest())).status == serving:
+                await asyncio.sleep(0.001)
+            late = await delivery.grant([(0, 0)], window, lease_id=hit.lease_id, arm=False)
+            outcome = await delivery.outcome(grant, late)
+            assert list(outcome.failed.values()) == [common_pb2.CHUNK_FAILURE_OVERLOADED]
+            assert "stopping" in outcome.detail
+            for index, block_hash in enumerate(hashes):
+                assert delivery.block(index) == lab.content(block_hash)
+            with pytest.raises(grpc.RpcError) as caught:
+                await asyncio.wait_for(delivery.call.read(), WAIT_S)
+            assert error_of(caught.value).reason == "draining"
+            await stopping
 
     in_lab(body)
 

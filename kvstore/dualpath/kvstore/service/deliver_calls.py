@@ -24,14 +24,24 @@ from dualpath.proto.status import Context
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.errors import (
     DeadlineExceeded,
+    DualPathError,
     InvalidRequest,
     LeaseExpired,
+    Overloaded,
     PermissionDenied,
     Unavailable,
 )
 
 FIRST_MESSAGE_S_MAX = 10.0
 CANCELS_MAX = 4096
+# What refuses a grant alone, most specific first. While the daemon stops, another path serves.
+_REFUSALS: tuple[tuple[type[DualPathError], ChunkFailure], ...] = (
+    (PermissionDenied, ChunkFailure.DENIED),
+    (LeaseExpired, ChunkFailure.LEASE_EXPIRED),
+    (InvalidRequest, ChunkFailure.INVALID),
+    (Overloaded, ChunkFailure.OVERLOADED),
+    (Unavailable, ChunkFailure.OVERLOADED),
+)
 
 
 class DeliverCalls:
@@ -89,7 +99,7 @@ class DeliverCalls:
         attachment = self._attachments.of_session(checked_session(first.session), caller)
         if attachment.peer_id in self._streams:
             # The client lost the old one, though this side may not know yet.
-            self._streams[attachment.peer_id].stop("replaced by a new Deliver stream", "replaced")
+            self._streams[attachment.peer_id].replace()
         stream = _Stream(self, attachment)
         # Also run when the call is cancelled while this generator is not being awaited. The
         # stubs ask for a class of theirs where gRPC takes any callable.
@@ -110,7 +120,7 @@ class DeliverCalls:
         """End all streams with UNAVAILABLE."""
         self._stopping = True
         for stream in list(self._streams.values()):
-            stream.stop("the daemon is stopping: use another", "draining")
+            stream.stop()
 
     def forget(self, peer: str) -> None:
         """The stream of `peer` ended."""
@@ -129,17 +139,12 @@ class DeliverCalls:
         message = request.grant
         try:
             lease_id = self._lease_of(peer, request)
-            grant = grant_of(message, lease_id, now=self._clock())
-        except PermissionDenied as error:
-            failure, detail = ChunkFailure.DENIED, str(error)
-        except LeaseExpired as error:
-            failure, detail = ChunkFailure.LEASE_EXPIRED, str(error)
-        except InvalidRequest as error:
-            failure, detail = ChunkFailure.INVALID, str(error)
-        else:
-            self._engine.submit(peer, grant)
-            return
-        self._engine.refuse(peer, message.grant_id, list(message.tag), failure, detail)
+            self._engine.submit(peer, grant_of(message, lease_id, now=self._clock()))
+        except DualPathError as error:
+            failure = _refusal_of(error)
+            if failure is None:
+                raise
+            self._engine.refuse(peer, message.grant_id, list(message.tag), failure, str(error))
 
     def _lease_of(self, peer: str, request: store_pb2.DeliverRequest) -> int:
         if request.ticket:
@@ -157,6 +162,13 @@ class DeliverCalls:
     def engine(self) -> DeliveryEngine:
         """The engine behind the streams."""
         return self._engine
+
+
+def _refusal_of(error: DualPathError) -> ChunkFailure | None:
+    for kind, failure in _REFUSALS:
+        if isinstance(error, kind):
+            return failure
+    return None
 
 
 class _Stream:
@@ -190,15 +202,13 @@ class _Stream:
         while True:
             await self.wake.wait()
             self.wake.clear()
-            if self._stopped is not None:
-                raise self._stopped
-            while taken := engine.reports(peer):
+            while not self._ended and (taken := engine.reports(peer)):
                 queue_bytes = engine.stats().pending_bytes
                 yield store_pb2.DeliverResponse(
                     progress=[progress_message(each, queue_bytes) for each in taken]
                 )
-                if self._stopped is not None:
-                    raise self._stopped
+            if self._stopped is not None:
+                raise self._stopped
             check_alive(self._attachment)
             if self.reader is not None and self.reader.done():
                 self.reader.result()  # raises what ended the stream
@@ -210,10 +220,15 @@ class _Stream:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody to tell
             self._loop.call_soon_threadsafe(self.wake.set)
 
-    def stop(self, message: str, reason: str) -> None:
-        """End the stream with UNAVAILABLE."""
+    def stop(self) -> None:
+        """The daemon stops: end the stream once what is known was reported."""
+        self._stopped = Unavailable("the daemon is stopping: use another", reason="draining")
+        self.wake.set()
+
+    def replace(self) -> None:
+        """End the stream at once: the engine's reports are the new stream's from now on."""
         self.end()
-        self._stopped = Unavailable(message, reason=reason)
+        self._stopped = Unavailable("replaced by a new Deliver stream", reason="replaced")
         self.wake.set()
 
     def end(self) -> None:

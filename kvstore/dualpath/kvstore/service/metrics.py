@@ -64,7 +64,8 @@ class MetricsServer:
                 f"metrics_listen: {address}: {error.strerror or error}; choose another port",
                 reason="address_in_use",
             ) from error
-        self.address = f"{host}:{self._server.server_port}"
+        bracketed = f"[{host}]" if ":" in host else host
+        self.address = f"{bracketed}:{self._server.server_port}"
 
     def close(self) -> None:
         """Stop serving."""
