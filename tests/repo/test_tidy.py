@@ -43,6 +43,8 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 ABSOLUTE_PATH = re.compile(
     r"(?<![\w.:/-])/(?:" + "|".join(("work", "home", "root", "Users")) + r")/\w"
 )
+# A comment for a tool is not for people, and cannot be broken.
+PRAGMA = re.compile(r"\s*# (?:type: ignore|noqa)\b.*$")
 CONFLICT_MARKER = re.compile(r"^(?:" + "<" * 7 + "|" + ">" * 7 + r")(?: |$)", re.MULTILINE)
 
 
@@ -67,7 +69,7 @@ def test_lines_modules_and_functions_stay_within_their_limits(
         if len(lines) > MODULE_LINES_MAX:
             wrong.append(f"{path}: {len(lines)} lines, at most {MODULE_LINES_MAX}")
         for number, line in enumerate(lines, 1):
-            if len(line) > COLUMNS_MAX:
+            if len(PRAGMA.sub("", line)) > COLUMNS_MAX:
                 wrong.append(f"{path}:{number}: {len(line)} columns, at most {COLUMNS_MAX}")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
