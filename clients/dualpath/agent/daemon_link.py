@@ -8,6 +8,7 @@ again by itself, and leases of the old one are gone with it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.kvstore.namespace import Namespace
 from dualpath.proto.status import translated
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
-from dualpath.transfer.errors import DualPathError, Unavailable
+from dualpath.transfer.errors import DualPathError, PeerLost, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +163,19 @@ class DaemonLink:
     async def _call(self, method: str, request: Any, timeout_s: float = 0) -> Any:
         if self._stub is None:
             raise Unavailable(f"daemon {self.address} is not connected: {self.link.reason}")
-        with translated(f"{method} at daemon {self.address}"):
-            return await getattr(self._stub, method)(
-                request, timeout=timeout_s or self._timeout_s, metadata=self.link.metadata
-            )
+        try:
+            with translated(f"{method} at daemon {self.address}"):
+                return await getattr(self._stub, method)(
+                    request, timeout=timeout_s or self._timeout_s, metadata=self.link.metadata
+                )
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Not we were cancelled: the channel was closed under the call.
+            raise PeerLost(f"{method}: the session at daemon {self.address} ended") from None
+        except grpc.aio.UsageError as error:
+            raise PeerLost(f"{method}: the session at daemon {self.address} ended") from error
 
     async def open_namespace(self, namespace: Namespace) -> None:
         """Make a namespace known."""

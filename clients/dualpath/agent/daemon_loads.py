@@ -33,8 +33,10 @@ from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_
 
 log = logging.getLogger(__name__)
 
+STALLS_MAX = 2
+"""Stalls of a path without a chunk in between; then its link is made anew."""
 REFRESHES_MAX = 3
-"""Most new leases of one load; then the failure counts against its chunks."""
+"""Most new leases of one load after failures; then they count against its chunks."""
 
 _MISS_OF_REASON = {
     "corrupt": MissReason.CORRUPT,
@@ -69,6 +71,7 @@ class DaemonLoads:
         self._loop = loop
         self._grace_s = grace_s
         self._verdicts: Mailbox[Verdict] = Mailbox(loop, self._on_verdicts)
+        self._stalls: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._stranded_timer: asyncio.TimerHandle | None = None
         self._pumping = False
@@ -105,7 +108,12 @@ class DaemonLoads:
             elif not is_up:
                 self._lose(name, "path_lost")
                 self.dispatcher.set_up(name, False, now)
-        if not self.daemon.up or not any(wanted.values()):
+        if not self.daemon.up:
+            for load in self.loads.values():
+                if load.refreshing is None:
+                    load.events["lease_expired"] += 1  # leases end with the session
+                    self._refresh.renew(load, self._sendable, self._cut)
+        if not any(wanted.values()):
             self._watch_stranded()
         self.pump()
 
@@ -279,6 +287,11 @@ class DaemonLoads:
         now = self._loop.time()
         for path in self.dispatcher.stalled(now):
             self._lose(path, "stalled")
+            self._stalls[path] += 1
+            if self._stalls[path] >= STALLS_MAX:
+                self._stalls[path] = 0
+                link = self._relays[path].link if path in self._relays else self.daemon.link
+                link.lose(f"stalled {STALLS_MAX} times")
         for grant in self.dispatcher.grants(now):
             self._send(grant)
 
@@ -354,6 +367,7 @@ class DaemonLoads:
             chunks = tuple(chunk for chunk in grant.chunks if chunk in still)
             if chunks:
                 self._send(Grant(grant.load_id, grant.path, chunks, grant.nbytes))
+        self._check_done(load)  # the prefix may have been cut to what is there
         self.pump()
 
     def _refused(self, load: ActiveLoad, paths: Collection[str], reason: str) -> None:
@@ -382,6 +396,7 @@ class DaemonLoads:
                 self._failed(load, window.path, index, "corrupt", "checksum does not hold")
             elif self.dispatcher.verified(window.load_id, index, window.path, now):
                 load.verified(index, window.path)
+                self._stalls[window.path] = 0
                 self.path_bytes[window.path] += load.progress.chunk_nbytes[index]
                 self.path_chunks[window.path] += 1
         for load in touched.values():
@@ -416,7 +431,7 @@ class DaemonLoads:
             # Not the chunk's fault: it waits until the load has a lease (and tickets) again.
             self.dispatcher.failed(load_id, index, path, "cancelled", now)
             if load.refreshing is None:
-                load.tickets.clear()
+                load.refreshes += 1
                 self._refresh.renew(load, self._sendable, self._cut)
             return
         if self.dispatcher.failed(load_id, index, path, reason, now):
@@ -438,7 +453,7 @@ class DaemonLoads:
             return
         for lease_id in expired:
             load = by_lease[lease_id]
-            if load.spec.load_id in self.loads and load.refreshing is None:
+            if self.loads.get(load.spec.load_id) is load and load.refreshing is None:
                 load.events["lease_expired"] += 1
                 self._refresh.renew(load, self._sendable, self._cut)
 

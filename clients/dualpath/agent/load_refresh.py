@@ -15,11 +15,14 @@ from typing import Any
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.relay_link import RelayLink
-from dualpath.transfer.errors import DualPathError
+from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import DeadlineExceeded, DualPathError, Unavailable
 
 log = logging.getLogger(__name__)
 
 TICKET_S_MAX = 600.0
+RETRY_S = 0.01
+"""Pause after a call that failed with its session, until the link notices."""
 
 OnReady = Callable[[ActiveLoad], None]
 OnRefused = Callable[[ActiveLoad, Collection[str], str], None]
@@ -83,8 +86,9 @@ class LoadRefresh:
         on_ready(load)
 
     def renew(self, load: ActiveLoad, on_ready: OnReady, on_cut: OnCut) -> None:
-        """Look up again after the lease was lost."""
-        load.refreshes += 1
+        """Look up again after the lease was lost, once at a time."""
+        if load.refreshing is not None:
+            return
         load.tickets.clear()
         load.refreshing = self._start(
             self._renew(load, on_ready, on_cut), f"lease {load.spec.load_id}"
@@ -92,15 +96,9 @@ class LoadRefresh:
 
     async def _renew(self, load: ActiveLoad, on_ready: OnReady, on_cut: OnCut) -> None:
         wanted = load.progress.blocks_valid
-        left_s = load.deadline_at - asyncio.get_running_loop().time()
         cut: tuple[int, str, str] | None = None
         try:
-            hit = await self._daemon.lookup(
-                load.spec.namespace_id,
-                load.spec.hashes[:wanted],
-                lease_s=self._lease_s,
-                timeout_s=max(0.05, left_s),
-            )
+            hit = await self._look_up(load, wanted)
             load.lease_id = hit.lease_id
             same = _same_blocks(load, hit.checksum, hit.blocks)
             if same < wanted:
@@ -116,6 +114,24 @@ class LoadRefresh:
             # What is verified stays: only blocks that still lack something are given up.
             on_cut(load, max(cut[0], load.progress.complete_blocks()), cut[1], cut[2])
         on_ready(load)
+
+    async def _look_up(self, load: ActiveLoad, wanted: int) -> store_pb2.LookupResponse:
+        """Look up as often as the session breaks; the load's end cancels this."""
+        loop = asyncio.get_running_loop()
+        while True:
+            left_s = load.deadline_at - loop.time()
+            if left_s <= 0 or not await self._daemon.link.wait_up(left_s):
+                raise DeadlineExceeded("the daemon did not come back in time")
+            try:
+                return await self._daemon.lookup(
+                    load.spec.namespace_id,
+                    load.spec.hashes[:wanted],
+                    lease_s=self._lease_s,
+                    timeout_s=max(0.05, load.deadline_at - loop.time()),
+                )
+            except Unavailable as error:
+                log.info("load %s has no new lease yet: %s", load.spec.load_id, error)
+                await asyncio.sleep(RETRY_S)
 
     def report_corrupt(self, load: ActiveLoad, block: int, chunk: int) -> None:
         """Tell the daemon of a chunk that failed its checksum on all paths."""

@@ -117,7 +117,9 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         self._outgoing: deque[RequestT] = deque()
         self._wake = asyncio.Event()
         self._lost = asyncio.Event()
+        self._loss = ""
         self._settled = asyncio.Event()
+        self._risen = asyncio.Event()
         self._attempt = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -133,6 +135,12 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         if self.state is LinkState.CONNECTING:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), timeout_s)
+        return self.up
+
+    async def wait_up(self, timeout_s: float) -> bool:
+        """Wait until the link is up, over several attempts if need be; False if time ran out."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._risen.wait(), timeout_s)
         return self.up
 
     @property
@@ -152,8 +160,8 @@ class SteadyLink(Generic[RequestT, ResponseT]):
 
     def lose(self, reason: str) -> None:
         """Give the session up and make it again."""
-        if self.up and not self._lost.is_set():
-            self.reason = reason
+        if self.state is not LinkState.CLOSED and not self._lost.is_set():
+            self._loss = reason
             self._lost.set()
             self._wake.set()
 
@@ -198,6 +206,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         self._attempt += 1
         self._outgoing.clear()
         self._lost.clear()
+        self._loss = ""
         peer = f"{self.label}#{self._attempt}"
         stack = contextlib.AsyncExitStack()
         async with stack:
@@ -230,9 +239,12 @@ class SteadyLink(Generic[RequestT, ResponseT]):
                 raise Unavailable(f"{self.label} closed the stream: {await call.details()}")
             self.peer, self.network, self.attached = peer, network, attached
             await self._dialect.prepare(attached, first)
+            if self._lost.is_set():
+                raise Unavailable(f"{self.label} was lost while it was set up: {self._loss}")
             self.state = LinkState.UP
             self.reason = ""
             self._settled.set()
+            self._risen.set()
             self._dialect.on_up()
             log.info("%s: %s is up (%s)", self._name, self.label, attached.transport)
             await self._serve(call)
@@ -248,11 +260,12 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         finally:
             if self.state is LinkState.UP:
                 self.state = LinkState.DOWN
+            self._risen.clear()
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
             errors = [str(r) for r in results if isinstance(r, Exception)]
-            reason = self.reason or "; ".join(errors) or "the stream ended"
+            reason = self._loss or "; ".join(errors) or "the stream ended"
             self.reason = reason
             self.attached = None
             self._dialect.on_down(reason)

@@ -97,12 +97,25 @@ class LoopbackCluster:
 
     path: Path
     stack: AsyncExitStack
-    daemon: Daemon
+    daemon: Daemon | None
+    daemon_config: DaemonConfig
     address: str
     unix: str
     relays: dict[str, str] = field(default_factory=dict)
     servers: dict[str, AgentServer] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    async def stop_daemon(self) -> None:
+        """Stop the daemon; its data stays."""
+        daemon, self.daemon = self.daemon, None
+        if daemon is not None:
+            await daemon.stop()
+
+    async def start_daemon(self) -> None:
+        """Start it again, at the same address, with the same data."""
+        assert self.daemon is None
+        self.daemon = Daemon(dataclasses.replace(self.daemon_config, listen=self.address))
+        await self.daemon.start()
 
     async def relay(
         self, name: str, *, make_compute: MakeTransport | None = None, **settings: Any
@@ -229,7 +242,9 @@ async def loopback_cluster(path: Path, **settings: Any) -> AsyncIterator[Loopbac
             "segment_bytes": 16 << 20,
             "drain_s": 0.5,
         }
-        daemon = Daemon(DaemonConfig(**{**defaults, **settings}))
+        config = DaemonConfig(**{**defaults, **settings})
+        daemon = Daemon(config)
         where = await daemon.start()
-        stack.push_async_callback(daemon.stop)
-        yield LoopbackCluster(path, stack, daemon, str(where["listen"]), unix)
+        cluster = LoopbackCluster(path, stack, daemon, config, str(where["listen"]), unix)
+        stack.push_async_callback(cluster.stop_daemon)
+        yield cluster

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import grpc
 import grpc.aio
 from dualpath.agent.daemon_link import to_proto
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
@@ -50,12 +51,14 @@ class RemoteSession:
         """Reach the agent. Raises Unavailable within CONNECT_S_MAX."""
         channel = grpc.aio.insecure_channel(address, options=client_options())
         try:
-            await asyncio.wait_for(channel.channel_ready(), CONNECT_S_MAX)
-        except TimeoutError as error:
+            ready = await asyncio.wait_for(_connected(channel), CONNECT_S_MAX)
+        except TimeoutError:
+            ready = False
+        if not ready:
             await channel.close()
             raise Unavailable(
                 f"no agent answers at {address}: start `dualpath agent`, or correct the address"
-            ) from error
+            )
         return cls(address, channel, token)
 
     async def open_namespace(self, namespace: Namespace) -> bytes:
@@ -161,6 +164,20 @@ class RemoteSession:
             self._regions.close()
             self._regions = None
         await self._channel.close()
+
+
+async def _connected(channel: grpc.aio.Channel) -> bool:
+    """Whether the first attempt to connect succeeds."""
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        if state in (
+            grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+            grpc.ChannelConnectivity.SHUTDOWN,
+        ):
+            return False
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+    return True
 
 
 _RESERVE = {

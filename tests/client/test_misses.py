@@ -1,0 +1,156 @@
+"""A lookup or a load that finds less says why, in bounded time, and never raises for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
+from dualpath.agent.outcome import MissReason
+from dualpath.agent.places import Places
+from dualpath.client.loopback_cluster import (
+    LAYOUT,
+    WAIT_S,
+    LoopbackCluster,
+    chain,
+    fill,
+    parents,
+    stored,
+    wrong_blocks,
+)
+from dualpath.kvstore.namespace import Namespace
+
+Run: TypeAlias = Callable[..., None]
+
+
+def test_absent_blocks_and_foreign_namespaces_are_misses_with_their_reason(
+    run_cluster: Run,
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded()
+        namespace_id, hashes = await stored(client, 3)
+        other = chain(3, "other")
+        lookup = await client.lookup(namespace_id, other)
+        assert (lookup.blocks, lookup.miss) == (0, MissReason.ABSENT)
+        for foreign in (
+            Namespace("model", LAYOUT, salt="another"),
+            Namespace("another model", LAYOUT),
+            Namespace("model", replace(LAYOUT, dtype="fp8")),
+        ):
+            foreign_id = await client.open_namespace(foreign)
+            lookup = await client.lookup(foreign_id, hashes)
+            assert (lookup.blocks, lookup.miss) == (0, MissReason.NAMESPACE), foreign
+            assert lookup.detail
+            memory = await client.allocate(3 * LAYOUT.block_bytes)
+            load = await client.load(
+                foreign_id, hashes, memory, Places.contiguous(LAYOUT, 3), deadline_s=WAIT_S
+            )
+            result = await load.result()
+            assert (result.blocks, result.miss) == (0, MissReason.NAMESPACE)
+            assert (await load.started()).hit_blocks == 0
+            assert await load.wait_layer(0) == 0
+
+    run_cluster(body)
+
+
+def test_an_absent_daemon_is_a_miss_at_once_and_its_return_is_noticed(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded(lookup_timeout_s=1.0)
+        namespace_id, hashes = await stored(client, 3)
+        await cluster.stop_daemon()
+        memory = await client.allocate(3 * LAYOUT.block_bytes)
+        places = Places.contiguous(LAYOUT, 3)
+        fill(memory, places, hashes)
+        started = time.monotonic()
+        lookup = await client.lookup(namespace_id, hashes)
+        assert (lookup.blocks, lookup.miss) == (0, MissReason.UNAVAILABLE)
+        load = await client.load(namespace_id, hashes, memory, places, deadline_s=WAIT_S)
+        result = await load.result()
+        assert (result.blocks, result.miss) == (0, MissReason.UNAVAILABLE)
+        assert result.events == {"daemon_unavailable": 1}
+        saved = await client.save(
+            namespace_id, hashes, parents(hashes), memory, places, deadline_s=WAIT_S
+        )
+        assert saved.reason == "daemon_unavailable"
+        assert saved.detail
+        assert saved.sealed_blocks == 0
+        assert time.monotonic() - started < 10.0
+        await cluster.start_daemon()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + WAIT_S
+        while (await client.lookup(namespace_id, hashes)).blocks < 3:
+            assert loop.time() < deadline
+            await asyncio.sleep(0.02)
+        memory.view[:] = bytes(memory.nbytes)
+        load = await client.load(namespace_id, hashes, memory, places, deadline_s=WAIT_S)
+        assert (await load.result()).blocks == 3
+        assert wrong_blocks(memory, places, hashes) == []
+
+    run_cluster(body)
+
+
+def test_an_agent_that_starts_without_any_daemon_answers_misses(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        await cluster.stop_daemon()
+        client = await cluster.embedded()
+        namespace_id = await client.open_namespace(Namespace("model", LAYOUT))
+        lookup = await client.lookup(namespace_id, chain(2))
+        assert lookup.miss is MissReason.UNAVAILABLE
+        await cluster.start_daemon()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + WAIT_S
+        while True:
+            lookup = await client.lookup(namespace_id, chain(2))
+            if lookup.miss is not MissReason.UNAVAILABLE:
+                break
+            assert loop.time() < deadline
+            await asyncio.sleep(0.02)
+        assert lookup.miss in (MissReason.NAMESPACE, MissReason.ABSENT)
+        await stored(client, 2)
+
+    run_cluster(body)
+
+
+def test_a_load_that_cannot_end_in_time_is_a_shorter_prefix(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded(storage_limit_bytes_per_s=6e6)
+        fast = await cluster.embedded("filler")
+        namespace_id, hashes = await stored(fast, 24)
+        await client.open_namespace(Namespace("model", LAYOUT))
+        memory = await client.allocate(24 * LAYOUT.block_bytes)
+        places = Places.contiguous(LAYOUT, 24)
+        load = await client.load(namespace_id, hashes, memory, places, deadline_s=1.0)
+        result = await load.result()
+        assert result.blocks < 24
+        assert result.miss is MissReason.DEADLINE
+        assert result.events["deadline"] == 1
+        good = Places(places.layer_stride_bytes, places.base_bytes[: result.blocks or 1])
+        assert wrong_blocks(memory, good, hashes[: result.blocks]) == []
+        # Fenced: what follows is not touched by writes of the load that ended.
+        memory.view[:] = b"\x5a" * memory.nbytes
+        again = await client.allocate(LAYOUT.block_bytes)
+        one = Places.contiguous(LAYOUT, 1)
+        load = await client.load(namespace_id, hashes[:1], again, one, deadline_s=WAIT_S)
+        assert (await load.result()).blocks == 1
+        assert memory.view == b"\x5a" * memory.nbytes
+
+    run_cluster(body)
+
+
+def test_chains_of_an_absent_daemon_are_misses_while_those_of_another_load(
+    run_cluster: Run,
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded(daemons=(cluster.address, "127.0.0.1:1"))
+        namespace_id = await client.open_namespace(Namespace("model", LAYOUT))
+        reasons = set()
+        for number in range(12):
+            hashes = chain(1, f"root {number}")
+            lookup = await client.lookup(namespace_id, hashes)
+            reasons.add(lookup.miss)
+        assert MissReason.UNAVAILABLE in reasons
+        assert len(reasons) == 2
+
+    run_cluster(body)
