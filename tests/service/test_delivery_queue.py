@@ -189,7 +189,7 @@ def test_reports_that_nobody_reads_are_bounded() -> None:
         queue.refuse("a", REPORTS_MAX, [1], ChunkFailure.INVALID, "bad")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PLR0912
     data: st.DataObject,

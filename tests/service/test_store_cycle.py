@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from dualpath.kvstore.layout import KVLayout
 from dualpath.proto.status import error_of
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.region import RegionDescriptor
@@ -313,6 +314,19 @@ def test_another_salt_or_layout_is_a_miss_that_says_namespace(in_lab: Any) -> No
         hit = await client.lookup(namespace_id, [*hashes, b"n" * 32])
         assert hit.blocks == 2
         assert hit.miss == store_pb2.MISS_REASON_ABSENT
+
+    in_lab(body)
+
+
+def test_an_answer_that_would_exceed_a_message_is_refused_before_it_is_made(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        client = await lab.client(await lab.daemon()).attach()
+        wide = KVLayout(layers=64, block_tokens=64, layer_bytes=1 << 20, dtype="bf16")
+        namespace_id = await client.namespace(wide)
+        with pytest.raises(grpc.RpcError, match="ask for 6250 blocks at most") as caught:
+            await client.lookup(namespace_id, [b"h" * 32] * 8192)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await client.lookup(namespace_id, [b"h" * 32] * 6250)).blocks == 0
 
     in_lab(body)
 
