@@ -178,11 +178,13 @@ def test_a_hostile_peer_costs_itself_the_connection_only(
 def test_a_caller_that_does_not_introduce_itself_is_hung_up_on(
     victim: _Victim, sent: bytes
 ) -> None:
-    with socket.create_connection(parse_address(victim.address), timeout=10) as sock:
-        with contextlib.suppress(OSError):  # hung up on before we had finished
-            sock.sendall(sent)
-            sock.shutdown(socket.SHUT_WR)
-            assert sock.recv(4096) == b""
+    with (
+        socket.create_connection(parse_address(victim.address), timeout=10) as sock,
+        contextlib.suppress(OSError),  # hung up on before we had finished
+    ):
+        sock.sendall(sent)
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(4096) == b""
     victim.friend_can_write()
 
 
