@@ -91,10 +91,13 @@ def test_reservations_expire_end_and_are_forgotten() -> None:
 
 def test_reservations_are_bounded() -> None:
     table = ReservationTable(1)
-    table.check_room()
+    table.check_room(1)
+    with pytest.raises(Overloaded, match="2 asked for"):
+        table.check_room(2)
     table.hold("a", 1, 0.0, 1.0)
+    assert table.is_full
     with pytest.raises(Overloaded):
-        table.check_room()
+        table.check_room(1)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=300, unique=True), st.integers(1, 80))

@@ -87,6 +87,8 @@ class BlockWriter:
             raise InvalidRequest(f"ttl_s must lie in 0..{RESERVATION_S_MAX} s, not {ttl_s}")
         state = self._state
         deadline = time.monotonic() + state.config.reserve_wait_s
+        with state.lock:
+            state.reservations.check_room(len(blocks))
         outcomes: list[Reservation] = []
         for start in range(0, len(blocks), _RESERVED_AT_ONCE):
             with state.lock:
@@ -132,7 +134,8 @@ class BlockWriter:
                 if above is None or state.residency.owners.get(above) != owner:
                     return Reservation(ReserveStatus.NO_PARENT)
             parent = above
-        state.reservations.check_room()
+        if state.reservations.is_full:
+            return Reservation(ReserveStatus.FULL)
         row = state.residency.reserve(entry, block.hash, parent, owner)
         if row == NO_ROW:
             return Reservation(ReserveStatus.FULL)

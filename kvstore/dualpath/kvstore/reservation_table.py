@@ -30,11 +30,18 @@ class ReservationTable:
     def __len__(self) -> int:
         return len(self._held)
 
-    def check_room(self) -> None:
-        """Raises Overloaded at `reservations_max`."""
-        if len(self._held) >= self._max:
+    @property
+    def is_full(self) -> bool:
+        """Whether `reservations_max` are open."""
+        return len(self._held) >= self._max
+
+    def check_room(self, more: int) -> None:
+        """Raises Overloaded if `more` do not fit."""
+        if len(self._held) + more > self._max:
             raise Overloaded(
-                f"{self._max} reservations are open; seal or abandon some", retry_after_s=1.0
+                f"{len(self._held)} reservations are open and {more} asked for, the most is "
+                f"{self._max}; seal or abandon some",
+                retry_after_s=1.0,
             )
 
     def hold(self, owner: str, row: int, now: float, ttl_s: float) -> HeldReservation:
