@@ -7,9 +7,9 @@ children) and the free list are kept here. Growing doubles the columns.
 
 from __future__ import annotations
 
-import enum
 from array import array
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 from dualpath.kvstore.store_api import HASH_BYTES_MAX
@@ -21,14 +21,15 @@ GONE = -2
 _ROWS_MIN = 1024
 
 
-class RowState(enum.IntEnum):
-    """What a row stands for."""
+class RowState:
+    """What a row stands for. Plain integers: they live in a column, and looking a member of an
+    enum up costs more than all else that is done with it."""
 
-    FREE = 0
-    PENDING = 1
-    SEALING = 2
-    PRESENT = 3
-    DEAD = 4
+    FREE: Final = 0
+    PENDING: Final = 1
+    SEALING: Final = 2
+    PRESENT: Final = 3
+    DEAD: Final = 4
     """Out of the index; its slots are kept until its pins and leases are gone."""
 
 

@@ -58,6 +58,7 @@ class _Batch:
     queued all of them."""
 
     waiting: int = 0
+    failed: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -255,7 +256,7 @@ class BlockWriter:
             self._await_write_back(row, jobs)
         parent = int(state.table.parent[row])
         if parent == GONE:
-            sealing.status = SealStatus.EXPIRED
+            sealing.status = SealStatus.FAILED if batch.failed else SealStatus.EXPIRED
             self._give_up(row)
             return
         state.generation += 1
@@ -369,6 +370,7 @@ class BlockWriter:
                     batch, sealing = self._waiters.pop(job.row, (None, None))
                     if batch is not None and sealing is not None:
                         sealing.status = status
+                        batch.failed = batch.failed or status is SealStatus.FAILED
                         self._decided(batch)
                 state.room.notify_all()
 
