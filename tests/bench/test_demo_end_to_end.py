@@ -44,7 +44,8 @@ def test_a_paced_demo_verifies_every_block_and_the_split_uses_both_storage_links
     status, result = run(
         tmp_path,
         *("--shaping", "pacing", "--policies", "direct,split", "--storage-rate", "20MB/s"),
-        *("--budget-mib", "24", "--concurrency", "4", "--destination", "host"),
+        *("--budget-mib", "24", "--concurrency", "4", "--decode", "1"),
+        *("--destination", "host"),
     )
     assert status == EXIT_OK, capsys.readouterr().err
     assert result["shaping"] == "pacing"
@@ -67,7 +68,15 @@ def test_a_kernel_shaped_demo_gains_by_the_split_and_cleans_up(tmp_path: Path) -
     if reason:
         pytest.skip(f"kernel shaping: {reason}")
     status, result = run(
-        tmp_path, "--shaping", "kernel", "--policies", "direct,split", "--budget-mib", "96"
+        tmp_path,
+        "--shaping",
+        "kernel",
+        "--policies",
+        "direct,split",
+        "--budget-mib",
+        "96",
+        "--decode",
+        "1",
     )
     assert status == EXIT_OK
     assert result["shaping"] == "kernel"
@@ -90,7 +99,7 @@ def test_behind_a_compute_link_no_wider_than_the_storage_link_the_split_gains_no
     status, result = run(
         tmp_path,
         *("--policies", "direct,split", "--budget-mib", "96", "--storage-rate", "20MB/s"),
-        *("--compute-ratio", "1", "--concurrency", "1"),
+        *("--compute-ratio", "1", "--concurrency", "1", "--decode", "1"),
     )
     assert status == EXIT_OK
     policies = result["policies"]

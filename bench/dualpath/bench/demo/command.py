@@ -31,9 +31,9 @@ EXIT_INTERRUPTED = 130
 
 _EXAMPLES = """examples:
   dualpath demo                                      table and picture of the default cluster
-  dualpath demo --prefill 1 --decode 2 --json out.json
-  dualpath demo --decode 2 --concurrency 1           one load at a time: latency, not throughput
-  dualpath demo --compute-ratio 1                    where a second path gains nothing
+  dualpath demo --prefill 1 --decode 1 --json out.json
+  dualpath demo --concurrency 1                      one load at a time: latency, not throughput
+  dualpath demo --concurrency 1 --compute-ratio 1    where a second path gains nothing
   dualpath demo --trace sessions.jsonl.gz --sessions 20
 
 exit status: 0 every block arrived and was right (also when the processor was the limit, which is
@@ -54,8 +54,20 @@ class DemoCommand:
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         default = DemoConfig()
         cluster = parser.add_argument_group("cluster")
-        cluster.add_argument("--prefill", type=int, default=default.prefill, metavar="N")
-        cluster.add_argument("--decode", type=int, default=default.decode, metavar="N")
+        cluster.add_argument(
+            "--prefill",
+            type=int,
+            default=default.prefill,
+            metavar="N",
+            help=f"prefill nodes (default {default.prefill})",
+        )
+        cluster.add_argument(
+            "--decode",
+            type=int,
+            default=default.decode,
+            metavar="N",
+            help=f"decode nodes (default {default.decode})",
+        )
         cluster.add_argument(
             "--storage-rate",
             default="auto",
@@ -119,7 +131,9 @@ class DemoCommand:
             metavar="N",
             help="what each policy loads (default 0: enough for the links to settle)",
         )
-        work.add_argument("--seed", type=int, default=default.seed, metavar="N")
+        work.add_argument(
+            "--seed", type=int, default=default.seed, metavar="N", help="of sessions and bytes"
+        )
         work.add_argument("--json", default="", metavar="FILE", help="write the result as JSON")
         work.add_argument(
             "--plot",

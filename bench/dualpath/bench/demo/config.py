@@ -18,7 +18,7 @@ BUDGET_BYTES_MAX = 1 << 40
 LAYERS = 16
 LAYER_BYTES = 16 << 10
 STORAGE_BYTES_PER_S = 50e6
-DIRECT_S = 12.0
+DIRECT_S = 14.0
 STORAGE_BYTES_PER_S_MIN = 10e6
 RATE_STEP = 1e6
 CPU_BOUND_SHARE = 0.4
@@ -81,9 +81,9 @@ class DemoConfig:
     """
 
     prefill: int = 1
-    decode: int = 1
+    decode: int = 2
     policies: tuple[str, ...] = POLICIES
-    concurrency: int = 8
+    concurrency: int = 16
     sessions: int = 0
     trace: str = ""
     context: Context = Context.K64

@@ -20,7 +20,7 @@ from typing import Protocol
 from dualpath.bench.demo.shaping import CNIC, CNIC_IN, SNIC, LinkRates
 from dualpath.bench.demo.topology import NodeKind, Topology
 from dualpath.proto.v1 import agent_pb2
-from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.errors import DualPathError, Unavailable
 
 SAMPLE_S = 0.1
 SAMPLES_MAX = 100_000
@@ -202,7 +202,7 @@ class LinkMeter:
     async def __aexit__(self, *_exc: object) -> None:
         assert self._task is not None
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Unavailable):
+        with contextlib.suppress(asyncio.CancelledError, DualPathError):
             await self._task
-        with contextlib.suppress(Unavailable):
+        with contextlib.suppress(DualPathError):
             await self._sample()
