@@ -150,8 +150,8 @@ def test_a_load_goes_on_after_the_session_at_its_daemon_broke(run_cluster: Run) 
         embedded_agent(client).daemons[cluster.address].link.lose("cut by the test")
         results = list(await asyncio.gather(*(load.result() for load, _ in loads)))
         check_all(results, loads, hashes)
-        assert all(result.events.get("path_lost") for result in results), results
-        assert any(result.events.get("lease_expired") for result in results), results
+        assert any(result.events.get("path_lost") for result in results), results
+        assert all(result.events.get("lease_expired") for result in results), results
 
     run_cluster(body)
 
@@ -207,10 +207,9 @@ def test_an_engine_that_dies_in_the_middle_is_fenced_and_forgotten(run_cluster: 
         kill(engine)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WAIT_S
-        while (stats := await client.stats()).loads_active:
+        while (stats := await client.stats()).loads_active or not stats.events["aborted"]:
             assert loop.time() < deadline
             await asyncio.sleep(0.01)
-        assert stats.events["aborted"] == 1
 
     run_cluster(body)
 
@@ -241,7 +240,7 @@ def test_faults_of_every_kind_cost_time_but_no_byte(
         await cluster.relay("decode-1", make_compute=relay_transport)
         await cluster.relay("decode-2", make_compute=relay_transport)
         client = await cluster.embedded(stall_s=0.5)
-        complete = 0
+        short = []
         for _ in range(3):
             loads = await begin(client, 3, hashes)
             for load, memory in loads:
@@ -250,9 +249,10 @@ def test_faults_of_every_kind_cost_time_but_no_byte(
                 part = Places.contiguous(LAYOUT, max(1, result.blocks))
                 assert wrong_blocks(memory, part, hashes[: result.blocks]) == []
                 assert result.elapsed_s < WAIT_S
-                complete += result.blocks == BLOCKS
                 memory.close()
-        assert complete >= 5, "most loads complete in spite of the faults"
+                if result.blocks < BLOCKS:
+                    short.append(result)
+        assert len(short) <= 2, short
 
     monkeypatch.setattr("dualpath.kvstore.service.process.TcpTransport", daemon_transport)
     run_cluster(body)

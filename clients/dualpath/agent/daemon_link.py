@@ -19,7 +19,7 @@ from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.kvstore.namespace import Namespace
 from dualpath.proto.status import translated
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
-from dualpath.transfer.errors import DualPathError, PeerLost, Unavailable
+from dualpath.transfer.errors import DualPathError, PeerLost, PermissionDenied, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ class DaemonLink:
 
     @property
     def session(self) -> bytes:
-        """Secret of the attachment. Raises Unavailable while down."""
+        """Secret of the attachment. Raises PeerLost while down."""
         if self.link.attached is None or not self.up:
-            raise Unavailable(f"daemon {self.address} is not connected: {self.link.reason}")
+            raise PeerLost(f"daemon {self.address} is not connected: {self.link.reason}")
         return self.link.attached.session
 
     def watch_loss(self, on_lost: Callable[[str], None]) -> None:
@@ -168,6 +168,11 @@ class DaemonLink:
                 return await getattr(self._stub, method)(
                     request, timeout=timeout_s or self._timeout_s, metadata=self.link.metadata
                 )
+        except PermissionDenied as error:
+            if error.reason != "session":
+                raise
+            self.link.lose("the daemon knows the session no more")
+            raise PeerLost(str(error)) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():

@@ -199,7 +199,21 @@ class DaemonLoads:
         if not load.progress.complete:
             load.miss, load.detail = miss, detail
             load.events[event or miss.value] += 1
+            log.warning("%s ended early, %s: %s", self._describe(load), miss.value, detail)
         return self._finish(load)
+
+    def _describe(self, load: ActiveLoad) -> str:
+        """One line for the log: where the chunks of a load are, and which paths are up."""
+        load_id = load.spec.load_id
+        chunks = {
+            state.name.lower(): count for state, count in self.dispatcher.progress(load_id).items()
+        }
+        paths = {view.name: view.up for view in self.views()}
+        waits = "lease" if load.refreshing else "tickets" if load.delegating else "nothing"
+        return (
+            f"load {load_id} (chunks {chunks}, {len(load.held)} grants held for {waits}, "
+            f"placed on {self.dispatcher.paths_of(load_id)}, paths up {paths})"
+        )
 
     def _memory_gone(self, load: ActiveLoad) -> None:
         self.end(load, MissReason.UNAVAILABLE, "its memory was taken back", "aborted")
@@ -434,7 +448,9 @@ class DaemonLoads:
                 load.refreshes += 1
                 self._refresh.renew(load, self._sendable, self._cut)
             return
-        if self.dispatcher.failed(load_id, index, path, reason, now):
+        # A broken connection is the path's fault: it pauses, and the chunk keeps its attempts.
+        blamed = "overloaded" if reason == "peer_lost" else reason
+        if self.dispatcher.failed(load_id, index, path, blamed, now):
             return
         block, chunk = load.progress.chunk_ref(index)
         if reason == "corrupt":

@@ -32,6 +32,7 @@ from dualpath.agent.relay_job import (
     Source,
     Stage,
 )
+from dualpath.agent.relay_turns import RelayTurns
 from dualpath.agent.slice_table import slices_of, table_of
 from dualpath.agent.staging import SLAB_BYTES, Staging
 from dualpath.proto.v1 import common_pb2
@@ -108,7 +109,7 @@ class Relay:
         self._reading_bytes = 0
         self._next_tag = 1
         self._requesters: dict[str, Requester] = {}
-        self._ring: deque[Requester] = deque()
+        self._turns = RelayTurns(staging, self._credit)
         self._upstreams: dict[str, _Upstream] = {}
         self._ended: Mailbox[_Ended] = Mailbox(loop, self._on_ended)
         self._landed: Mailbox[RelayChunk] = Mailbox(loop, self._on_landed)
@@ -131,8 +132,8 @@ class Relay:
         if requester.closed:
             return
         requester.closed = True
-        self._requesters.pop(requester.peer, None)
         self.cancel(requester, tuple(requester.grants))
+        self._requesters.pop(requester.peer, None)
 
     # Grants.
 
@@ -179,8 +180,7 @@ class Relay:
             requester.queue.append(RelayChunk(record, block, chunk, tag, target))
             requester.waiting_bytes += target.nbytes
             self.read_bytes += target.nbytes
-        if requester not in self._ring:
-            self._ring.append(requester)
+        self._turns.add(requester)
         self._queue_changed()
         self._arm_sweep()
         self._pump()
@@ -240,41 +240,13 @@ class Relay:
         if self._reading_bytes and window - self._reading_bytes < batch:
             return
         batches: dict[tuple[str, int, bytes, Lane], list[RelayChunk]] = {}
-        while (chunk := self._next(window)) is not None:
+        while (chunk := self._turns.next(self._reading_bytes, window)) is not None:
+            self._reading_bytes += chunk.target.nbytes
             source = chunk.grant.source
             key = (source.daemon.address, source.lease_id, source.ticket, chunk.grant.lane)
             batches.setdefault(key, []).append(chunk)
         for chunks in batches.values():
             self._read(chunks)
-
-    def _next(self, window: int) -> RelayChunk | None:
-        for _ in range(len(self._ring)):
-            requester = self._ring[0]
-            if not requester.queue:
-                self._ring.popleft()
-                continue
-            self._ring.rotate(-1)
-            chunk = requester.queue[0]
-            nbytes = chunk.target.nbytes
-            if not self._credit.allows(window, self._reading_bytes, nbytes):
-                return None
-            if requester.staged_bytes and requester.staged_bytes + nbytes > self._share():
-                continue
-            slot = self.staging.take(nbytes)
-            if slot is None:
-                return None
-            requester.queue.popleft()
-            requester.waiting_bytes -= nbytes
-            requester.staged_bytes += nbytes
-            requester.reading_bytes += nbytes
-            self._reading_bytes += nbytes
-            chunk.slot, chunk.stage = slot, Stage.READING
-            return chunk
-        return None
-
-    def _share(self) -> int:
-        """What one requester may hold of the staging: all could still get as much again."""
-        return self.staging.capacity_bytes // (1 + max(1, len(self._ring)))
 
     def _read(self, chunks: list[RelayChunk]) -> None:
         now = self._loop.time()
@@ -426,7 +398,7 @@ class Relay:
         detail: str,
     ) -> None:
         self._landed.drain()
-        for requester in self._known():
+        for requester in tuple(self._requesters.values()):
             waiting = [chunk for chunk in requester.queue if chosen(chunk)]
             if waiting:
                 requester.queue = deque(c for c in requester.queue if not chosen(c))
@@ -439,10 +411,6 @@ class Relay:
                 if chosen(chunk):
                     self._fail(chunk, failure, detail)
         self._queue_changed()
-
-    def _known(self) -> list[Requester]:
-        """Attached requesters, and closed ones of which something still waits."""
-        return list({**dict.fromkeys(self._requesters.values()), **dict.fromkeys(self._ring)})
 
     def _no_longer_reading(self, chunk: RelayChunk) -> None:
         nbytes = chunk.target.nbytes

@@ -89,6 +89,7 @@ class Requester:
     reading_bytes: int = 0
     relayed_bytes: int = 0
     closed: bool = False
+    in_turns: bool = False
     on_queue: Callable[[], None] | None = None
     """Called when what it should know of the node's read queue may have changed."""
 

@@ -33,7 +33,7 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.service.config import DaemonConfig
 from dualpath.kvstore.service.process import Daemon
 
-WAIT_S = 30.0
+WAIT_S = 10.0
 LAYOUT = KVLayout(layers=8, block_tokens=16, layer_bytes=80_000, dtype="bf16")
 """Three chunks a block, the last one short; layers are not page-aligned."""
 
