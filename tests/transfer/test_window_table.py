@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import hypothesis.strategies as st
 import pytest
 from dualpath.transfer.errors import InvalidRequest
@@ -162,3 +164,61 @@ def test_a_closed_table_opens_no_window_and_has_fenced_all() -> None:
     assert not landing.open
     with pytest.raises(InvalidRequest):
         table.expose(region, 0, NBYTES, lambda arrival: True)
+
+
+def _armed(table: WindowTable, tag: int = 7) -> tuple[RegionDescriptor, Slices]:
+    window = table.expose(Region.anonymous(NBYTES), 0, NBYTES, lambda _: True)
+    slices = Slices.contiguous(0, NBYTES)
+    table.arm(window, [(tag, slices)])
+    return window, slices
+
+
+def _begin(table: WindowTable, window: RegionDescriptor, slices: Slices, tag: int = 7) -> Landing:
+    return table.begin("p", window.key, window.generation, tag, slices)
+
+
+def test_every_fence_of_a_tag_waits_for_the_bytes_that_are_arriving() -> None:
+    table = WindowTable()
+    window, slices = _armed(table)
+    landing = _begin(table, window, slices)
+    fences = (
+        lambda: table.disarm(window, [7]),
+        lambda: table.disarm(window, [7]),
+        lambda: table.revoke(window),
+        lambda: table.revoke(window),
+        lambda: table.disarm(window, [7]),
+        table.close,
+    )
+    threads = [threading.Thread(target=fence, daemon=True) for fence in fences]
+    with landing.lock:  # as while bytes are received
+        for thread in threads:
+            thread.start()
+            thread.join(0.1)
+            assert thread.is_alive(), "a fence returned while bytes could still land"
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not landing.open
+
+
+def test_a_tag_whose_connection_is_just_ending_counts_as_not_landed() -> None:
+    table = WindowTable()
+    window, slices = _armed(table)
+    landing = _begin(table, window, slices)
+    landing.close()  # the first half of `abandon`
+    assert table.disarm(window, [7]) == {7}
+    table.abandon(landing)
+    table.arm(window, [(7, slices)])
+
+
+def test_an_old_landing_that_is_given_up_late_does_not_unfence_its_successor() -> None:
+    table = WindowTable()
+    window, slices = _armed(table)
+    old = _begin(table, window, slices)
+    assert table.disarm(window, [7]) == {7}
+    table.arm(window, [(7, slices)])
+    new = _begin(table, window, slices)
+    table.abandon(old)
+    assert new.open
+    table.revoke(window)
+    assert not new.open

@@ -46,30 +46,48 @@ class _Window:
     armed: dict[int, Slices] = field(default_factory=dict)
     landings: dict[int, Landing] = field(default_factory=dict)
     spent: set[int] = field(default_factory=set)
+    revoked: bool = False
+
+    def revoke(self) -> list[Landing]:
+        """Let no landing begin any more; return those that the caller has to close."""
+        self.revoked = True
+        self.armed.clear()
+        return list(self.landings.values())
+
+    def remove(self, landing: Landing) -> bool:
+        """Take out this landing, not a later one of the same tag; False if it is not in."""
+        if self.landings.get(landing.tag) is not landing:
+            return False
+        del self.landings[landing.tag]
+        return True
 
 
 class Landing:
     """One accepted write on its way into a region.
 
     The transport writes only while it holds `lock` and `open` is true, in steps that never
-    block; so whoever takes the lock and closes the landing knows that no byte follows.
+    block; so whoever takes the lock and closes the landing knows that no byte follows. `landed`
+    says that all bytes came before that. A landing stays in its window's table until it was
+    closed, so that everybody who fences the tag waits for that lock.
     """
 
-    __slots__ = ("_window", "lock", "open", "peer", "region", "slices", "tag")
+    __slots__ = ("_window", "landed", "lock", "open", "peer", "region", "slices", "tag")
 
     def __init__(self, window: _Window, peer: str, tag: int, slices: Slices) -> None:
         self._window = window
         self.lock = threading.Lock()
         self.open = True
+        self.landed = False
         self.peer = peer
         self.region = window.region
         self.tag = tag
         self.slices = slices
 
-    def close(self) -> bool:
-        """Let nothing more in; say whether it was still open."""
+    def close(self, *, landed: bool = False) -> bool:
+        """Let nothing more in; say whether it was still open. `landed`: all bytes are in."""
         with self.lock:
             was_open, self.open = self.open, False
+            self.landed = self.landed or (was_open and landed)
             return was_open
 
 
@@ -139,9 +157,17 @@ class WindowTable:
                 if record.armed.pop(tag, None) is not None or tag in record.spent:
                     record.spent.discard(tag)
                     unlanded.add(tag)
-                elif (landing := record.landings.pop(tag, None)) is not None:
+                elif (landing := record.landings.get(tag)) is not None:
                     landings.append(landing)
-        unlanded.update(landing.tag for landing in landings if landing.close())
+        for landing in landings:
+            landing.close()
+            if not landing.landed:
+                unlanded.add(landing.tag)
+        if landings:
+            with self._lock:
+                for landing in landings:
+                    record.remove(landing)
+                    record.spent.discard(landing.tag)
         return frozenset(unlanded)
 
     def revoke(self, window: RegionDescriptor) -> None:
@@ -150,23 +176,30 @@ class WindowTable:
             record = self._windows.get(window.key)
             if record is None or record.descriptor.generation != window.generation:
                 return
-            del self._windows[window.key]
-        _fence(record)
+            landings = record.revoke()
+        self._finish_revoking([record], landings)
 
     def close(self) -> None:
         """Fence all windows and open no further ones."""
         with self._lock:
             self._closed = True
             records = list(self._windows.values())
-            self._windows.clear()
-        for record in records:
-            _fence(record)
+            landings = [landing for record in records for landing in record.revoke()]
+        self._finish_revoking(records, landings)
+
+    def _finish_revoking(self, records: list[_Window], landings: list[Landing]) -> None:
+        for landing in landings:
+            landing.close()
+        # Only now, so that whoever else fences meanwhile finds the landings and waits as well.
+        with self._lock:
+            for record in records:
+                self._windows.pop(record.descriptor.key, None)
 
     def begin(self, peer: str, key: int, generation: int, tag: int, slices: Slices) -> Landing:
         """Accept a write of `peer`, or raise Refused. It ends by `land` or `abandon`."""
         with self._lock:
             record = self._windows.get(key)
-            if record is None or record.descriptor.generation != generation:
+            if record is None or record.revoked or record.descriptor.generation != generation:
                 raise Refused("no_window")
             armed = record.armed.get(tag)
             if armed is None:
@@ -183,11 +216,11 @@ class WindowTable:
 
         Raises Refused if it was fenced before, or if the owner rejects the bytes.
         """
-        if not landing.close():
+        if not landing.close(landed=True):
             raise Refused("fenced")
         record = landing._window
         with self._lock:
-            record.landings.pop(landing.tag, None)
+            record.remove(landing)
         arrival = Arrival(landing.peer, record.descriptor.key, landing.tag, landing.slices)
         if not _tell(record.on_arrival, arrival):
             raise Refused("rejected")
@@ -196,7 +229,7 @@ class WindowTable:
         """The rest of the bytes will not come: the tag is spent until it is disarmed."""
         landing.close()
         with self._lock:
-            if landing._window.landings.pop(landing.tag, None) is not None:
+            if landing._window.remove(landing):
                 landing._window.spent.add(landing.tag)
 
     def __repr__(self) -> str:
@@ -207,19 +240,12 @@ class WindowTable:
 
     def _live(self, window: RegionDescriptor) -> _Window:
         record = self._windows.get(window.key)
-        if record is None or record.descriptor != window:
+        if record is None or record.revoked or record.descriptor != window:
             raise InvalidRequest(
                 f"window of generation {window.generation} is not live: it was revoked or "
                 "belongs to another transport"
             )
         return record
-
-
-def _fence(record: _Window) -> None:
-    for landing in list(record.landings.values()):
-        landing.close()
-    record.landings.clear()
-    record.armed.clear()
 
 
 def _check_target(window: RegionDescriptor, tag: int, slices: Slices) -> None:
