@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 from dualpath.kvstore.service.delivery_queue import (
+    GRANT_CHUNKS_MAX,
     GRANTS_MAX,
+    QUEUED_CHUNKS_MAX,
     REPORTS_MAX,
     ChunkFailure,
     Delivery,
@@ -187,6 +189,40 @@ def test_reports_that_nobody_reads_are_bounded() -> None:
         queue.refuse("a", grant, [1], ChunkFailure.INVALID, "bad")
     with pytest.raises(Overloaded):
         queue.refuse("a", REPORTS_MAX, [1], ChunkFailure.INVALID, "bad")
+
+
+def test_failed_chunks_that_nobody_reads_of_are_bounded() -> None:
+    queue = _queue()
+    queue.open("cancels")
+    queue.open("sends rubbish")
+    most = QUEUED_CHUNKS_MAX // GRANT_CHUNKS_MAX
+    tags = list(range(GRANT_CHUNKS_MAX))
+    for grant in range(most):
+        queue.add("cancels", _grant(grant, GRANT_CHUNKS_MAX))
+        queue.cancel("cancels", grant)
+        queue.refuse("sends rubbish", grant, tags, ChunkFailure.INVALID, "bad")
+    with pytest.raises(Overloaded, match=str(QUEUED_CHUNKS_MAX)):
+        queue.add("cancels", _grant(most, 1))
+    with pytest.raises(Overloaded, match=f"{QUEUED_CHUNKS_MAX + 1} failed chunks"):
+        queue.refuse("sends rubbish", most, [1], ChunkFailure.INVALID, "bad")
+    for peer in ("cancels", "sends rubbish"):
+        assert sum(len(each.failures) for each in queue.reports(peer, 1 << 30)) == most * len(tags)
+        queue.refuse(peer, most, [1], ChunkFailure.INVALID, "bad")
+
+
+def test_deadlines_of_grants_that_are_over_do_not_pile_up_behind_one_that_waits() -> None:
+    queue = _queue(peer_chunks=1)
+    queue.open("slow")
+    queue.open("quick")
+    queue.add("slow", _grant(0, 2, deadline_at=1.0))
+    stuck = queue.next(0.0)  # in flight for ever, and its second chunk waits behind it
+    assert stuck is not None
+    for grant in range(10_000):
+        queue.add("quick", _grant(grant, 1, deadline_at=600.0))
+        _picked(queue, 1)
+        queue.reports("quick", 10)
+    assert len(queue._deadlines) < 3_000
+    assert queue.next_deadline() == 1.0
 
 
 @settings(max_examples=80, deadline=None)

@@ -16,7 +16,7 @@ from typing import Any
 from dualpath.kvstore.service.attachments import Attachment, Attachments, check_alive
 from dualpath.kvstore.service.auth import Caller
 from dualpath.kvstore.service.deliver import DeliveryEngine
-from dualpath.kvstore.service.delivery_queue import ChunkFailure
+from dualpath.kvstore.service.delivery_queue import GRANT_CHUNKS_MAX, ChunkFailure
 from dualpath.kvstore.service.lease_owners import LeaseOwners
 from dualpath.kvstore.service.messages import checked_session, grant_of, progress_message
 from dualpath.kvstore.service.ticket import TicketMint
@@ -137,6 +137,11 @@ class DeliverCalls:
         if not request.HasField("grant"):
             return
         message = request.grant
+        if len(message.tag) > GRANT_CHUNKS_MAX:
+            # Not even refused chunk by chunk: the report would be as long.
+            raise InvalidRequest(
+                f"grant {message.grant_id}: {len(message.tag)} chunks; {GRANT_CHUNKS_MAX} at most"
+            )
         try:
             lease_id = self._lease_of(peer, request)
             self._engine.submit(peer, grant_of(message, lease_id, now=self._clock()))

@@ -14,7 +14,7 @@ import heapq
 import itertools
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.lane import SAVE_FLOOR, Lane
@@ -26,9 +26,9 @@ GRANTS_MAX = 1024
 """Most grants of one attachment that have not been reported as done."""
 REPORTS_MAX = 2 * GRANTS_MAX
 QUEUED_CHUNKS_MAX = 1 << 16
-"""Most queued chunks of one attachment."""
-
-
+"""Most queued chunks of one attachment, and most failed ones that it has not read of."""
+_STALE_DEADLINES = 1024
+"""Deadlines of grants that have nothing waiting any more, before they are swept out."""
 FLOOR_DEBT_BYTES_MAX = 4 << 20
 """What the lower lanes can be owed at most, so that they never burst for long."""
 
@@ -99,6 +99,7 @@ class _Peer:
     inflight_bytes: int = 0
     queued_bytes: int = 0
     queued_chunks: int = 0
+    unread_failures: int = 0
     closed: bool = False
     # Rings of grants with waiting chunks, by lane.
     rings: dict[Lane, deque[_OpenGrant]] = field(
@@ -133,6 +134,7 @@ class DeliveryQueue:
         # Rings of attachments with waiting chunks, by lane.
         self._rings: dict[Lane, deque[_Peer]] = {lane: deque() for lane in Lane}
         self._deadlines: list[tuple[float, int, _Peer, _OpenGrant]] = []
+        self._deadlines_max = _STALE_DEADLINES
         self._order = itertools.count()
         self._floor_debt = 0.0
         self.inflight_bytes = 0
@@ -172,12 +174,15 @@ class DeliveryQueue:
                 "read its progress",
                 retry_after_s=0.1,
             )
-        if peer.queued_chunks + len(grant.chunks) > QUEUED_CHUNKS_MAX:
+        held = peer.queued_chunks + peer.unread_failures
+        if held + len(grant.chunks) > QUEUED_CHUNKS_MAX:
             raise Overloaded(
-                f"{peer.queued_chunks} chunks wait already, {QUEUED_CHUNKS_MAX} at most",
+                f"{held} chunks wait already, or their failures wait to be read; "
+                f"{QUEUED_CHUNKS_MAX} at most",
                 retry_after_s=0.1,
             )
-        opened = _OpenGrant(grant, deque(grant.chunks))
+        # Chunks that have gone need no memory, however late the grant is reported.
+        opened = _OpenGrant(replace(grant, chunks=()), deque(grant.chunks))
         peer.grants[grant.grant_id] = opened
         if opened.done:  # an empty grant
             peer.reports[grant.grant_id] = opened
@@ -190,6 +195,10 @@ class DeliveryQueue:
             self._rings[grant.lane].append(peer)
         peer.rings[grant.lane].append(opened)
         heapq.heappush(self._deadlines, (grant.deadline_at, next(self._order), peer, opened))
+        if len(self._deadlines) > self._deadlines_max:
+            self._deadlines = [entry for entry in self._deadlines if entry[3].waiting]
+            heapq.heapify(self._deadlines)
+            self._deadlines_max = 2 * len(self._deadlines) + _STALE_DEADLINES
 
     def refuse(
         self, name: str, grant_id: int, tags: Sequence[int], failure: ChunkFailure, detail: str
@@ -201,14 +210,17 @@ class DeliveryQueue:
         peer = self._peers[name]
         if grant_id in peer.grants or grant_id in peer.reports:
             raise InvalidRequest(f"grant_id {grant_id} is in use on this stream")
-        if len(peer.reports) >= REPORTS_MAX:
+        unread = peer.unread_failures + len(tags)
+        if len(peer.reports) >= REPORTS_MAX or unread > QUEUED_CHUNKS_MAX:
             raise Overloaded(
-                f"{len(peer.reports)} grants wait to be reported: read the stream",
+                f"{len(peer.reports)} grants with {unread} failed chunks wait to be reported: "
+                "read the stream",
                 retry_after_s=1.0,
             )
         grant = Grant(grant_id, 0, _NO_WINDOW, Lane.BACKGROUND, 0.0, ())
         refused = _OpenGrant(grant, deque(), 0, [(tag, failure) for tag in tags], detail)
         peer.reports[grant_id] = refused
+        peer.unread_failures += len(tags)
         self.failures[failure] += len(tags)
 
     def cancel(self, name: str, grant_id: int) -> bool:
@@ -245,6 +257,7 @@ class DeliveryQueue:
         if failure is not None:
             self.failures[failure] += 1
             grant.failures.append((job.chunk.tag, failure))
+            peer.unread_failures += 1
             grant.detail = grant.detail or detail
         if peer.closed or (failure is None and not grant.done):
             return False
@@ -279,6 +292,7 @@ class DeliveryQueue:
             grant_id = grant.grant.grant_id
             taken.append(Progress(grant_id, grant.done, tuple(grant.failures), grant.detail))
             count += len(grant.failures)
+            peer.unread_failures -= len(grant.failures)
             grant.failures.clear()
             if grant.done and peer.grants.get(grant_id) is grant:
                 del peer.grants[grant_id]
@@ -344,6 +358,7 @@ class DeliveryQueue:
             self.failures[failure] += len(grant.waiting)
             grant.detail = grant.detail or detail
             peer.queued_chunks -= len(grant.waiting)
+            peer.unread_failures += len(grant.waiting)
             peer.queued_bytes -= nbytes
             self.queued_bytes -= nbytes
             grant.waiting.clear()
