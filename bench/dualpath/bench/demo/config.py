@@ -83,7 +83,7 @@ class DemoConfig:
     prefill: int = 1
     decode: int = 2
     policies: tuple[str, ...] = POLICIES
-    concurrency: int = 16
+    concurrency: int = 24
     sessions: int = 0
     trace: str = ""
     context: Context = Context.K64

@@ -47,7 +47,7 @@ from dualpath.transfer.errors import InvalidRequest, Unavailable
 
 BASELINE_BYTES = 384 << 20
 WARM_UP_BYTES = 32 << 20
-LOAD_BYTES_MEAN = 6 << 20
+LOAD_BYTES_MEAN = 4 << 20
 LONE_LOAD_BYTES_MEAN = 48 << 20
 POOL_BYTES_MAX = 2 << 30
 """Most memory of an engine's pool; loads wait for pages beyond."""
