@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import grpc
 import pytest
 from dualpath.kvstore.checksum import xxh3_64
+from dualpath.kvstore.service import byte_streams
 from dualpath.proto.status import error_of
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.errors import Overloaded
@@ -51,6 +53,11 @@ async def _read(client: Any, namespace_id: bytes, hashes: Sequence[bytes]) -> An
         assert frame.offset_bytes == len(block)
         block += frame.data
     return hit, [bytes(blocks[index]) for index in sorted(blocks)]
+
+
+async def _drain(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
 
 
 def test_what_one_stream_wrote_another_reads(in_lab: Any) -> None:
@@ -210,6 +217,34 @@ def test_a_reader_that_stops_reading_holds_up_nobody(in_lab: Any) -> None:
             pass
 
     in_lab(body)
+
+
+def test_readers_that_stop_reading_give_their_places_up_in_time(
+    in_lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byte_streams, "FRAME_WAIT_S_MAX", 0.3)
+
+    async def body(lab: Any) -> None:
+        running = await lab.daemon()
+        client, other = lab.client(running), lab.client(running)
+        namespace_id = await client.namespace()
+        hashes = lab.chain(30)
+        await _write(client, _frames(lab, namespace_id, hashes))
+        request = store_pb2.ReadRequest(namespace_id=namespace_id, hash=hashes)
+        held = [client.stub.Read(request) for _ in range(byte_streams.STREAMS_MAX)]
+        for call in held:
+            await call.read()
+        while (await other.call("Stats", store_pb2.StatsRequest())).leases:
+            await asyncio.sleep(0.05)
+        _, blocks = await _read(other, namespace_id, hashes)
+        assert len(blocks) == 30
+        with pytest.raises(grpc.RpcError, match="no frame was taken") as caught:
+            await _drain(held[0])
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        for call in held:
+            call.cancel()
+
+    in_lab(body, limit_s=20)
 
 
 def test_streams_beyond_the_limit_are_told_when_to_retry(in_lab: Any) -> None:

@@ -9,10 +9,10 @@ order. Bounds the streams that run at once and the bytes that one Write holds un
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ FRAME_BYTES_MAX = 1 << 20
 STREAMS_MAX = 16
 LEASE_S = 60.0
 FRAME_WAIT_S_MAX = 60.0
-"""Longest pause between two frames of a Write."""
+"""Longest pause between two frames of a Write, and longest that a Read's client may take none."""
 BLOCK_S_MAX = 240.0
 """Longest time from a block's first frame to its last. Its slot is ours for longer than that."""
 SEAL_BYTES = 16 << 20
@@ -77,8 +77,21 @@ class ByteStreams:
         self._ids = itertools.count(1)
         self._running = 0
 
-    async def read(self, request: store_pb2.ReadRequest) -> AsyncIterator[store_pb2.ReadFrame]:
+    async def read(
+        self, request: store_pb2.ReadRequest, send: Callable[[store_pb2.ReadFrame], Awaitable[None]]
+    ) -> None:
         """See store.proto: the prefix's blocks, a frame a chunk."""
+        # A client that does not read must not keep its place among the streams.
+        async with contextlib.aclosing(self._reading(request)) as frames:
+            async for frame in frames:
+                try:
+                    await asyncio.wait_for(send(frame), FRAME_WAIT_S_MAX)
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"no frame was taken within {FRAME_WAIT_S_MAX:.1f} s: read the stream"
+                    ) from None
+
+    async def _reading(self, request: store_pb2.ReadRequest) -> AsyncGenerator[store_pb2.ReadFrame]:
         namespace_id = checked_namespace_id(request.namespace_id)
         checked_hashes("hash", request.hash)
         layout = self._store.layout(namespace_id)
@@ -153,7 +166,7 @@ class ByteStreams:
         """The store that is read and written."""
         return self._store
 
-    @contextmanager
+    @contextlib.contextmanager
     def _counted(self) -> Iterator[str]:
         if self._running >= STREAMS_MAX:
             raise Overloaded(

@@ -179,12 +179,12 @@ class StoreService(store_pb2_grpc.StoreServicer):
         async for response in self._delivers.deliver(request_iterator, caller, context):
             yield response
 
-    async def Read(
+    # The stubs know only handlers that yield; gRPC takes one that writes as well.
+    async def Read(  # type: ignore[override]
         self, request: store_pb2.ReadRequest, context: Context
-    ) -> AsyncIterator[store_pb2.ReadFrame]:
+    ) -> None:
         """See store.proto."""
-        async for frame in self._streams.read(request):
-            yield frame
+        await self._streams.read(request, context.write)
 
     async def Write(self, request_iterator: Any, context: Context) -> store_pb2.WriteResponse:
         """See store.proto."""
