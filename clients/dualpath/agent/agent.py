@@ -246,7 +246,6 @@ class Agent:
     def stats(self) -> agent_pb2.AgentStatsResponse:
         """Counters and gauges."""
         storage = list(self.storage.values())
-        now = asyncio.get_running_loop().time()
         response = agent_pb2.AgentStatsResponse(
             server_id=self.server_id,
             name=self.config.name,
@@ -260,7 +259,6 @@ class Agent:
             relayed_bytes=self.relay.relayed_bytes,
             events=dict(self.events()),
         )
-        del now
         response.link.extend(
             (
                 agent_pb2.LinkStats(

@@ -1,7 +1,6 @@
 """Prometheus metrics of an agent: read from its parts at each scrape.
 
-Owns the names and the one histogram. A scrape runs on the endpoint's thread; it takes snapshots
-of plain counters, which the loop may be changing, and never blocks the loop.
+Owns the names. A scrape runs on the endpoint's thread and gets its snapshot from the loop.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ from grpc_reflection.v1alpha import reflection
 
 CALLS_MAX = 8192
 STOP_S_MAX = 2.0
+SNAPSHOT_S_MAX = 5.0
+"""How long a scrape waits for the loop."""
 SETTLE_S_MAX = 3.0
 """How long a start waits for daemons and relays; absent ones are tried again later."""
 REGIONS_SUFFIX = ".regions"
@@ -50,6 +52,7 @@ class AgentServer:
     ) -> None:
         self.config = config
         self.agent = Agent(config, make_storage=make_storage, make_compute=make_compute)
+        self.metrics_address = ""
         self._stack = contextlib.AsyncExitStack()
 
     async def start(self) -> Mapping[str, object]:
@@ -68,7 +71,7 @@ class AgentServer:
         config, stack = self.config, self._stack
         await self.agent.start(relaying=True)
         stack.push_async_callback(self.agent.stop)
-        metrics = self._serve_metrics()
+        self.metrics_address = self._serve_metrics()
         listen = await self._serve_calls()
         if config.unix:
             sockets = RegionSocket(
@@ -82,15 +85,23 @@ class AgentServer:
             "listen": listen,
             "unix": config.unix,
             "data_listen": self.agent.compute.transport.address,
-            "metrics_listen": metrics,
+            "metrics_listen": self.metrics_address,
         }
 
     def _serve_metrics(self) -> str:
         if not self.config.metrics_listen:
             return ""
-        agent = self.agent
+        agent, loop = self.agent, asyncio.get_running_loop()
+
+        def snapshot() -> agent_pb2.AgentStatsResponse:
+            # The endpoint has a thread of its own; the agent's parts belong to the loop.
+            async def stats() -> agent_pb2.AgentStatsResponse:
+                return agent.stats()
+
+            return asyncio.run_coroutine_threadsafe(stats(), loop).result(SNAPSHOT_S_MAX)
+
         collector = AgentCollector(
-            agent.stats,
+            snapshot,
             lambda: dict(agent.loader.misses),
             lambda: (
                 agent.loader.requested_blocks,
@@ -100,7 +111,6 @@ class AgentServer:
             agent.loader.load_s,
         )
         server = MetricsServer(self.config.metrics_listen, collector)
-        loop = asyncio.get_running_loop()
         self._stack.push_async_callback(partial(loop.run_in_executor, None, server.close))
         return server.address
 
