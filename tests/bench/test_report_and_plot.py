@@ -133,6 +133,8 @@ def test_a_shaped_sum_above_two_fifths_of_the_unshaped_rate_is_cpu_bound() -> No
     assert slow.ok
     assert any("CPU BOUND" in line for line in slow.verdict)
     assert slow.to_json()["cpu_bound"] is True
+    claims = [policy.bound_by(cpu_bound=True) for policy in slow.policies.values()]
+    assert all(claim.startswith("not claimed") for claim in claims)
 
 
 @pytest.mark.parametrize(

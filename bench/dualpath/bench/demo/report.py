@@ -96,12 +96,16 @@ class PolicyReport:
         full = [use for use in busiest if (use.utilisation or 0.0) >= BINDING_UTILISATION]
         if not busiest:
             return "not known: the links have no limits"
-        if not full:
-            most = busiest[0]
-            reason = "the processor" if cpu_bound else "latency or an uneven choice of paths"
+        most = busiest[0]
+        if cpu_bound:
             return (
-                f"no link: {most.link.name} is the busiest with {_percent(most)}; "
-                f"so {reason}, with {self.run.cpu_cores:.1f} cores in use"
+                f"not claimed, as the processor may be what binds; {most.link.name} is the "
+                f"busiest link with {_percent(most)}, {self.run.cpu_cores:.1f} cores in use"
+            )
+        if not full:
+            return (
+                f"no link: {most.link.name} is the busiest with {_percent(most)}; so latency or "
+                f"an uneven choice of paths, with {self.run.cpu_cores:.1f} cores in use"
             )
         return ", ".join(f"{use.link.name} ({_percent(use)})" for use in full)
 
