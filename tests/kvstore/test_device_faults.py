@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import random
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.device import MemoryDevice
 from dualpath.kvstore.durable_index import IndexFailure
-from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
+from dualpath.kvstore.fault_device import FaultDevice, FaultFile, FaultPlan
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.store_api import MissReason, SealStatus, Tier
+from dualpath.kvstore.store_api import MissReason, ReserveStatus, SealStatus, Tier
 from dualpath.transfer.errors import Corrupt
 
 Content = Callable[[bytes, int], bytes]
@@ -261,3 +262,52 @@ def test_power_loss_keeps_what_was_acknowledged_and_serves_nothing_torn(
         for hashes in chains:
             put(store, space, hashes, content)
             intact(store, space, hashes, content)
+
+
+def test_a_durable_put_waits_for_blocks_that_are_there_but_not_written_back(
+    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    sync = FaultFile.sync
+
+    def slow_sync(file: FaultFile) -> None:
+        assert gate.wait(20)
+        sync(file)
+
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        space = store.open_namespace(namespace)
+        assert put(store, space, chain(1, 999), content) == [SealStatus.SEALED]
+        monkeypatch.setattr(FaultFile, "sync", slow_sync)
+        assert put(store, space, chain(2), content, durable=False) == [SealStatus.SEALED] * 2
+        done: list[object] = []
+        again = threading.Thread(
+            target=lambda: done.extend(put(store, space, chain(2), content)), daemon=True
+        )
+        again.start()
+        again.join(0.2)
+        assert not done, "acknowledged as durable while it was not"
+        gate.set()
+        again.join(20)
+        assert done == [ReserveStatus.EXISTS] * 2
+
+
+def test_a_durable_put_says_so_if_what_was_there_could_not_be_written_back(
+    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def failing_sync(file: FaultFile) -> None:
+        assert gate.wait(20)
+        raise OSError(errno.EIO, "injected")
+
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        space = store.open_namespace(namespace)
+        assert put(store, space, chain(1, 999), content) == [SealStatus.SEALED]
+        monkeypatch.setattr(FaultFile, "sync", failing_sync)
+        assert put(store, space, chain(2), content, durable=False) == [SealStatus.SEALED] * 2
+        opening = threading.Timer(0.1, gate.set)
+        opening.start()
+        assert put(store, space, chain(2), content) == [SealStatus.FAILED] * 2
+        opening.join()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.psync_device import PsyncFile
 from dualpath.proto.status import error_of
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.region import RegionDescriptor
@@ -402,5 +404,37 @@ def test_bad_input_is_refused_by_field_and_value(in_lab: Any) -> None:
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (method, said)
         # Nothing was lost by it.
         await client.save(namespace_id, lab.chain(1))
+
+    in_lab(body)
+
+
+def test_an_empty_durable_seal_waits_until_what_existed_is_durable(
+    in_lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    sync = PsyncFile.sync
+
+    def slow_sync(file: PsyncFile) -> None:
+        assert gate.wait(20)
+        sync(file)
+
+    async def body(lab: Any) -> None:
+        client = await lab.client(await lab.daemon()).attach()
+        namespace_id = await client.namespace()
+        hashes = lab.chain(2)
+        await client.save(namespace_id, lab.chain(1, "other"))  # so that there is a segment
+        monkeypatch.setattr(PsyncFile, "sync", slow_sync)
+        await client.save(namespace_id, hashes, durable=False)
+        again = await client.reserve(namespace_id, hashes)
+        assert set(again.status) == {store_pb2.RESERVE_STATUS_EXISTS}
+        nothing = store_pb2.SealRequest(session=client.session)
+        with pytest.raises(grpc.RpcError, match="reservation_id: 0"):
+            await client.call("Seal", nothing)
+        nothing.durable = True
+        waiting = asyncio.ensure_future(client.call("Seal", nothing))
+        _, still = await asyncio.wait([waiting], timeout=0.2)
+        assert still, "acknowledged as durable while it was not"
+        gate.set()
+        assert not (await waiting).status
 
     in_lab(body)

@@ -57,7 +57,9 @@ class _Batch:
     """Sealings that a thread waits for; `waiting` counts those, and the thread until it has
     queued all of them."""
 
-    waiting: int = 0
+    waiting: int
+    submitted_before: int
+    """Jobs of all batches that were queued before this one."""
     failed: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -69,6 +71,9 @@ class BlockWriter:
         self._state = state
         self._committer: Committer | None = None
         self._queued: set[int] = set()
+        # Jobs so far; they are settled in the order in which they were submitted.
+        self._submitted = 0
+        self._settled = 0
         self._waiters: dict[int, tuple[_Batch, _Sealing]] = {}
         self.on_expired: OnExpired | None = None
 
@@ -179,10 +184,9 @@ class BlockWriter:
                 self._hash(sealing)
         batch = self._enqueue(sealings, owner, durable)
         if not batch.done.wait(self._state.config.commit_wait_s):
-            raise Unavailable(
-                f"the SSD tier did not finish a commit within {self._state.config.commit_wait_s} "
-                "s; blocks of this batch may or may not be stored"
-            )
+            raise self._too_slow()
+        if durable:
+            self._await_settled(batch.submitted_before)
         return tuple(sealing.status or SealStatus.FAILED for sealing in sealings)
 
     def _begin(self, requests: Sequence[SealRequest], owner: str) -> list[_Sealing]:
@@ -232,7 +236,8 @@ class BlockWriter:
     def _enqueue(self, sealings: Sequence[_Sealing], owner: str, durable: bool) -> _Batch:
         """Publish or queue each block, in order. The batch is done when all are decided."""
         state = self._state
-        batch = _Batch(waiting=1)
+        with state.lock:
+            batch = _Batch(waiting=1, submitted_before=self._submitted)
         for start in range(0, len(sealings), _SEALED_AT_ONCE):
             jobs: list[CommitJob] = []
             with state.lock:
@@ -268,6 +273,24 @@ class BlockWriter:
         else:
             batch.waiting += 1
             self._waiters[row] = (batch, sealing)
+
+    def _await_settled(self, jobs: int) -> None:
+        """Wait until the first `jobs` jobs ever are settled: a durable caller may count on blocks
+        that it found present."""
+        state = self._state
+        deadline = time.monotonic() + state.config.commit_wait_s
+        with state.lock:
+            while self._settled < jobs:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._too_slow()
+                state.room.wait(left)
+
+    def _too_slow(self) -> Unavailable:
+        return Unavailable(
+            f"the SSD tier did not finish a commit within {self._state.config.commit_wait_s} s; "
+            "blocks of this batch may or may not be stored"
+        )
 
     def _give_up(self, row: int) -> None:
         self._state.residency.drop_pending(row)
@@ -308,6 +331,7 @@ class BlockWriter:
         assert self._committer is not None
         if jobs:
             self._committer.submit(list(jobs))
+            self._submitted += len(jobs)
             jobs.clear()
 
     def _job(self, sealing: _Sealing, owner: str) -> CommitJob:
@@ -363,8 +387,11 @@ class BlockWriter:
         for start in range(0, len(jobs), _SETTLED_AT_ONCE):
             with state.lock:
                 for job in jobs[start : start + _SETTLED_AT_ONCE]:
+                    if job.row not in self._queued:
+                        continue  # settled before a surprise, after which all are settled again
                     status = self._settle(job)
                     self._queued.discard(job.row)
+                    self._settled += 1
                     job.data.release()
                     state.residency.unpin(job.row)
                     batch, sealing = self._waiters.pop(job.row, (None, None))

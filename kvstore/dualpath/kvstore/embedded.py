@@ -36,7 +36,11 @@ def put(
     durable: bool = True,
     owner: str = OWNER,
 ) -> tuple[PutStatus, ...]:
-    """Store whole blocks, parents first. Raises InvalidRequest on sizes that do not fit."""
+    """Store whole blocks, parents first. Raises InvalidRequest on sizes that do not fit.
+
+    With `durable`, blocks that existed are durable as well when this returns; FAILED if they had
+    still to be written back and could not be.
+    """
     nbytes = store.layout(namespace_id).block_bytes
     if not len(hashes) == len(parents) == len(data):
         raise InvalidRequest(
@@ -54,8 +58,20 @@ def put(
         blocks = [NewBlock(hashes[i], parents[i]) for i in range(start, end)]
         reservations = store.reserve(namespace_id, blocks, owner=owner, ttl_s=_TTL_S)
         taken = _until_full(reservations)
-        statuses += _fill_and_seal(store, reservations, data[start:end], owner, durable)[:taken]
+        part = _fill_and_seal(store, reservations, data[start:end], owner, durable)[:taken]
+        if durable:
+            part = [
+                _still(store, namespace_id, block.hash) if s is ReserveStatus.EXISTS else s
+                for s, block in zip(part, blocks, strict=False)
+            ]
+        statuses += part
     return tuple(statuses)
+
+
+def _still(store: Store, namespace_id: bytes, block_hash: bytes) -> PutStatus:
+    """What became of a block that existed, now that what waited was written back."""
+    hit = store.lookup(namespace_id, [block_hash], owner=OWNER, lease_s=0)
+    return ReserveStatus.EXISTS if hit.blocks else SealStatus.FAILED
 
 
 def _until_full(reservations: Sequence[Reservation]) -> int:

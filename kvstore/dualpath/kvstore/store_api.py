@@ -218,7 +218,9 @@ class Store(Protocol):
         self, requests: Sequence[SealRequest], *, owner: str, durable: bool
     ) -> tuple[SealStatus, ...]:
         """Checksum the bytes in place, store and publish them. With `durable`, return after
-        they would survive power loss. A durable batch is one group commit."""
+        they would survive power loss, and with them all that anybody sealed before: an empty
+        durable batch waits for blocks that `reserve` found to exist. A durable batch is one group
+        commit. Raises Unavailable if the medium takes too long."""
 
     def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
         """(fast) Give reservations up; unknown ones are ignored."""

@@ -212,7 +212,8 @@ class _Intake:
                 f"the stream ended inside of block {self._open.index}, after "
                 f"{self._open.received} bytes"
             )
-        await self._seal()
+        if self._unsealed or (self._durable and any(self._answer.existed)):
+            await self._seal()  # of nothing: waits for what existed to be durable
         return self._answer
 
     async def _take(self, frame: store_pb2.WriteFrame, number: int) -> None:
@@ -294,8 +295,6 @@ class _Intake:
 
     async def _seal(self) -> None:
         unsealed, self._unsealed = self._unsealed, []
-        if not unsealed:
-            return
         ids = [reservation for _, reservation in unsealed]
         sealed = await self._streams.seal(ids, self._owner, self._durable)
         for (index, _), status in zip(unsealed, seal_statuses(sealed), strict=True):

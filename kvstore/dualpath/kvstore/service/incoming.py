@@ -139,7 +139,8 @@ class IncomingBlocks:
     ) -> list[SealStatus | None]:
         """Seal what has arrived in full; None where chunks are missing (it stays reserved).
 
-        `checksums` holds those of all chunks of all blocks in order, or nothing.
+        `checksums` holds those of all chunks of all blocks in order, or nothing. A durable seal of
+        nothing waits until all that was sealed before is durable.
         """
         if len(set(reservation_ids)) != len(reservation_ids):
             raise InvalidRequest("reservation_id: one reservation is named twice in a seal")
@@ -160,9 +161,7 @@ class IncomingBlocks:
             requests = [
                 SealRequest(block.reservation_id, per_block[index]) for index, block in ready
             ]
-            sealed = (
-                self._store.seal(requests, owner=self._owner, durable=durable) if requests else ()
-            )
+            sealed = self._store.seal(requests, owner=self._owner, durable=durable)
         except BaseException:
             self._drop([block for _, block in ready])
             self._store.abandon([block.reservation_id for _, block in ready], owner=self._owner)

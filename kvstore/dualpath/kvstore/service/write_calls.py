@@ -52,7 +52,8 @@ class WriteCalls:
 
     async def seal(self, request: store_pb2.SealRequest, caller: Caller) -> store_pb2.SealResponse:
         """See store.proto."""
-        checked_batch("reservation_id", len(request.reservation_id))
+        if request.reservation_id or not request.durable:
+            checked_batch("reservation_id", len(request.reservation_id))
         attachment = self._attachments.of_session(checked_session(request.session), caller)
         seal = partial(
             attachment.incoming.seal,

@@ -436,7 +436,9 @@ class SealRequest(google.protobuf.message.Message):
     durable: builtins.bool
     session: builtins.bytes
     @property
-    def reservation_id(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def reservation_id(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """May be empty if durable: waits until blocks that Reserve found to exist are durable, too."""
+
     @property
     def checksum(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """all chunks of all blocks in order, or empty"""
