@@ -202,14 +202,8 @@ def test_a_grant_of_far_too_many_chunks_ends_the_stream(in_lab: Any) -> None:
         _, client, namespace_id, hashes = await _filled(lab)
         hit = await client.lookup(namespace_id, hashes)
         async with client.deliver() as delivery:
-            window = RegionDescriptor(1, 1, 0, 1 << 30)
-            await delivery.grant(
-                [(0, 0)],
-                window,
-                lease_id=hit.lease_id,
-                arm=False,
-                change=_set("tag", [1] * 3_000_000),
-            )
+            window, many = RegionDescriptor(1, 1, 0, 1 << 30), _set("tag", [1] * 3_000_000)
+            await delivery.grant([(0, 0)], window, lease_id=hit.lease_id, arm=False, change=many)
             with pytest.raises(grpc.RpcError, match="3000000 chunks") as caught:
                 await delivery.outcome(-1)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
