@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from dualpath.client.loopback_cluster import LoopbackCluster, loopback_cluster
 
-TEST_S_MAX = 90.0
+TEST_S_MAX = 50.0
 
 Body = Callable[[LoopbackCluster], Awaitable[None]]
 
@@ -22,7 +22,13 @@ def run_cluster(tmp_path: Path) -> Callable[..., None]:
 
     async def run(body: Body, settings: dict[str, Any]) -> None:
         async with loopback_cluster(tmp_path, **settings) as cluster:
-            await asyncio.wait_for(body(cluster), TEST_S_MAX)
+            task = asyncio.ensure_future(body(cluster))
+            done, _ = await asyncio.wait((task,), timeout=TEST_S_MAX)
+            if not done:
+                for other in asyncio.all_tasks():
+                    other.print_stack(limit=6)
+                task.cancel()
+            await task
 
     def run_body(body: Body, **settings: Any) -> None:
         asyncio.run(run(body, settings))

@@ -16,6 +16,7 @@ from functools import partial
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.load_refresh import LoadRefresh
+from dualpath.agent.load_routes import LoadRoutes
 from dualpath.agent.load_window import LoadWindow, Verdict
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
@@ -26,7 +27,7 @@ from dualpath.agent.self_relay import SelfRelay
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX, table_of
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.dispatch_config import DispatchConfig
-from dualpath.transfer.dispatcher import Dispatcher, Grant
+from dualpath.transfer.dispatcher import OVERTAKEN_REASON, Dispatcher, Grant
 from dualpath.transfer.errors import DualPathError, PathDown
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_named, relay_path
@@ -65,9 +66,8 @@ class DaemonLoads:
         self.loads: dict[str, ActiveLoad] = {}
         self.path_bytes: Counter[str] = Counter()
         self.path_chunks: Counter[str] = Counter()
-        self._relays = {relay_path(relay.name): relay for relay in relays.values()}
-        self._compute = compute
-        self._self_relay = self_relay
+        by_path = {relay_path(relay.name): relay for relay in relays.values()}
+        self._routes = LoadRoutes(daemon, by_path, compute, self_relay)
         self._loop = loop
         self._grace_s = grace_s
         self._verdicts: Mailbox[Verdict] = Mailbox(loop, self._on_verdicts)
@@ -76,21 +76,21 @@ class DaemonLoads:
         self._stranded_timer: asyncio.TimerHandle | None = None
         self._pumping = False
         self._again = False
-        self._refresh = LoadRefresh(daemon, self._relays, lease_s)
+        self._refresh = LoadRefresh(daemon, by_path, lease_s)
         self.dispatcher = Dispatcher(config)
         now = loop.time()
         self.dispatcher.add_path(DIRECT_PATH, PathKind.DIRECT, now, storage_limit_bytes_per_s)
         self.dispatcher.set_up(DIRECT_PATH, daemon.up, now)
-        for name in self._relays:
+        for name in by_path:
             self.dispatcher.add_path(name, PathKind.RELAY, now)
-            self.dispatcher.set_up(name, self._relay_up(name), now)
+            self.dispatcher.set_up(name, self._routes.up(name), now)
 
     # Paths.
 
     @property
     def path_names(self) -> tuple[str, ...]:
         """All paths, up or not."""
-        return (DIRECT_PATH, *self._relays)
+        return self._routes.names
 
     def views(self) -> tuple[PathView, ...]:
         """State of the paths."""
@@ -100,8 +100,7 @@ class DaemonLoads:
         """The daemon or a relay came or went: bring the dispatcher's paths in line."""
         now = self._loop.time()
         up = {view.name: view.up for view in self.views()}
-        wanted = {DIRECT_PATH: self.daemon.up}
-        wanted.update((name, self._relay_up(name)) for name in self._relays)
+        wanted = {name: self._routes.up(name) for name in self.path_names}
         for name, is_up in wanted.items():
             if is_up and not up[name]:
                 self.dispatcher.set_up(name, True, now)
@@ -120,9 +119,6 @@ class DaemonLoads:
     def report_queue(self, path: str, queue_bytes: int) -> None:
         """What waits at the storage link of a path for others."""
         self.dispatcher.report_queue(path, queue_bytes, self._loop.time())
-
-    def _relay_up(self, name: str) -> bool:
-        return self.daemon.up and bool(self._relays[name].peer_id_at(self.daemon.address))
 
     def _lose(self, path: str, reason: str) -> None:
         """Fence everything in flight on a path and give it back."""
@@ -151,16 +147,7 @@ class DaemonLoads:
             return
         window.close()
         window.outstanding.clear()
-        self._cancel(load, window)
-
-    def _cancel(self, load: ActiveLoad, window: LoadWindow) -> None:
-        grant_ids, window.grant_ids = window.grant_ids, set()
-        if window.path in self._relays:
-            self._relays[window.path].cancel(grant_ids)
-        elif load.entry.behind_compute_link:
-            self._self_relay.cancel(grant_ids)
-        else:
-            self.daemon.cancel(grant_ids)
+        self._routes.cancel(load, path, window.grant_ids)
 
     # Loads.
 
@@ -222,7 +209,7 @@ class DaemonLoads:
         load_id = load.spec.load_id
         for window in load.windows.values():
             window.close()
-            self._cancel(load, window)
+            self._routes.cancel(load, window.path, window.grant_ids)
         extra = {
             name: count
             for name, count in self.dispatcher.events(load_id).items()
@@ -304,10 +291,30 @@ class DaemonLoads:
             self._stalls[path] += 1
             if self._stalls[path] >= STALLS_MAX:
                 self._stalls[path] = 0
-                link = self._relays[path].link if path in self._relays else self.daemon.link
-                link.lose(f"stalled {STALLS_MAX} times")
+                self._routes.renew(path, f"stalled {STALLS_MAX} times")
+        for grant in self.dispatcher.overtaken(now):
+            self._take_back(grant)
         for grant in self.dispatcher.grants(now):
             self._send(grant)
+
+    def _take_back(self, grant: Grant) -> None:
+        """Fence chunks on a slow path, so that an idle one can fetch them sooner."""
+        load = self.loads.get(grant.load_id)
+        if load is None:
+            return
+        wanted = set(grant.chunks)
+        taken: set[int] = set()
+        window = load.windows.get(grant.path)
+        if window is not None:
+            tags = [tag for tag, index in window.outstanding.items() if index in wanted]
+            taken.update(window.fence(tags).values())
+        for held in load.held:  # not even sent
+            if held.path == grant.path:
+                taken.update(wanted.intersection(held.chunks))
+        now = self._loop.time()
+        for index in taken:
+            self.dispatcher.failed(grant.load_id, index, grant.path, OVERTAKEN_REASON, now)
+        load.events[OVERTAKEN_REASON] += len(taken)
 
     def _send(self, grant: Grant) -> None:
         load = self.loads.get(grant.load_id)
@@ -350,23 +357,13 @@ class DaemonLoads:
             target=table_of([item.slices for _, _, item in armed]),
         )
         on_progress = partial(self._on_progress, window)
-        if path in self._relays:
-            grant_id = self._relays[path].submit(
-                self.daemon.address, load.tickets[path][1], message, on_progress
-            )
-        elif load.entry.behind_compute_link:
-            grant_id = self._self_relay.submit(self.daemon, load.lease_id, message, on_progress)
-        else:
-            grant_id = self.daemon.deliver(message, on_progress, lease_id=load.lease_id)
+        grant_id = self._routes.send(load, path, message, on_progress)
         window.grant_ids.add(grant_id)
 
     def _window(self, load: ActiveLoad, path: str) -> LoadWindow:
         window = load.windows.get(path)
         if window is None:
-            direct = path == DIRECT_PATH and not load.entry.behind_compute_link
-            network = self.daemon.link.network if direct else self._compute
-            if network is None:
-                raise PathDown(f"daemon {self.daemon.address} is away")
+            network = self._routes.network(load, path)
             window = load.windows[path] = LoadWindow(
                 load.spec.load_id, path, network, load.entry.region, load.span, self._verdicts
             )
@@ -420,7 +417,7 @@ class DaemonLoads:
 
     def _on_progress(self, window: LoadWindow, progress: common_pb2.GrantProgress) -> None:
         self._verdicts.drain()  # what landed before this message was sent
-        if window.path in self._relays:
+        if window.path != DIRECT_PATH:
             self.report_queue(window.path, progress.queue_bytes)
         if progress.done:
             window.grant_ids.discard(progress.grant_id)

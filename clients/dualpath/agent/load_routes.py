@@ -1,0 +1,77 @@
+"""How a load's grants travel on each path: to the daemon, to a relay, or to ourselves.
+
+Owns the mapping from a path's name to who is asked, on which network the answer lands, and what
+is cancelled there. Keeps no state of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from dualpath.agent.active_load import ActiveLoad
+from dualpath.agent.daemon_link import DaemonLink, OnProgress
+from dualpath.agent.network import Network
+from dualpath.agent.relay_link import RelayLink
+from dualpath.agent.self_relay import SelfRelay
+from dualpath.proto.v1 import common_pb2
+from dualpath.transfer.errors import PathDown
+from dualpath.transfer.placement import DIRECT_PATH
+
+
+class LoadRoutes:
+    """Paths to one daemon. `relays` are by path name."""
+
+    def __init__(
+        self,
+        daemon: DaemonLink,
+        relays: Mapping[str, RelayLink],
+        compute: Network,
+        self_relay: SelfRelay,
+    ) -> None:
+        self.daemon = daemon
+        self.relays = relays
+        self._compute = compute
+        self._self_relay = self_relay
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All paths, up or not."""
+        return (DIRECT_PATH, *self.relays)
+
+    def up(self, path: str) -> bool:
+        """Whether the links that a path needs are there."""
+        if path == DIRECT_PATH:
+            return self.daemon.up
+        return self.daemon.up and bool(self.relays[path].peer_id_at(self.daemon.address))
+
+    def network(self, load: ActiveLoad, path: str) -> Network:
+        """Where the bytes of a load arrive on this path. Raises PathDown."""
+        if path in self.relays or load.entry.behind_compute_link:
+            return self._compute
+        if self.daemon.link.network is None:
+            raise PathDown(f"daemon {self.daemon.address} is away")
+        return self.daemon.link.network
+
+    def send(
+        self, load: ActiveLoad, path: str, grant: common_pb2.ChunkGrant, on_progress: OnProgress
+    ) -> int:
+        """Ask for chunks; returns the grant's id on this path. Raises PathDown, Overloaded."""
+        if path in self.relays:
+            ticket = load.tickets[path][1]
+            return self.relays[path].submit(self.daemon.address, ticket, grant, on_progress)
+        if load.entry.behind_compute_link:
+            return self._self_relay.submit(self.daemon, load.lease_id, grant, on_progress)
+        return self.daemon.deliver(grant, on_progress, lease_id=load.lease_id)
+
+    def cancel(self, load: ActiveLoad, path: str, grant_ids: Iterable[int]) -> None:
+        """Spare the other side work that nobody wants any more."""
+        if path in self.relays:
+            self.relays[path].cancel(grant_ids)
+        elif load.entry.behind_compute_link:
+            self._self_relay.cancel(grant_ids)
+        else:
+            self.daemon.cancel(grant_ids)
+
+    def renew(self, path: str, reason: str) -> None:
+        """Make the link of a path anew."""
+        (self.relays[path].link if path in self.relays else self.daemon.link).lose(reason)
