@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dualpath.kvstore import checksum
+from dualpath.kvstore import checksum, embedded
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.namespace import Namespace
@@ -467,3 +467,13 @@ def test_writers_and_readers_of_many_threads_see_only_whole_blocks(
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
+
+
+def test_a_put_leaves_no_reservation_behind(
+    store: BlockStore, namespace: Namespace, content: Content
+) -> None:
+    space = store.open_namespace(namespace)
+    hashes = chain(2)
+    store.reserve(space, [NewBlock(hashes[0], b"")], owner=embedded.OWNER, ttl_s=60)
+    assert put(store, space, hashes, content) == [ReserveStatus.PENDING, SealStatus.EXPIRED]
+    assert store.stats().reservations == 1, "only the one that is not the put's own"

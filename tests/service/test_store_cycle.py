@@ -438,3 +438,28 @@ def test_an_empty_durable_seal_waits_until_what_existed_is_durable(
         assert not (await waiting).status
 
     in_lab(body)
+
+
+def test_a_block_sealed_before_its_parent_stays_reserved_and_can_be_sealed_later(
+    in_lab: Any,
+) -> None:
+    async def body(lab: Any) -> None:
+        client = await lab.client(await lab.daemon()).attach()
+        namespace_id = await client.namespace()
+        hashes = lab.chain(2)
+        reserved = await client.reserve(namespace_id, hashes)
+        request = store_pb2.SealRequest(
+            reservation_id=reserved.reservation_id, session=client.session
+        )
+        statuses = []
+        for block in (1, 0):
+            for chunk in range(lab.layout.chunk_count):
+                ended = await client.put_chunk(reserved, block, chunk, lab.content(hashes[block]))
+                assert ended.status is WriteStatus.DONE
+            statuses.append(list((await client.call("Seal", request)).status))
+        incomplete, expired = store_pb2.SEAL_STATUS_INCOMPLETE, store_pb2.SEAL_STATUS_EXPIRED
+        assert statuses == [[incomplete, expired], [store_pb2.SEAL_STATUS_SEALED] * 2]
+        stats = await client.call("Stats", store_pb2.StatsRequest())
+        assert (stats.blocks, stats.reservations) == (2, 0)
+
+    in_lab(body)

@@ -38,8 +38,8 @@ def put(
 ) -> tuple[PutStatus, ...]:
     """Store whole blocks, parents first. Raises InvalidRequest on sizes that do not fit.
 
-    With `durable`, blocks that existed are durable as well when this returns; FAILED if they had
-    still to be written back and could not be.
+    With `durable`, blocks that existed are durable as well when this returns; FAILED if they have
+    left the store meanwhile, as when they had still to be written back and could not be.
     """
     nbytes = store.layout(namespace_id).block_bytes
     if not len(hashes) == len(parents) == len(data):
@@ -92,13 +92,16 @@ def _fill_and_seal(
     owner: str,
     durable: bool,
 ) -> list[PutStatus]:
-    requests = []
-    for reservation, block in zip(reservations, data, strict=True):
-        if reservation.extent is not None:
-            start, end = reservation.extent.start, reservation.extent.end
-            store.arena.view[start:end] = memoryview(block).cast("B")
-            requests.append(SealRequest(reservation.reservation_id))
-    sealed = iter(store.seal(requests, owner=owner, durable=durable))
+    requests = [SealRequest(r.reservation_id) for r in reservations if r.extent is not None]
+    try:
+        for reservation, block in zip(reservations, data, strict=True):
+            if reservation.extent is not None:
+                start, end = reservation.extent.start, reservation.extent.end
+                store.arena.view[start:end] = memoryview(block).cast("B")
+        sealed = iter(store.seal(requests, owner=owner, durable=durable))
+    finally:
+        # A block whose parent somebody is still writing was not sealed and stays reserved.
+        store.abandon([request.reservation_id for request in requests], owner=owner)
     return [next(sealed) if r.extent is not None else r.status for r in reservations]
 
 

@@ -163,12 +163,20 @@ class IncomingBlocks:
             ]
             sealed = self._store.seal(requests, owner=self._owner, durable=durable)
         except BaseException:
-            self._drop([block for _, block in ready])
+            with self._lock:
+                self._forget([block for _, block in ready])
             self._store.abandon([block.reservation_id for _, block in ready], owner=self._owner)
             raise
-        self._drop([block for _, block in ready])
-        for (index, _), status in zip(ready, sealed, strict=True):
-            statuses[index] = status
+        with self._lock:
+            for (index, block), status in zip(ready, sealed, strict=True):
+                statuses[index] = status
+                if status is SealStatus.EXPIRED:
+                    # Perhaps only its parent is not sealed yet: the store kept the reservation, so
+                    # it can be sealed or abandoned here until its time to live is over.
+                    block.phase = _Phase.WRITING
+                    self._first_expiry = min(self._first_expiry, block.expires_at)
+                else:
+                    self._forget([block])
         return statuses
 
     def abandon(self, reservation_ids: Sequence[int]) -> None:
@@ -263,10 +271,6 @@ class IncomingBlocks:
             block.missing -= 1
             self.received_bytes += arrival.slices.nbytes
             return True
-
-    def _drop(self, blocks: Sequence[_Incoming]) -> None:
-        with self._lock:
-            self._forget(blocks)
 
     def _forget(self, blocks: Sequence[_Incoming]) -> None:
         for block in blocks:
