@@ -24,10 +24,12 @@ RATE_STEP = 1e6
 CPU_BOUND_SHARE = 0.4
 """Above this share of the unshaped throughput, the links do not clearly bind."""
 FITTING_SHARE = 0.35
+LONE_FITTING_SHARE = 0.25
+"""The time of a single load feels a busy processor sooner than the throughput of many."""
 RATE_MIN_BYTES_PER_S = 1e6
 RATE_MAX_BYTES_PER_S = 1e11
 
-assert FITTING_SHARE < CPU_BOUND_SHARE
+assert LONE_FITTING_SHARE < FITTING_SHARE < CPU_BOUND_SHARE
 
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?(b|bit)(?:/s|ps)", re.IGNORECASE)
 _SCALE = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -149,7 +151,8 @@ class DemoConfig:
         given what the same cluster moves without limits."""
         if self.storage_bytes_per_s:
             return self
-        fits = FITTING_SHARE * unshaped_bytes_per_s / self._links_sum
+        share = LONE_FITTING_SHARE if self.lone else FITTING_SHARE
+        fits = share * unshaped_bytes_per_s / self._links_sum
         rate = min(STORAGE_BYTES_PER_S, max(STORAGE_BYTES_PER_S_MIN, fits))
         return replace(self, storage_bytes_per_s=rate // RATE_STEP * RATE_STEP)
 
