@@ -114,6 +114,41 @@ def test_what_the_store_lets_expire_is_fenced_by_its_call(store: BlockStore) -> 
     writer.close()
 
 
+@pytest.mark.parametrize("ending", ["abandon", "expire", "close"])
+def test_the_store_waits_for_a_fence_that_is_under_way(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    writer = _Writer(store, "w")
+    (block,) = writer.reserve(_hash(1), ttl_s=5.0, now=100.0)
+    began, gate = threading.Event(), threading.Event()
+    call = "revoke" if ending == "close" else "disarm"
+    fence = getattr(writer.server, call)
+
+    def slow_fence(*arguments: Any) -> Any:
+        if not began.is_set():
+            began.set()
+            assert gate.wait(WAIT_S)
+        return fence(*arguments)
+
+    monkeypatch.setattr(writer.server, call, slow_fence)
+    end = {
+        "abandon": lambda: writer.incoming.abandon([block.reservation_id]),
+        "expire": lambda: writer.incoming.expire(105.0),
+        "close": writer.incoming.close,
+    }[ending]
+    ends = threading.Thread(target=end, daemon=True)
+    ends.start()
+    assert began.wait(WAIT_S)
+    writer.incoming.fence_expired([block.reservation_id])
+    late = writer.put(block, _content(_hash(1)), 0)
+    gate.set()
+    ends.join(WAIT_S)
+    assert late is WriteStatus.REFUSED
+    assert not bytes(store.arena.view[block.base : block.base + 1000]).strip(b"\0"), "it landed"
+    assert store.stats().reservations == 0
+    writer.close()
+
+
 def test_a_lost_attachment_can_neither_write_nor_reserve(store: BlockStore) -> None:
     writer = _Writer(store, "w")
     (block,) = writer.reserve(_hash(1))

@@ -77,6 +77,7 @@ class Attachments:
         self._by_session: dict[bytes, Attachment] = {}
         self._sessions: dict[str, bytes] = {}
         self._by_peer: dict[str, Attachment] = {}
+        self._unfenced: dict[str, Attachment] = {}  # those, and the lost ones until fenced
         self._drops: set[asyncio.Future[None]] = set()
 
     def __len__(self) -> int:
@@ -108,7 +109,7 @@ class Attachments:
         digest = _digest(session)
         self._by_session[digest] = attachment
         self._sessions[peer_id] = digest
-        self._by_peer[peer_id] = attachment
+        self._by_peer[peer_id] = self._unfenced[peer_id] = attachment
         return attachment, session, invitation
 
     def of_session(self, session: bytes, caller: Caller) -> Attachment:
@@ -143,6 +144,7 @@ class Attachments:
         drop = self._loop.run_in_executor(self._executor, _let_go, attachment)
         self._drops.add(drop)
         drop.add_done_callback(self._drops.discard)
+        drop.add_done_callback(lambda _: self._unfenced.pop(peer_id))
 
     def reap(self, now: float) -> None:
         """Drop attachments that never connected within CONNECT_S_MAX."""
@@ -163,7 +165,7 @@ class Attachments:
 
     def fence_expired(self, reservation_ids: Collection[int]) -> None:
         """Fence reservations that the store lets expire. From any thread."""
-        for attachment in list(self._by_peer.values()):
+        for attachment in list(self._unfenced.values()):
             attachment.incoming.fence_expired(reservation_ids)
 
     async def close(self, deadline_s: float) -> None:

@@ -40,6 +40,8 @@ assert TTL_S_MAX > 0
 class _Phase(enum.Enum):
     WRITING = "writing"
     SEALING = "sealing"
+    ENDING = "ending"
+    """Being fenced; known until that is done, so that `fence_expired` fences it as well."""
 
 
 @dataclass(slots=True)
@@ -131,6 +133,7 @@ class IncomingBlocks:
                 self._transport.arm(window, targets)
         except BaseException:
             self.abandon(ids)
+            self._check_open()  # that is why, then
             raise
         return answers
 
@@ -150,7 +153,7 @@ class IncomingBlocks:
             statuses: list[SealStatus | None] = [SealStatus.EXPIRED] * len(known)
             ready: list[tuple[int, _Incoming]] = []
             for index, block in enumerate(known):
-                if block is None or block.phase is _Phase.SEALING:
+                if block is None or block.phase is not _Phase.WRITING:
                     continue
                 if block.missing:
                     statuses[index] = None
@@ -188,7 +191,7 @@ class IncomingBlocks:
                 if (block := self._blocks.get(reservation)) is not None
                 and block.phase is _Phase.WRITING
             ]
-            self._forget(blocks)
+            _end(blocks)
         self._fence(blocks)
 
     def overdue(self, now: float) -> bool:
@@ -203,7 +206,7 @@ class IncomingBlocks:
                 for block in self._blocks.values()
                 if block.phase is _Phase.WRITING and block.expires_at <= now
             ]
-            self._forget(late)
+            _end(late)
             self._first_expiry = min(
                 (
                     block.expires_at
@@ -222,28 +225,35 @@ class IncomingBlocks:
                 block
                 for reservation in reservation_ids
                 if (block := self._blocks.get(reservation)) is not None
-                and block.phase is _Phase.WRITING
+                and block.phase is not _Phase.SEALING
             ]
-            self._forget(late)
+            _end(late)
             window = self._window
         if late and window is not None:
             self._transport.disarm(window, [tag for block in late for tag in block.tags])
+        with self._lock:
+            self._forget(late)
 
     def close(self) -> None:
         """The attachment is lost: fence its window, then drop what it held in the store."""
         with self._lock:
             self._closed = True
-            window, self._window = self._window, None
-            self._blocks.clear()
-            self._by_tag.clear()
+            window = self._window
         if window is not None:
             self._transport.revoke(window)
+        with self._lock:
+            self._window = None
+            self._blocks.clear()
+            self._by_tag.clear()
         self._store.forget_owner(self._owner)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PeerLost(f"attachment {self._owner} is lost: attach again")
 
     def _opened_window(self) -> RegionDescriptor:
         with self._lock:
-            if self._closed:
-                raise PeerLost(f"attachment {self._owner} is lost: attach again")
+            self._check_open()
             if self._window is not None:
                 return self._window
         # Outside of the lock: arrivals take it while a transport may hold its own.
@@ -284,7 +294,14 @@ class IncomingBlocks:
         if window is not None:
             tags = [tag for block in blocks for tag in block.tags]
             self._transport.disarm(window, tags)
+        with self._lock:
+            self._forget(blocks)
         self._store.abandon([block.reservation_id for block in blocks], owner=self._owner)
+
+
+def _end(blocks: Sequence[_Incoming]) -> None:
+    for block in blocks:
+        block.phase = _Phase.ENDING
 
 
 def _targets(layout: KVLayout, base: int, first_tag: int) -> Iterator[tuple[int, Slices]]:
