@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import grpc
 import pytest
+from dualpath.kvstore.block_store import BlockStore
 from dualpath.kvstore.checksum import xxh3_64
 from dualpath.kvstore.service import byte_streams
 from dualpath.proto.status import error_of
@@ -272,3 +274,37 @@ def test_streams_beyond_the_limit_are_told_when_to_retry(in_lab: Any) -> None:
             call.cancel()
 
     in_lab(body)
+
+
+def test_a_write_cancelled_while_it_reserves_leaves_nothing_reserved(
+    in_lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, gate = threading.Event(), threading.Event()
+    reserve = BlockStore.reserve
+
+    def slow_reserve(*arguments: Any, **named: Any) -> Any:
+        began.set()
+        assert gate.wait(WAIT_S)
+        return reserve(*arguments, **named)
+
+    monkeypatch.setattr(BlockStore, "reserve", slow_reserve)
+
+    async def body(lab: Any) -> None:
+        running = await lab.daemon()
+        client = lab.client(running)
+        namespace_id = await client.namespace()
+        call = client.stub.Write()
+        await call.write(_frames(lab, namespace_id, lab.chain(1))[0])
+        assert await asyncio.to_thread(began.wait, WAIT_S)
+        call.cancel()
+        streams = running.daemon._service._streams
+        while streams._running:
+            await asyncio.sleep(0.01)
+        gate.set()
+        hit = await client.lookup(namespace_id, lab.chain(1))
+        while hit.miss == store_pb2.MISS_REASON_PENDING:
+            hit = await client.lookup(namespace_id, lab.chain(1))
+        await asyncio.sleep(0.1)
+        assert not (await client.call("Stats", store_pb2.StatsRequest())).reservations
+
+    in_lab(body, limit_s=10)

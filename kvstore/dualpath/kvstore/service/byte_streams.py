@@ -149,10 +149,19 @@ class ByteStreams:
 
     async def reserve(self, namespace_id: bytes, block: NewBlock, owner: str) -> Reservation:
         """Reserve one block of a Write."""
-        outcomes = await self._blocking(
-            lambda: self._store.reserve(namespace_id, [block], owner=owner, ttl_s=RESERVATION_S_MAX)
+        outcomes = asyncio.ensure_future(
+            self._blocking(
+                lambda: self._store.reserve(
+                    namespace_id, [block], owner=owner, ttl_s=RESERVATION_S_MAX
+                )
+            )
         )
-        return outcomes[0]
+        try:
+            return (await asyncio.shield(outcomes))[0]
+        except asyncio.CancelledError:
+            # The thread goes on, and reserves after `write` has given up what there was.
+            outcomes.add_done_callback(lambda _: self._store.forget_owner(owner))
+            raise
 
     async def seal(self, ids: list[int], owner: str, durable: bool) -> tuple[SealStatus, ...]:
         """Seal blocks of a Write."""
