@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from dualpath.kvstore import checksum
 from dualpath.kvstore.block_table import RowState
 from dualpath.kvstore.catalog import check_hashes
@@ -59,12 +58,11 @@ class BlockReader:
             state.check_open()
             entry = state.catalog.entry(namespace_id)
             state.reap()
-            found = state.catalog.prefix(entry, hashes)
-            miss, detail = state.catalog.explain(entry, hashes, len(found))
-            self._count(len(hashes), len(found), miss)
-            if not found:
+            rows = state.catalog.prefix(entry, hashes)
+            miss, detail = state.catalog.explain(entry, hashes, len(rows))
+            self._count(len(hashes), len(rows), miss)
+            if not len(rows):
                 return PrefixHit(0, 0, 0.0, (), (), miss, detail)
-            rows = np.array(found, np.int32)
             lease_id = 0
             if lease_s > 0:
                 lease = state.leases.grant(owner, rows, entry.index, state.clock(), lease_s)
@@ -74,11 +72,12 @@ class BlockReader:
             resident = state.table.resident[rows]
             checksums = entry.pool.take(state.table.checksum_row[rows])
         return PrefixHit(
-            blocks=len(found),
+            blocks=len(rows),
             lease_id=lease_id,
             lease_s=lease_s if lease_id else 0.0,
             tiers=tuple(map(_TIERS.__getitem__, resident.tolist())),
-            checksums=tuple(map(tuple, checksums.tolist())),
+            # Column by column: no list is made for each block.
+            checksums=tuple(zip(*checksums.T.tolist(), strict=True)),
             miss=miss,
             detail=detail,
         )

@@ -10,12 +10,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from dualpath.kvstore.block_table import BlockTable, ChecksumPool
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BYTES_MIN, MissReason
 from dualpath.transfer.errors import InvalidRequest, Overloaded
+from numpy.typing import NDArray
 
+_LOOKED_UP_AT_ONCE = 256
+"""Blocks between two looks whether one is absent: the loop in between is not Python's."""
 _COMPARED_MAX = 256
 """Most other namespaces that a miss is compared with."""
 
@@ -94,19 +98,19 @@ class Catalog:
         """The store key of a row: namespace id, then hash."""
         return self.entry_of(row).id + self._table.hash_of(row)
 
-    def prefix(self, entry: NamespaceEntry, hashes: Sequence[bytes]) -> list[int]:
+    def prefix(self, entry: NamespaceEntry, hashes: Sequence[bytes]) -> NDArray[np.int32]:
         """Rows of the longest leading run that is present and is one chain."""
-        rows: list[int] = []
-        get = entry.present.get
-        for block_hash in hashes:
-            row = get(block_hash)
-            if row is None:
+        found: list[int | None] = []
+        for start in range(0, len(hashes), _LOOKED_UP_AT_ONCE):
+            found += map(entry.present.get, hashes[start : start + _LOOKED_UP_AT_ONCE])
+            if None in found:
+                del found[found.index(None) :]
                 break
-            rows.append(row)
+        rows = np.array(found, np.int32)
         if len(rows) > 1:
             linked = self._table.parent[rows[1:]] == rows[:-1]
             if not linked.all():
-                del rows[int(linked.argmin()) + 1 :]
+                rows = rows[: int(linked.argmin()) + 1]
         return rows
 
     def remember(self, row: int, reason: MissReason) -> None:

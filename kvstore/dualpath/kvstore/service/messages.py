@@ -204,15 +204,16 @@ def new_blocks_of(request: store_pb2.ReserveRequest) -> list[NewBlock]:
 
 def hit_message(hit: PrefixHit) -> store_pb2.LookupResponse:
     """Answer of a look-up."""
-    return store_pb2.LookupResponse(
+    message = store_pb2.LookupResponse(
         blocks=hit.blocks,
         lease_id=hit.lease_id,
         lease_ms=int(hit.lease_s * 1000),
         tiers=bytes([_DRAM_BYTE if tier is _DRAM else _SSD_BYTE for tier in hit.tiers]),
-        checksum=list(chain.from_iterable(hit.checksums)),
         miss=_MISS[hit.miss],
         detail=hit.detail,
     )
+    message.checksum.extend(chain.from_iterable(hit.checksums))  # faster than by the constructor
+    return message
 
 
 def reserve_message(blocks: Sequence[ReservedBlock], window: bytes) -> store_pb2.ReserveResponse:
