@@ -22,16 +22,19 @@ def run_cluster(tmp_path: Path) -> Callable[..., None]:
 
     async def run(body: Body, settings: dict[str, Any]) -> None:
         async with loopback_cluster(tmp_path, **settings) as cluster:
-            task = asyncio.ensure_future(body(cluster))
-            done, _ = await asyncio.wait((task,), timeout=TEST_S_MAX)
-            if not done:
-                for other in asyncio.all_tasks():
-                    other.print_stack(limit=6)
-                task.cancel()
-            await task
+            await body(cluster)
+
+    async def watched(body: Body, settings: dict[str, Any]) -> None:
+        task = asyncio.ensure_future(run(body, settings))
+        done, _ = await asyncio.wait((task,), timeout=TEST_S_MAX)
+        if not done:
+            for other in asyncio.all_tasks():
+                other.print_stack(limit=8)
+            task.cancel()
+        await task
 
     def run_body(body: Body, **settings: Any) -> None:
-        asyncio.run(run(body, settings))
+        asyncio.run(watched(body, settings))
         left = [t.name for t in threading.enumerate() if t.name.startswith("dualpath-")]
         assert not left, f"threads were left behind: {left}"
 

@@ -192,6 +192,7 @@ def test_an_absent_agent_is_unavailable_with_the_remedy(run_cluster: Run) -> Non
         ({"relays": ("decode-1",)}, "name=host:port"),
         ({"relays": ("a=h:1", "a=h:2")}, "different names"),
         ({"listen": "127.0.0.1:99999"}, "host:port"),
+        ({"data_listen": "0.0.0.0:0"}, "peers can dial"),
         ({"staging_bytes": 1}, "staging_bytes"),
         ({"storage_limit_bytes_per_s": -1.0}, "negative"),
         ({"stall_s": 0.0}, "stall_s"),

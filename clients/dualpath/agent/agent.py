@@ -91,7 +91,7 @@ class Agent:
             self.compute.transport.listen(config.data_listen)
         staging = Region.anonymous(config.staging_bytes // SLAB_BYTES * SLAB_BYTES)
         stack.callback(_close_region, staging)
-        self.relay = Relay(Staging(staging), self.compute, loop)
+        self.relay = Relay(Staging(staging), self.compute, loop, self._own_queue_changed)
         stack.callback(self.relay.shutdown)
         self.daemons = {
             address: DaemonLink(
@@ -189,6 +189,12 @@ class Agent:
     def _relay_queue(self, relay: RelayLink, queue_bytes: int) -> None:
         for loads in self.loads.values():
             loads.report_queue(relay_path(relay.name), queue_bytes)
+
+    def _own_queue_changed(self) -> None:
+        """What others wait for at our storage link delays our own direct loads."""
+        others = self.relay.read_bytes - self.self_relay.own_read_bytes()
+        for loads in self.loads.values():
+            loads.report_queue(DIRECT_PATH, others)
 
     def _self_relay_lost(self, reason: str) -> None:
         del reason

@@ -77,11 +77,7 @@ class AgentConfig:
             )
         if len(self.daemons) > DAEMONS_MAX or len(set(self.daemons)) != len(self.daemons):
             raise InvalidRequest(f"at most {DAEMONS_MAX} different daemons, not {self.daemons}")
-        for address in self.daemons:
-            check_address(address, unix=True)
-        for address in (self.listen, self.data_listen, self.metrics_listen):
-            if address:
-                check_address(address)
+        self._check_addresses()
         if len(self.relays) > RELAYS_MAX:
             raise InvalidRequest(f"at most {RELAYS_MAX} relays, not {len(self.relays)}")
         names = [relay.name for relay in self.relay_addresses]
@@ -97,6 +93,18 @@ class AgentConfig:
         for field in ("stall_s", "deadline_s_max", "lookup_timeout_s", "lease_s", "loads_max"):
             if getattr(self, field) <= 0:
                 raise InvalidRequest(f"{field} must be positive, not {getattr(self, field)}")
+
+    def _check_addresses(self) -> None:
+        for address in self.daemons:
+            check_address(address, unix=True)
+        for address in (self.listen, self.data_listen, self.metrics_listen):
+            if address:
+                check_address(address)
+        if self.data_listen and is_wildcard(self.data_listen):
+            raise InvalidRequest(
+                f"data_listen {self.data_listen!r} is no address that peers can dial: give it the "
+                "host of this node on the compute network"
+            )
 
     @property
     def relay_addresses(self) -> tuple[RelayAddress, ...]:
@@ -143,5 +151,13 @@ def is_loopback(address: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether `host:port` means every address of this machine."""
+    try:
+        return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_unspecified
     except ValueError:
         return False

@@ -19,7 +19,15 @@ from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.kvstore.namespace import Namespace
 from dualpath.proto.status import translated
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
-from dualpath.transfer.errors import DualPathError, PeerLost, PermissionDenied, Unavailable
+from dualpath.transfer.errors import (
+    DeadlineExceeded,
+    DualPathError,
+    PeerLost,
+    PermissionDenied,
+    Unavailable,
+)
+
+SWALLOWED_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -163,11 +171,18 @@ class DaemonLink:
     async def _call(self, method: str, request: Any, timeout_s: float = 0) -> Any:
         if self._stub is None:
             raise Unavailable(f"daemon {self.address} is not connected: {self.link.reason}")
+        timeout_s = timeout_s or self._timeout_s
         try:
-            with translated(f"{method} at daemon {self.address}"):
-                return await getattr(self._stub, method)(
-                    request, timeout=timeout_s or self._timeout_s, metadata=self.link.metadata
-                )
+            # gRPC keeps deadlines itself; ours is for calls that a dying channel swallowed.
+            async with asyncio.timeout(timeout_s + SWALLOWED_S):
+                with translated(f"{method} at daemon {self.address}"):
+                    return await getattr(self._stub, method)(
+                        request, timeout=timeout_s, metadata=self.link.metadata
+                    )
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"{method} at daemon {self.address}: no answer within {timeout_s:g} s"
+            ) from error
         except PermissionDenied as error:
             if error.reason != "session":
                 raise

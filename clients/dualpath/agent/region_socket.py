@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import struct
+import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,9 +173,10 @@ class RegionSocket:
 
 
 class RegionClient:
-    """The engine's side. Blocking, with a deadline; for one thread at a time."""
+    """The engine's side. Blocking, with a deadline; thread-safe."""
 
     def __init__(self, path: str) -> None:
+        self._lock = threading.Lock()  # an answer belongs to the request before it
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(ANSWER_S_MAX)
         try:
@@ -198,14 +200,15 @@ class RegionClient:
         self._sock.close()
 
     def _ask(self, request: bytes, fds: list[int]) -> int:
-        try:
-            sent = send_with_fds(self._sock, [request], fds)
-            self._sock.sendall(request[sent:])
-            magic, ok, text_bytes, handle = _ANSWER.unpack(self._receive(_ANSWER.size))
-            text = self._receive(text_bytes).decode(errors="replace")
-        except OSError as error:
-            self._sock.close()  # an answer that comes later must not be taken for another's
-            raise Unavailable(f"the agent's region socket is gone: {error}") from error
+        with self._lock:
+            try:
+                sent = send_with_fds(self._sock, [request], fds)
+                self._sock.sendall(request[sent:])
+                magic, ok, text_bytes, handle = _ANSWER.unpack(self._receive(_ANSWER.size))
+                text = self._receive(text_bytes).decode(errors="replace")
+            except OSError as error:
+                self._sock.close()  # a late answer must not be taken for another's
+                raise Unavailable(f"the agent's region socket is gone: {error}") from error
         if magic != MAGIC:
             raise InvalidRequest("the agent's region socket speaks another version")
         if not ok:

@@ -88,13 +88,15 @@ class _Upstream:
 
 
 class Relay:
-    """See the module docstring. All methods belong to the loop."""
+    """See the module docstring. All methods belong to the loop. `on_queue` is called now and then
+    while `read_bytes` changes."""
 
     def __init__(
         self,
         staging: Staging,
         compute: Network,
         loop: asyncio.AbstractEventLoop,
+        on_queue: Callable[[], None],
         credit: CreditConfig | None = None,
     ) -> None:
         self.staging = staging
@@ -102,6 +104,7 @@ class Relay:
         self.read_bytes = 0
         """Bytes that wait for the storage link or are in flight on it."""
         self.events: Counter[str] = Counter()
+        self._on_queue = on_queue
         self._compute = compute
         self._loop = loop
         self._credit = credit or CreditConfig()
@@ -483,6 +486,7 @@ class Relay:
 
     def _tell(self) -> None:
         self._telling = None
+        self._on_queue()
         for requester in tuple(self._requesters.values()):
             if requester.on_queue is not None:
                 requester.on_queue()

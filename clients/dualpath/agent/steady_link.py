@@ -33,6 +33,8 @@ ResponseT_contra = TypeVar("ResponseT_contra", contravariant=True)
 OUTGOING_MAX = 4096
 """Most messages that wait for the stream; beyond it the peer counts as lost."""
 PAUSE_S_MIN = 0.05
+CLOSE_S_MAX = 2.0
+"""How long a channel may take to close; a process that ends closes it anyhow."""
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         self._settled = asyncio.Event()
         self._risen = asyncio.Event()
         self._attempt = 0
+        self._closing = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -167,34 +170,42 @@ class SteadyLink(Generic[RequestT, ResponseT]):
 
     async def close(self) -> None:
         """End the session for good."""
+        self._closing = True
         self.state = LinkState.CLOSED
-        if self._task is not None:
+        while self._task is not None and not self._task.done():
+            # Again, if a wait that ended at the same moment has swallowed it.
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait((self._task,), timeout=CLOSE_S_MAX)
         self._settled.set()
 
     async def _run(self) -> None:
         pause_s = PAUSE_S_MIN
-        while True:
-            self.state = LinkState.CONNECTING
-            self._settled.clear()
+        while not self._closing:
+            self._begin_attempt()
+            was_up = False
             try:
-                if await self._session():
-                    pause_s = PAUSE_S_MIN
+                was_up = await self._session()
             except DualPathError as error:
                 self._note(str(error))
-            except grpc.RpcError as error:
-                self._note(str(error))
+            except (grpc.RpcError, TimeoutError) as error:
+                self._note(str(error) or f"no answer within {self._timeout_s:g} s")
             except Exception:  # the loop must go on: the next attempt may succeed
                 log.exception("link to %s failed", self.label)
                 self._note("internal error")
-            finally:
-                if self.state is not LinkState.CLOSED:
-                    self.state = LinkState.DOWN
+            if was_up:
+                # Most losses are short: who asks meanwhile waits for the first new attempt.
+                self._begin_attempt()
+                pause_s = PAUSE_S_MIN
+            elif not self._closing:
+                self.state = LinkState.DOWN
                 self._settled.set()
             await asyncio.sleep(pause_s * random.uniform(0.7, 1.0))
             pause_s = min(pause_s * 2, self._pause_s_max)
+
+    def _begin_attempt(self) -> None:
+        if not self._closing:
+            self.state = LinkState.CONNECTING
+            self._settled.clear()
 
     def _note(self, reason: str) -> None:
         if reason != self.reason:
@@ -211,7 +222,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         stack = contextlib.AsyncExitStack()
         async with stack:
             channel = grpc.aio.insecure_channel(self.target, options=client_options())
-            stack.push_async_callback(channel.close, None)
+            stack.push_async_callback(_closed, channel)
             self._dialect.bind(channel)
             with translated(f"attach to {self.label}"):
                 attached = await self._dialect.attach(
@@ -233,10 +244,12 @@ class SteadyLink(Generic[RequestT, ResponseT]):
             call = self._dialect.open_stream(metadata=self.metadata)
             stack.callback(call.cancel)
             with translated(f"stream to {self.label}"):
-                await call.write(self._dialect.hello(attached))
-                first = await asyncio.wait_for(call.read(), self._timeout_s)
-            if first is grpc.aio.EOF:
-                raise Unavailable(f"{self.label} closed the stream: {await call.details()}")
+                async with asyncio.timeout(self._timeout_s):
+                    await call.write(self._dialect.hello(attached))
+                    first = await call.read()
+                    if first is grpc.aio.EOF:
+                        details = await call.details()
+                        raise Unavailable(f"{self.label} closed the stream: {details}")
             self.peer, self.network, self.attached = peer, network, attached
             await self._dialect.prepare(attached, first)
             if self._lost.is_set():
@@ -286,3 +299,8 @@ class SteadyLink(Generic[RequestT, ResponseT]):
                 self._wake.clear()
                 while self._outgoing:
                     await call.write(self._outgoing.popleft())
+
+
+async def _closed(channel: grpc.aio.Channel) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(channel.close(None), CLOSE_S_MAX)

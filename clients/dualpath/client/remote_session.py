@@ -45,6 +45,7 @@ class RemoteSession:
         self._stub: Any = agent_pb2_grpc.AgentStub(channel)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._regions: RegionClient | None = None
+        self._connecting = asyncio.Lock()
 
     @classmethod
     async def connect(cls, address: str, *, token: str) -> RemoteSession:
@@ -81,10 +82,7 @@ class RemoteSession:
         try:
             region.prefault()
             loop = asyncio.get_running_loop()
-            if self._regions is None:
-                path = self._address.removeprefix("unix:").removeprefix("//") + ".regions"
-                self._regions = await loop.run_in_executor(None, RegionClient, path)
-            client = self._regions
+            client = await self._region_client()
             handle = await loop.run_in_executor(
                 None, lambda: client.register(region, behind_compute_link=behind_compute_link)
             )
@@ -92,6 +90,14 @@ class RemoteSession:
             region.close()
             raise
         return EngineMemory(region, handle, client.drop)
+
+    async def _region_client(self) -> RegionClient:
+        async with self._connecting:
+            if self._regions is None:
+                path = self._address.removeprefix("unix:").removeprefix("//") + ".regions"
+                loop = asyncio.get_running_loop()
+                self._regions = await loop.run_in_executor(None, RegionClient, path)
+            return self._regions
 
     async def lookup(self, namespace_id: bytes, hashes: Sequence[bytes]) -> Lookup:
         """See AgentSession."""
