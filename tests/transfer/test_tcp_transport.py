@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 import pytest
-from dualpath.transfer import stream_handshake
+from dualpath.transfer import stream_frame, stream_handshake
 from dualpath.transfer.conformance_scene import Recorder, extents
 from dualpath.transfer.errors import (
     DeadlineExceeded,
@@ -20,7 +20,8 @@ from dualpath.transfer.errors import (
     Unavailable,
 )
 from dualpath.transfer.lane import Lane
-from dualpath.transfer.region import Region
+from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slices import Slices
 from dualpath.transfer.tcp_transport import (
     TcpConfig,
     TcpTransport,
@@ -186,6 +187,27 @@ def test_a_killed_peer_is_noticed_and_its_writes_never_land_later(
     landed = {arrival.tag for arrival in heard.arrivals}
     assert parent.disarm(window, range(64)) == set(range(64)) - landed
     assert target.view == bytes([7]) * (1 << 20)
+
+
+def test_a_peer_that_answers_a_write_before_it_has_all_of_it_is_hung_up_on(
+    stack: ExitStack,
+) -> None:
+    heard = Recorder()
+    us = make(stack, "us", heard)
+    host, port = parse_address(us.listen("127.0.0.1:0"))
+    hostile = stack.enter_context(socket.create_connection((host, port), 10))
+    stream_handshake.introduce(hostile, "it", "us", us.invite("it"), time.monotonic() + 10)
+    source, whole = Region.anonymous(32 << 20), Slices.contiguous(0, 32 << 20)
+    window = RegionDescriptor(1, 1, 0, 32 << 20)
+    write = Write(source, whole, window, whole, Lane.LOAD_PREFILL, 1, 20.0)
+    us.write("it", write, heard.on_completion)
+    hostile.setblocking(True)
+    assert hostile.recv(1)
+    # Were it believed, the source could be used again, and what is still to go would be new bytes.
+    hostile.sendall(stream_frame.acks([(1, 0)]))
+    heard.wait_completions(1)
+    assert heard.completions[0].status is WriteStatus.LOST
+    assert "before it had all of it" in heard.completions[0].detail
 
 
 def test_impossible_settings_are_refused_by_value() -> None:

@@ -25,6 +25,8 @@ from dualpath.transfer.transport import (
 
 QUEUED_WRITES_MAX = 1 << 16
 RETRY_AFTER_S = 0.05
+_STALE_DEADLINES = 1024
+"""Deadlines of completed writes behind one that waits, before they are swept out."""
 _TAG_LIMIT = 1 << 64
 
 _log = logging.getLogger(__name__)
@@ -57,9 +59,19 @@ def check_write(write: Write) -> None:
 
 
 class PendingWrite:
-    """A write that has no completion yet. `sent` bytes of it were handed to the wire."""
+    """A write that has no completion yet. `sent` bytes of it were taken to be sent; once it is
+    `gone`, nothing of its source will be read any more."""
 
-    __slots__ = ("deadline", "ident", "nbytes", "on_completion", "sent", "truncate_at", "write")
+    __slots__ = (
+        "deadline",
+        "gone",
+        "ident",
+        "nbytes",
+        "on_completion",
+        "sent",
+        "truncate_at",
+        "write",
+    )
 
     def __init__(
         self, ident: int, write: Write, on_completion: OnCompletion, deadline: float
@@ -70,6 +82,7 @@ class PendingWrite:
         self.deadline = deadline
         self.nbytes = write.source_slices.nbytes
         self.sent = 0
+        self.gone = False
         self.truncate_at = -1
 
 
@@ -117,6 +130,9 @@ class Outbox:
         self._pending[pending.ident] = pending
         self._lanes.push(write.lane, pending)
         heapq.heappush(self._deadlines, (pending.deadline, pending.ident))
+        if len(self._deadlines) > 2 * len(self._pending) + _STALE_DEADLINES:
+            self._deadlines = [each for each in self._deadlines if each[1] in self._pending]
+            heapq.heapify(self._deadlines)
         self.queued_bytes += nbytes
         return pending
 
@@ -133,6 +149,10 @@ class Outbox:
             self._lanes.pop(lane)
         self._lanes.charge(lane, nbytes)
         return Fragment(pending, offset, nbytes)
+
+    def find(self, ident: int) -> PendingWrite | None:
+        """The write, if it has no completion yet."""
+        return self._pending.get(ident)
 
     def has(self, ident: int) -> bool:
         """Whether the write has no completion yet."""

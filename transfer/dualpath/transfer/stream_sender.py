@@ -82,13 +82,21 @@ class StreamSender:
             self._changed.notify()
 
     def settle(self, ident: int, status: WriteStatus, detail: str) -> bool:
-        """End a write as the peer said; False if it has ended before."""
+        """End a write as the peer said; False if it has ended before.
+
+        Raises PeerLost if the peer cannot have all of it yet: its source is still being read.
+        """
+        with self._changed:
+            pending = self._outbox.find(ident)
+        if pending is not None and not pending.gone:
+            with self._wire:  # the send that has just given the kernel the rest may be under way
+                gone = pending.gone
+            if not gone:
+                raise PeerLost(
+                    f"{self._outbox.peer!r} answered write {ident} before it had all of it"
+                )
         with self._changed:
             pending = self._outbox.settle(ident)
-            if pending is not None and 0 < pending.sent < pending.nbytes:
-                # Refused before all of it was sent: what remains need not travel.
-                self._control.append(frames.cancel(ident))
-                self._changed.notify()
         if pending is None:
             return False
         self._complete([pending], status, detail)
@@ -211,6 +219,8 @@ class StreamSender:
                 sent = self._send_some(left, fds)
                 left = _without(left, sent)
                 self._in_frame = bool(left)
+                if not left and pending is not None and pending.sent == pending.nbytes:
+                    pending.gone = True
             if not left:
                 return
             if sent:
