@@ -77,7 +77,10 @@ def check_all(
         assert wrong_blocks(memory, PLACES, hashes) == []
 
 
-@pytest.mark.parametrize("policy", ["split", "round-robin", "shorter-queue"])
+@pytest.mark.parametrize(
+    "policy",
+    ["split", "round-robin", pytest.param("shorter-queue", marks=pytest.mark.slow)],
+)
 def test_killing_a_relay_in_the_middle_costs_no_load(run_cluster: Run, policy: str) -> None:
     async def body(cluster: LoopbackCluster) -> None:
         filler = await cluster.embedded("filler")
@@ -214,7 +217,9 @@ def test_an_engine_that_dies_in_the_middle_is_fenced_and_forgotten(run_cluster: 
     run_cluster(body)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))]
+)
 def test_faults_of_every_kind_cost_time_but_no_byte(
     run_cluster: Run, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
