@@ -156,3 +156,8 @@ def test_a_lease_serves_its_owner_only_and_is_pruned_when_over() -> None:
     with pytest.raises(LeaseExpired):
         owners.check(1, "a")
     assert len(owners) == 0
+
+
+def test_a_configuration_that_is_printed_shows_no_token() -> None:
+    token = "a-token-that-nobody-may-see"
+    assert token not in repr(DaemonConfig(data="d", tokens=(token,)))

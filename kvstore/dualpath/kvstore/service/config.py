@@ -7,7 +7,7 @@ their users, anything beyond needs tokens or an explicit `insecure`.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX
 from dualpath.transfer.errors import InvalidRequest
@@ -47,7 +47,7 @@ class DaemonConfig:
     dram_bytes: int = 256 << 20
     segment_bytes: int = 64 << 20
     direct: bool = True
-    tokens: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = field(default=(), repr=False)
     insecure: bool = False
     metrics_listen: str = ""
     readers: int = 4
