@@ -129,6 +129,8 @@ def test_a_load_completes_intact_through(make: MakeTwo, plan: str) -> None:
             assert turns <= 60, f"{len(wanted)} chunks never came: {loader.writer.counts()}"
             wanted = loader.turn(wanted)
         assert loader.target.view == loader.source.view
+        assert loader.writer.settle(10), f"replays never ended: {loader.writer.counts()}"
+        assert loader.target.view == loader.source.view, "a replay changed the bytes"
         counts = loader.writer.counts()
         assert counts, "no fault happened"
         assert counts.get("stale:done", 0) == 0, "a stale write landed"

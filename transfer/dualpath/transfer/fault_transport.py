@@ -173,6 +173,13 @@ class FaultTransport:
         with self._changed:
             return dict(self._counts)
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until every fault of the writes so far has happened; False if time ran out."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._held and not self._scratch_bytes, timeout_s
+            )
+
     def _submit(self, peer: str, write: Write, on_completion: OnCompletion, faults: Faults) -> None:
         copy = None
         if faults.flip_at is not None or faults.duplicate or faults.stale_s >= 0:
@@ -265,6 +272,7 @@ class FaultTransport:
     def _free(self, copy: Region) -> None:
         with self._changed:
             self._scratch_bytes -= copy.nbytes
+            self._changed.notify_all()
         try:
             copy.close()
         except BufferError:
@@ -296,6 +304,7 @@ class FaultTransport:
                     self._changed.wait(self._held[0][0] - now if self._held else None)
                     continue
                 _, _, action = heapq.heappop(self._held)
+                self._changed.notify_all()
             try:
                 action(False)
             except Exception:  # noqa: BLE001 - one fault must not end all others
