@@ -7,6 +7,7 @@ import errno
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -311,3 +312,29 @@ def test_a_durable_put_says_so_if_what_was_there_could_not_be_written_back(
         opening.start()
         assert put(store, space, chain(2), content) == [SealStatus.FAILED] * 2
         opening.join()
+
+
+def test_a_disk_smaller_than_the_budget_evicts_until_it_has_space_again(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    device = FaultDevice(MemoryDevice(), FaultPlan(space_bytes=5 << 20))
+    now = [1000.0]
+    with BlockStore.open(tmp_path, CONFIG, device=device, clock=lambda: now[0]) as store:
+        space = store.open_namespace(namespace)
+        put(store, space, chain(30), content)  # some of it fails
+        for turn in range(1, 6):
+            hashes = chain(5, 10_000 * turn)
+            assert put(store, space, hashes, content) == [SealStatus.SEALED] * 5
+            assert intact(store, space, hashes, content) == 5
+        assert store.stats().evicted_blocks[Tier.SSD] > 0
+        assert store.stats().capacity_bytes[Tier.SSD] <= 5 << 20
+        device.plan.space_bytes = -1
+        now[0] += 31
+        store._committer.call()
+        deadline = time.monotonic() + 20
+        while store.stats().capacity_bytes[Tier.SSD] < CONFIG.disk_bytes:
+            assert time.monotonic() < deadline
+        assert put(store, space, chain(30), content)[-1] is SealStatus.SEALED
+        assert intact(store, space, chain(30), content) == 30
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        assert intact(store, space, chain(30), content) == 30

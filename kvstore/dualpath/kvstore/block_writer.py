@@ -7,6 +7,7 @@ writes them back. A child is never durable before its parent: jobs are queued pa
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ _RESERVED_AT_ONCE = 64
 _SEALED_AT_ONCE = 256
 _SETTLED_AT_ONCE = 64
 """Blocks between two chances for others to take the lock."""
+_FULL_DISK_S = 30.0
+"""How long a store whose disk was full does not try to grow."""
 _log = logging.getLogger(__name__)
 
 OnExpired = Callable[[tuple[int, ...]], None]
@@ -74,6 +77,7 @@ class BlockWriter:
         # Jobs so far; they are settled in the order in which they were submitted.
         self._submitted = 0
         self._settled = 0
+        self._grow_again_at = math.inf
         self._waiters: dict[int, tuple[_Batch, _Sealing]] = {}
         self.on_expired: OnExpired | None = None
 
@@ -429,10 +433,27 @@ class BlockWriter:
         with self._state.lock:
             return self._state.ssd.take_retired()
 
-    def chores(self) -> None:
-        """See CommitHost: free the extents of expired reservations, fenced first."""
+    def no_space(self, segment: int) -> None:
+        """See CommitHost."""
         state = self._state
         with state.lock:
+            state.ssd.shrink(segment)
+        self._grow_again_at = state.clock() + _FULL_DISK_S
+        _log.warning(
+            "the disk is full: the store keeps within %d bytes for %.0f s; free some space, or "
+            "lower disk_bytes",
+            state.ssd.capacity_bytes,
+            _FULL_DISK_S,
+        )
+
+    def chores(self) -> None:
+        """See CommitHost: free the extents of expired reservations, fenced first; see whether a
+        full disk has space again."""
+        state = self._state
+        with state.lock:
+            if state.clock() >= self._grow_again_at:
+                self._grow_again_at = math.inf
+                state.ssd.restore_budget()
             state.reap()
             expired, state.expired = state.expired, []
         if not expired:

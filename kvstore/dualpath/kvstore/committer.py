@@ -10,6 +10,7 @@ Does not decide what is visible: the host does, in `admit` and `settle`, under i
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections import deque
@@ -69,6 +70,9 @@ class CommitHost(Protocol):
 
     def retired_segments(self) -> list[int]:
         """Segments whose files may go once all deletes so far are committed."""
+
+    def no_space(self, segment: int) -> None:
+        """The file system has no room for this segment."""
 
     def chores(self) -> None:
         """Called between groups and about every second."""
@@ -196,9 +200,15 @@ class Committer:
             try:
                 for job in jobs:
                     self._save_namespace(job.namespace)
+            except OSError as error:
+                _fail(jobs, f"namespace: {error}")
+                continue
+            try:
                 self._ssd.ensure(segment)
             except OSError as error:
                 _fail(jobs, f"space: {error}")
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    self._host.no_space(segment)
                 continue
             by_slot = {job.record.slot: job for job in jobs}
             most = max(1, RUN_BYTES_MAX // jobs[0].data.nbytes)

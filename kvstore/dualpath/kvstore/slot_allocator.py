@@ -11,11 +11,12 @@ from collections.abc import Collection
 
 
 class _Extent:
-    __slots__ = ("free", "slot_bytes", "slots", "taken")
+    __slots__ = ("closed", "free", "slot_bytes", "slots", "taken")
 
     def __init__(self, slot_bytes: int, slots: int, taken: Collection[int]) -> None:
         self.slot_bytes = slot_bytes
         self.slots = slots
+        self.closed = False
         self.taken = bytearray(slots)
         for slot in taken:
             self.taken[slot] = 1
@@ -47,7 +48,13 @@ class SlotAllocator:
         """Take an extent out; none of its slots may be taken."""
         gone = self._extents.pop(extent)
         assert len(gone.free) == gone.slots, extent
-        self._open[gone.slot_bytes].pop(extent, None)
+        self._open.get(gone.slot_bytes, {}).pop(extent, None)
+
+    def close(self, extent: int) -> None:
+        """Give out no further slots of an extent."""
+        closed = self._extents[extent]
+        closed.closed = True
+        self._open.get(closed.slot_bytes, {}).pop(extent, None)
 
     def take(self, slot_bytes: int) -> tuple[int, int] | None:
         """(extent, slot) of a free slot of that class; None if there is none."""
@@ -70,7 +77,8 @@ class SlotAllocator:
         found.taken[slot] = 0
         found.free.append(slot)
         self.used_bytes -= found.slot_bytes
-        self._open.setdefault(found.slot_bytes, {})[extent] = None
+        if not found.closed:
+            self._open.setdefault(found.slot_bytes, {})[extent] = None
 
     def empty_extents(self) -> list[int]:
         """Extents with no slot taken."""

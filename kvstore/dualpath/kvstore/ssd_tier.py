@@ -1,9 +1,9 @@
 """Slots on SSD: segments on a device, within a budget of bytes.
 
-Bookkeeping (`take`, `give`, `retired`) is memory only and needs the caller's lock. I/O (`ensure`,
-`read`, `write_slots`, `write_headers`, `sync`, `remove`) may run beside it; `ensure` and everything
-that writes is for one thread. A segment's file comes into being at its first write. Empty
-segments of one class make way for another class; their files go through `take_retired`.
+Bookkeeping (`take`, `give`, `shrink`, `take_retired`) is memory only and needs the caller's lock.
+I/O (`ensure`, `read`, `write_slots`, `write_headers`, `sync`, `remove`) may run beside it; `ensure`
+and everything that writes is for one thread. A segment's file comes into being at its first write.
+Empty segments of one class make way for another class; their files go through `take_retired`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SsdTier:
 
     def __init__(self, device: Device, capacity_bytes: int, segment_bytes: int) -> None:
         self.device = device
-        self.capacity_bytes = capacity_bytes
+        self.capacity_bytes = self._budget_bytes = capacity_bytes
         self._segment_bytes = segment_bytes
         self._allocator = SlotAllocator()
         self._geometry: dict[int, SegmentGeometry] = {}
@@ -86,6 +86,18 @@ class SsdTier:
         """Segments that are used no more; their files are the caller's to `remove`."""
         retired, self._retired = self._retired, []
         return retired
+
+    def shrink(self, segment: int) -> None:
+        """The file system has no space for this segment: make do with the others from now on, so
+        that blocks are evicted instead of refused; until `restore_budget`."""
+        if segment in self._geometry:
+            self._allocator.close(segment)
+            least = self._allocated_bytes - self._geometry[segment].file_bytes
+            self.capacity_bytes = min(self.capacity_bytes, least)
+
+    def restore_budget(self) -> None:
+        """Try to use all of the budget again."""
+        self.capacity_bytes = self._budget_bytes
 
     def has(self, segment: int) -> bool:
         """Whether the segment is known."""
