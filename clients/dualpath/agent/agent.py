@@ -93,33 +93,7 @@ class Agent:
         stack.callback(_close_region, staging)
         self.relay = Relay(Staging(staging), self.compute, loop, self._own_queue_changed)
         stack.callback(self.relay.shutdown)
-        self.daemons = {
-            address: DaemonLink(
-                address,
-                self._networks_of(address),
-                self.namespaces,
-                self._daemon_changed,
-                name=config.name,
-                token=config.token,
-                timeout_s=config.lookup_timeout_s,
-                pause_s_max=config.reconnect_s_max,
-            )
-            for address in config.daemons
-        }
-        self.relays = {
-            relay.name: RelayLink(
-                relay,
-                config.daemons,
-                {"tcp": self.compute},
-                self._relay_changed,
-                self._relay_queue,
-                name=config.name,
-                token=config.token,
-                timeout_s=config.lookup_timeout_s,
-                pause_s_max=config.reconnect_s_max,
-            )
-            for relay in config.relay_addresses
-        }
+        self._make_links()
         self.attachments = Attachments(self.server_id, self.compute, self.relay, self.daemons, loop)
         self.self_relay = SelfRelay(
             self.relay,
@@ -157,6 +131,36 @@ class Agent:
         )
         self.saver = Saver(config, self.daemons, self.regions, self.namespaces, loop)
         self._connect(stack)
+
+    def _make_links(self) -> None:
+        config = self.config
+        self.daemons = {
+            address: DaemonLink(
+                address,
+                self._networks_of(address),
+                self.namespaces,
+                self._daemon_changed,
+                name=config.name,
+                token=config.token,
+                timeout_s=config.lookup_timeout_s,
+                pause_s_max=config.reconnect_s_max,
+            )
+            for address in config.daemons
+        }
+        self.relays = {
+            relay.name: RelayLink(
+                relay,
+                config.daemons,
+                {"tcp": self.compute},
+                self._relay_changed,
+                self._relay_queue,
+                name=config.name,
+                token=config.token,
+                timeout_s=config.lookup_timeout_s,
+                pause_s_max=config.reconnect_s_max,
+            )
+            for relay in config.relay_addresses
+        }
 
     def _connect(self, stack: contextlib.AsyncExitStack) -> None:
         for daemon in self.daemons.values():
