@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
-from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.region import Region, RegionDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,3 +82,12 @@ def test_serials_tell_regions_apart_and_closing_frees_the_descriptor() -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     second.close()
+
+
+@pytest.mark.parametrize("make", [Region.anonymous, lambda nbytes: Region.memfd("test", nbytes)])
+def test_memory_that_the_machine_does_not_have_is_refused_by_size(
+    make: Callable[[int], Region],
+) -> None:
+    with pytest.raises(Unavailable, match=str(1 << 50)) as caught:
+        make(1 << 50)
+    assert caught.value.reason == "no_memory"

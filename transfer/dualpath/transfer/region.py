@@ -15,7 +15,7 @@ import os
 import struct
 from dataclasses import dataclass
 
-from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.errors import InvalidRequest, Unavailable
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
@@ -48,20 +48,26 @@ class Region:
 
     @staticmethod
     def anonymous(nbytes: int) -> Region:
-        """Private page-aligned memory, on huge pages where the kernel grants them."""
-        mapping = mmap.mmap(-1, _checked(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """Private page-aligned memory, on huge pages where the kernel grants them.
+
+        Raises Unavailable (`no_memory`) where the machine has not that much.
+        """
+        mapping = _mapped(-1, _checked(nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         return Region(memoryview(mapping), mapping=mapping)
 
     @staticmethod
     def memfd(name: str, nbytes: int) -> Region:
-        """Shareable memory, sealed against shrinking and growing before anyone else sees it."""
+        """Shareable memory, sealed against shrinking and growing before anyone else sees it.
+
+        Raises Unavailable (`no_memory`) as `anonymous` does; OSError where there is no memfd.
+        """
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _checked(nbytes))
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
-            mapping = mmap.mmap(fd, nbytes)
+            mapping = _mapped(fd, nbytes, mmap.MAP_SHARED)
         except BaseException:
             os.close(fd)
             raise
@@ -127,6 +133,16 @@ def _checked(nbytes: int) -> int:
     if nbytes <= 0:
         raise InvalidRequest(f"a region needs at least one byte, not {nbytes}")
     return nbytes
+
+
+def _mapped(fd: int, nbytes: int, flags: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(fd, nbytes, flags=flags)
+    except OSError as error:
+        raise Unavailable(
+            f"cannot get {nbytes} bytes of memory: {error.strerror}; ask for fewer, or free some",
+            reason="no_memory",
+        ) from error
 
 
 _DESCRIPTOR = struct.Struct("<8sQQQI")
