@@ -89,3 +89,15 @@ def test_bad_fields_are_refused_by_name() -> None:
         Namespace(model="m", layout=KVLayout(1, 1, 1, "x"), salt="s" * 513)
     with pytest.raises(InvalidRequest, match="chunk 1 "):
         KVLayout(1, 1, 1, "x").chunk_extent(1)
+
+
+@pytest.mark.parametrize("field", ["hash_algorithm", "model", "salt"])
+def test_a_long_field_is_refused_by_name(namespace: Namespace, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"namespace.{field} is longer than 512 chars"):
+        replace(namespace, **{field: "x" * 513})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("word", ["dtype", "attention", "scales"])
+def test_a_long_word_of_a_layout_is_refused_by_name(namespace: Namespace, word: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"layout.{word} is longer than 512 chars"):
+        replace(namespace.layout, **{word: "x" * 513})  # type: ignore[arg-type]

@@ -10,8 +10,10 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from dualpath.proto.channel import client_options
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.status import MESSAGE_CHARS_MAX, Context, error_of, translated
+from dualpath.proto.v1 import store_pb2, store_pb2_grpc
 from dualpath.transfer.errors import (
     Corrupt,
     DeadlineExceeded,
@@ -114,6 +116,23 @@ def test_a_foreign_exception_is_internal_logged_and_not_shown(
     assert type(back) is DualPathError
     assert back.reason == "internal"
     assert str(back).startswith("Lookup: ")
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_a_message_over_the_limit_is_the_callers_mistake(in_lab: Any, side: str) -> None:
+    async def body(lab: Any) -> None:
+        target = (await lab.daemon()).where["listen"]
+        options = client_options() if side == "client" else (("grpc.max_send_message_length", -1),)
+        async with grpc.aio.insecure_channel(target, options=options) as channel:
+            stub: Any = store_pb2_grpc.StoreStub(channel)
+            with pytest.raises(grpc.RpcError) as caught:
+                await stub.Lookup(store_pb2.LookupRequest(hash=[bytes(32)] * 200_000), timeout=20)
+        back = error_of(caught.value, "Lookup")
+        assert type(back) is InvalidRequest
+        assert "6800000 vs. 4194304" in str(back)
+        assert "split" in str(back)
+
+    in_lab(body)
 
 
 def test_a_long_message_is_cut() -> None:

@@ -16,6 +16,7 @@ CHUNK_BYTES_MIN = 256 << 10
 CHUNKS_PER_BLOCK_MAX = 64
 BLOCK_BYTES_MAX = 64 << 20
 LAYERS_MAX = 1024
+WORD_CHARS_MAX = 512
 CHUNK_BYTES_MAX = BLOCK_BYTES_MAX // CHUNKS_PER_BLOCK_MAX
 
 assert CHUNK_BYTES_MIN % ALIGN_BYTES == 0
@@ -39,6 +40,9 @@ class KVLayout:
     scales: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("dtype", "attention", "scales"):
+            if len(getattr(self, name)) > WORD_CHARS_MAX:
+                raise InvalidRequest(f"layout.{name} is longer than {WORD_CHARS_MAX} chars")
         if not 1 <= self.layers <= LAYERS_MAX:
             raise InvalidRequest(f"layers must lie in 1..{LAYERS_MAX}, not {self.layers}")
         if self.block_tokens < 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from dualpath.kvstore.layout import KVLayout
 from dualpath.transfer.errors import InvalidRequest
@@ -39,9 +39,12 @@ class Namespace:
     def __post_init__(self) -> None:
         if not self.model:
             raise InvalidRequest("a namespace needs a model id; without one nothing is shared")
-        for name in ("model", "lora", "shard", "engine_format", "hash_root", "tenant", "salt"):
-            if len(getattr(self, name)) > FIELD_CHARS_MAX:
-                raise InvalidRequest(f"namespace.{name} is longer than {FIELD_CHARS_MAX} chars")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str) and len(value) > FIELD_CHARS_MAX:
+                raise InvalidRequest(
+                    f"namespace.{field.name} is longer than {FIELD_CHARS_MAX} chars"
+                )
 
     @property
     def id(self) -> bytes:

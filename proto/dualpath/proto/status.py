@@ -34,6 +34,7 @@ RETRY_AFTER_KEY = "retry-after-ms"
 MESSAGE_CHARS_MAX = 1000
 """Longer messages are cut: trailers beyond 8 KiB break the call at many proxies."""
 RETRY_AFTER_S_DEFAULT = 1.0
+_TOO_LARGE = "message larger than max"
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -118,6 +119,9 @@ def error_of(error: grpc.RpcError, call: str = "") -> DualPathError:
     trailers = _trailers(error)
     reason = trailers.get(REASON_KEY)
     message = f"{call}: {details}" if call else details
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and reason is None and _TOO_LARGE in details:
+        # By gRPC itself, on either side: to send it again would not help.
+        return InvalidRequest(f"{message}; split the batch", reason="too_large")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         retry_after_s = _retry_after_s(trailers.get(RETRY_AFTER_KEY))
         return Overloaded(message, retry_after_s=retry_after_s, reason=reason)
