@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -208,6 +209,25 @@ def test_a_peer_that_answers_a_write_before_it_has_all_of_it_is_hung_up_on(
     heard.wait_completions(1)
     assert heard.completions[0].status is WriteStatus.LOST
     assert "before it had all of it" in heard.completions[0].detail
+
+
+def test_a_machine_out_of_threads_hangs_up_and_goes_on_accepting(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    us, it = make(stack, "us", Recorder()), make(stack, "it", Recorder())
+    address = us.listen("127.0.0.1:0")
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("dualpath-greet"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(Unavailable):
+            it.connect("us", address, us.invite("it"), deadline_s=5)
+    it.connect("us", address, us.invite("it"), deadline_s=5)
 
 
 def test_impossible_settings_are_refused_by_value() -> None:

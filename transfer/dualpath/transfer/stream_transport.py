@@ -294,8 +294,8 @@ class StreamTransport(ABC):
         """Start a thread that `close` joins; called with the lock held."""
         self._threads = {thread for thread in self._threads if thread.is_alive()}
         thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.add(thread)
         thread.start()
+        self._threads.add(thread)
 
     def _accept(self) -> None:
         listener = self._listener
@@ -318,12 +318,18 @@ class StreamTransport(ABC):
                 self._greet_soon(sock)
 
     def _greet_soon(self, sock: socket.socket) -> None:
+        reason = "too many handshakes under way"
         with self._lock:
             if not self._closed and len(self._handshakes) < HANDSHAKES_MAX:
                 self._handshakes.add(sock)
-                self._spawn(lambda: self._greet(sock), f"dualpath-greet-{self._own_name}")
-                return
-        _log.warning("%s hung up on a caller: too many handshakes under way", self._own_name)
+                try:
+                    self._spawn(lambda: self._greet(sock), f"dualpath-greet-{self._own_name}")
+                except RuntimeError as error:  # out of threads
+                    self._handshakes.discard(sock)
+                    reason = str(error)
+                else:
+                    return
+        _log.warning("%s hung up on a caller: %s", self._own_name, reason)
         sock.close()
 
     def _greet(self, sock: socket.socket) -> None:
