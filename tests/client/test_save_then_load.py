@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -21,6 +22,7 @@ from dualpath.client.loopback_cluster import (
 )
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.psync_device import PsyncFile
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 
 Run: TypeAlias = Callable[..., None]
@@ -240,5 +242,38 @@ def test_a_longer_chain_loads_the_prefix_that_is_stored(run_cluster: Run) -> Non
         assert wrong_blocks(memory, Places.contiguous(LAYOUT, 5), hashes) == []
         rest = memory.view[5 * LAYOUT.block_bytes :]
         assert bytes(rest) == b"\xaa" * rest.nbytes
+
+    run_cluster(body)
+
+
+def test_a_durable_save_waits_for_blocks_that_exist_but_are_not_written_back(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    sync = PsyncFile.sync
+
+    def slow_sync(file: PsyncFile) -> None:
+        assert gate.wait(WAIT_S)
+        sync(file)
+
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded()
+        namespace_id, _ = await stored(client, 1, seed="other")  # so that there is a segment
+        monkeypatch.setattr(PsyncFile, "sync", slow_sync)
+        hashes = chain(2)
+        memory = await client.allocate(2 * LAYOUT.block_bytes)
+        places = Places.contiguous(LAYOUT, 2)
+        fill(memory, places, hashes)
+        args = (namespace_id, hashes, parents(hashes), memory, places)
+        try:
+            await client.save(*args, durable=False, deadline_s=WAIT_S)
+            waiting = asyncio.ensure_future(client.save(*args, durable=True, deadline_s=WAIT_S))
+            _, still = await asyncio.wait([waiting], timeout=0.2)
+            assert still, "acknowledged as durable while it was not"
+        finally:
+            gate.set()
+        result = await waiting
+        assert set(result.reserved) == {ReserveStatus.EXISTS}
+        assert not result.reason
 
     run_cluster(body)

@@ -7,7 +7,7 @@ do so without tokens by accident. Does not read files or the environment: that i
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dualpath.transfer.errors import InvalidRequest
 
@@ -50,9 +50,9 @@ class AgentConfig:
     staging_bytes: int = 64 << 20
     storage_limit_bytes_per_s: float = 0.0
     compute_limit_bytes_per_s: float = 0.0
-    token: str = ""
+    token: str = field(default="", repr=False)
     """Ours, shown to daemons and peers."""
-    tokens: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = field(default=(), repr=False)
     """Those we accept from peers and engines; empty: none is asked for."""
     insecure: bool = False
     """Listen beyond loopback without tokens."""
@@ -87,9 +87,9 @@ class AgentConfig:
             raise InvalidRequest(
                 f"staging_bytes must be at least {STAGING_BYTES_MIN}, not {self.staging_bytes}"
             )
-        for field in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
-            if getattr(self, field) < 0:
-                raise InvalidRequest(f"{field} must not be negative: {getattr(self, field)}")
+        for name in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
+            if getattr(self, name) < 0:
+                raise InvalidRequest(f"{name} must not be negative: {getattr(self, name)}")
         for field in ("stall_s", "deadline_s_max", "lookup_timeout_s", "lease_s", "loads_max"):
             if getattr(self, field) <= 0:
                 raise InvalidRequest(f"{field} must be positive, not {getattr(self, field)}")

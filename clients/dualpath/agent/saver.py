@@ -195,6 +195,9 @@ class Saver:
                 word = status.value if status else "unknown status"
                 save.fail(word, f"block {block} was not reserved: {word}")
         if not fresh:
+            if spec.durable and ReserveStatus.EXISTS in save.reserved[blocks.start : blocks.stop]:
+                # Stored before, perhaps not written back yet: a durable seal waits for that.
+                await daemon.seal((), (), durable=True, timeout_s=self._left_s(save))
             return
         ids = [answer.reservation_id[position] for position in fresh.values()]
         try:
@@ -217,7 +220,6 @@ class Saver:
         done = sum(save.sealed[block] is SealStatus.SEALED for block in fresh)
         self.saved_blocks += done
         self.saved_bytes += done * layout.block_bytes
-        del spec
 
     async def _reserve(
         self, save: _Save, daemon: DaemonLink, blocks: range
