@@ -90,9 +90,9 @@ class AgentConfig:
         for name in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{name} must not be negative: {getattr(self, name)}")
-        for field in ("stall_s", "deadline_s_max", "lookup_timeout_s", "lease_s", "loads_max"):
-            if getattr(self, field) <= 0:
-                raise InvalidRequest(f"{field} must be positive, not {getattr(self, field)}")
+        for name in ("stall_s", "deadline_s_max", "lookup_timeout_s", "lease_s", "loads_max"):
+            if getattr(self, name) <= 0:
+                raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}")
 
     def _check_addresses(self) -> None:
         for address in self.daemons:
