@@ -15,13 +15,13 @@ from dualpath.agent.outcome import MissReason, SaveResult
 from dualpath.agent.places import Places
 from dualpath.agent.regions import Regions
 from dualpath.agent.slice_table import slices_of, table_of
-from dualpath.agent.unix_path import claim
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.region import Region
 from dualpath.transfer.slices import Slices
+from dualpath.transfer.unix_path import claim
 from hypothesis import given
 from hypothesis import strategies as st
 

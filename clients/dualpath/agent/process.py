@@ -20,13 +20,13 @@ from dualpath.agent.config import AgentConfig
 from dualpath.agent.metrics import AgentCollector
 from dualpath.agent.network import MakeTransport
 from dualpath.agent.region_socket import RegionSocket
-from dualpath.agent.unix_path import claim, private_files, remove
 from dualpath.kvstore.service.auth import Auth, AuthInterceptor
 from dualpath.kvstore.service.metrics import MetricsServer
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc
 from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.unix_path import claim, private_files, remove
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 

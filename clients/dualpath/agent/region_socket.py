@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dualpath.agent.regions import Regions
-from dualpath.agent.unix_path import claim, private_files, remove
 from dualpath.transfer.errors import DualPathError, InvalidRequest, PermissionDenied, Unavailable
 from dualpath.transfer.memfd_channel import close_fds, receive_with_fds, send_with_fds
 from dualpath.transfer.region import Region
+from dualpath.transfer.unix_path import claim, private_files, remove
 
 MAGIC = b"dpregs01"
 _REQUEST = struct.Struct("<8sBBxxxxxxQ")  # magic, operation, behind_compute_link, bytes or handle

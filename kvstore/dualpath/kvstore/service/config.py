@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.unix_path import UNIX_PATH_CHARS_MAX
 
-UNIX_PATH_CHARS_MAX = 100
-"""The kernel takes 107; `.data` and a suffix of the transport must still fit."""
 TOKEN_CHARS_MIN = 16
 READERS_MAX = 64
 

@@ -13,9 +13,7 @@ import contextlib
 import logging
 import os
 import signal
-import socket
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,10 +29,11 @@ from dualpath.kvstore.store_config import StoreConfig
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.v1 import store_pb2, store_pb2_grpc
-from dualpath.transfer.errors import InvalidRequest, Unavailable
+from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
 from dualpath.transfer.transport import Transport
+from dualpath.transfer.unix_path import claim, private_files, remove
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -170,10 +169,10 @@ class Daemon:
         await server.stop(STOP_S_MAX)
 
     def _bind_unix(self, server: grpc.aio.Server, path: str) -> None:
-        _clear_stale(path)
-        with _private_files():
+        claim(path)
+        with private_files():
             _bind(server, "unix", f"unix:{path}")
-        self._stack.callback(_unlink, path)
+        self._stack.callback(remove, path)
 
     def _peer_lost(self, peer: str, reason: str) -> None:
         if self._service is not None:
@@ -252,44 +251,6 @@ def _bind(server: grpc.aio.Server, field: str, address: str) -> int:
             reason="address_in_use",
         )
     return port
-
-
-def _clear_stale(path: str) -> None:
-    """Remove a socket that nobody listens on. Raises Unavailable if somebody does."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise InvalidRequest(f"unix: {path!r} exists and is no socket; choose another path")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            _unlink(path)
-            return
-        except OSError as error:
-            raise Unavailable(f"unix: {path!r}: {error}", reason="address_in_use") from error
-    raise Unavailable(
-        f"unix: {path!r} is in use by another process; stop it or choose another path",
-        reason="address_in_use",
-    )
-
-
-@contextlib.contextmanager
-def _private_files() -> Iterator[None]:
-    """The socket's permissions are its access rule: from the first moment only our user's."""
-    before = os.umask(0o177)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _close_engine(engine: DeliveryEngine) -> None:

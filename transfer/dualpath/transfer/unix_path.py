@@ -18,7 +18,9 @@ PROBE_S_MAX = 1.0
 def claim(path: str) -> None:
     """Remove a socket that nobody listens on. Raises InvalidRequest, Unavailable (in use)."""
     if len(path) > UNIX_PATH_CHARS_MAX:
-        raise InvalidRequest(f"unix: {path!r} is longer than {UNIX_PATH_CHARS_MAX} characters")
+        raise InvalidRequest(
+            f"unix: {path!r} is longer than {UNIX_PATH_CHARS_MAX} characters; shorten it"
+        )
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
