@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from dualpath.agent.histogram import BOUNDS_S, Histogram
 from dualpath.agent.loader import daemon_for
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.outcome import MissReason, SaveResult
@@ -16,6 +15,8 @@ from dualpath.agent.places import Places
 from dualpath.agent.regions import Regions
 from dualpath.agent.slice_table import slices_of, table_of
 from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.service.histogram import BOUNDS_S, Histogram
+from dualpath.kvstore.service.named_counts import NAMES_MAX, OTHER, NamedCounts, bounded
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.errors import InvalidRequest, Unavailable
@@ -168,6 +169,23 @@ def test_a_histogram_is_cumulative() -> None:
     assert buckets[0] == (str(BOUNDS_S[0]), 1.0)
     assert buckets[-1] == ("+Inf", 3.0)
     assert total == pytest.approx(1000.3005)
+    twice, total = Histogram.merged([histogram, histogram]).snapshot()
+    assert [count for _, count in twice] == [2 * count for _, count in buckets]
+    assert total == pytest.approx(2001 - 0.399)
+
+
+def test_names_beyond_the_limit_count_together() -> None:
+    counts = NamedCounts()
+    for index in range(NAMES_MAX + 10):
+        counts.add(f"peer-{index}", 1)
+    counts.add("peer-0", 5)
+    counts.add(f"peer-{NAMES_MAX}", 5)
+    shown = counts.snapshot()
+    assert len(shown) == NAMES_MAX + 1
+    assert (shown["peer-0"], shown[OTHER]) == (6, 15)
+    many = {f"peer-{index}": 1 for index in range(NAMES_MAX + 10)}
+    assert bounded(many)[OTHER] == 10
+    assert sum(bounded(many).values()) == len(many)
 
 
 def test_a_socket_path_is_taken_over_from_the_dead_but_not_from_the_living(

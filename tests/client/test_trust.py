@@ -10,6 +10,8 @@ from typing import TypeAlias
 import pytest
 from dualpath.agent.outcome import MissReason
 from dualpath.agent.places import Places
+from dualpath.agent.process import AgentServer
+from dualpath.client.embedded_session import EmbeddedSession
 from dualpath.client.kv_client import KVClient
 from dualpath.client.loopback_cluster import (
     LAYOUT,
@@ -56,33 +58,65 @@ def test_tokens_open_daemon_and_relay_and_wrong_ones_are_misses(run_cluster: Run
 
 def test_metrics_count_what_happened(run_cluster: Run) -> None:
     async def body(cluster: LoopbackCluster) -> None:
-        server = await cluster.relay("decode-1", metrics_listen="127.0.0.1:0")
-        client = await cluster.embedded()
+        relaying = await cluster.relay("decode-1", metrics_listen="127.0.0.1:0")
+        loading = await cluster.relay(
+            "prefill-1",
+            metrics_listen="127.0.0.1:0",
+            relays=(f"decode-1={cluster.relays['decode-1']}",),
+        )
+        client = KVClient(EmbeddedSession(loading.agent))
         namespace_id, hashes = await stored(client, 4)
         memory = await client.allocate(4 * LAYOUT.block_bytes)
         places = Places.contiguous(LAYOUT, 4)
+        for path in ("direct", "relay:decode-1"):
+            load = await client.load(
+                namespace_id, hashes, memory, places, deadline_s=WAIT_S, paths=(path,)
+            )
+            assert (await load.result()).blocks == 4
         load = await client.load(
-            namespace_id, hashes, memory, places, deadline_s=WAIT_S, paths=("relay:decode-1",)
+            namespace_id,
+            chain(1, "absent"),
+            memory,
+            Places.contiguous(LAYOUT, 1),
+            deadline_s=WAIT_S,
         )
-        assert (await load.result()).blocks == 4
-        await server.agent.loader.lookup(
-            await server.agent.open_namespace(Namespace("model", LAYOUT)), chain(1, "absent")
-        )
+        assert (await load.result()).miss is MissReason.ABSENT
 
-        def scrape() -> str:
+        def scrape(server: AgentServer) -> str:
             url = f"http://{server.metrics_address}/metrics"
             with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
                 return str(answer.read().decode())
 
         # The relay hears of the last write after the loader has verified it.
-        relay = server.agent.relay
+        relay = relaying.agent.relay
         await until(lambda: relay.relayed_bytes == 4 * LAYOUT.block_bytes, "the relay's count")
         await until(lambda: relay.staging.used_bytes == 0, "an empty staging")
-        text = await asyncio.to_thread(scrape)
-        assert "dualpath_agent_relayed_bytes_total 2.56e+06" in text
-        assert 'dualpath_agent_misses_total{reason="absent"} 1.0' in text
-        assert 'dualpath_agent_path_up{path="direct"} 1.0' in text
-        assert "dualpath_agent_load_seconds_bucket" in text
-        assert "dualpath_agent_staging_used_bytes 0.0" in text
+        text = await asyncio.to_thread(scrape, loading)
+        daemon = f"daemon {cluster.address}"
+        for line in (
+            'dualpath_agent_misses_total{reason="absent"} 1.0',
+            'dualpath_agent_path_up{path="direct"} 1.0',
+            'dualpath_agent_path_bytes_total{path="direct"} 2.56e+06',
+            'dualpath_agent_path_chunks_total{path="relay:decode-1"} 12.0',
+            'dualpath_agent_chunk_seconds_bucket{le="+Inf",path="direct"} 12.0',
+            'dualpath_agent_chunk_seconds_count{path="relay:decode-1"} 12.0',
+            "dualpath_agent_load_seconds_count 3.0",
+            'dualpath_agent_tier_blocks_total{tier="dram"} 8.0',
+            'dualpath_agent_link_bytes_total{link="storage"} 2.56e+06',
+            'dualpath_agent_link_chunks_total{link="storage"} 12.0',
+            'dualpath_agent_link_chunks_total{link="compute_in"} 12.0',
+            f'dualpath_agent_peer_bytes_total{{link="storage",peer="{daemon}"}} 2.56e+06',
+            f'dualpath_agent_peer_bytes_total{{link="storage_out",peer="{daemon}"}} 2.56e+06',
+            'dualpath_agent_peer_bytes_total{link="compute_in",peer="relay decode-1"} 2.56e+06',
+        ):
+            assert line in text, line
+        text = await asyncio.to_thread(scrape, relaying)
+        for line in (
+            "dualpath_agent_relayed_bytes_total 2.56e+06",
+            "dualpath_agent_staging_used_bytes 0.0",
+            'dualpath_agent_link_chunks_total{link="compute_out"} 12.0',
+            'dualpath_agent_peer_bytes_total{link="compute_out",peer="prefill-1"} 2.56e+06',
+        ):
+            assert line in text, line
 
     run_cluster(body)

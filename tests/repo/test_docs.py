@@ -157,6 +157,10 @@ def test_every_metric_is_documented(root: Path) -> None:
         if re.fullmatch(r"dualpath_[a-z0-9_]+", node.value)
     }
     assert not used - documented, sorted(used - documented)
+    listed = set(
+        re.findall(r"^\| `(dualpath_[a-z0-9_]+)` \|", (root / OPERATIONS).read_text("utf-8"), re.M)
+    )
+    assert not listed - used, sorted(listed - used)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,13 @@ def test_metrics_show_what_happened(in_lab: Any) -> None:
             'dualpath_misses_total{reason="absent"} 1.0',
             f"dualpath_delivered_bytes_total {float(256 << 10)}",
             'dualpath_delivery_failures_total{reason="lease_expired"} 1.0',
+            'dualpath_tier_hit_blocks_total{tier="dram"} 2.0',
+            f'dualpath_tier_read_bytes_total{{tier="dram"}} {float(256 << 10)}',
+            'dualpath_lane_delivered_chunks_total{lane="load_prefill"} 1.0',
+            f'dualpath_lane_delivered_bytes_total{{lane="load_prefill"}} {float(256 << 10)}',
+            f'dualpath_peer_delivered_bytes_total{{peer="test"}} {float(256 << 10)}',
+            'dualpath_read_seconds_bucket{le="+Inf"} 1.0',
+            "dualpath_delivery_seconds_count 1.0",
         ):
             assert line in text, line
 

@@ -17,6 +17,7 @@ from dualpath.agent.load_window import ArmedChunk, LoadWindow
 from dualpath.agent.outcome import LoadResult, LoadStarted, MissReason
 from dualpath.agent.regions import EngineRegion
 from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.store_api import Tier
 from dualpath.transfer.dispatcher import Grant
 from dualpath.transfer.slices import Slices
 
@@ -40,6 +41,8 @@ class ActiveLoad:
         self.lease_id = 0
         self.hit = LoadStarted(0, MissReason.NONE)
         self.checksums: Sequence[int] = ()
+        self.tiers: Sequence[Tier] = ()
+        """Where each block of the hit lay at the lookup."""
         self.progress = LoadProgress(layout, 0)
         self.windows: dict[str, LoadWindow] = {}
         self.tickets: dict[str, tuple[str, bytes]] = {}

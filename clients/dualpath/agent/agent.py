@@ -307,8 +307,8 @@ class Agent:
             for view in loads.views():
                 stats = merged.setdefault(view.name, agent_pb2.PathStats(path=view.name))
                 stats.up = stats.up or view.up
-                stats.bytes += loads.path_bytes[view.name]
-                stats.chunks += loads.path_chunks[view.name]
+                stats.bytes += loads.counts.bytes[view.name]
+                stats.chunks += loads.counts.chunks[view.name]
                 stats.queue_bytes += view.queue_bytes
                 stats.rate_bytes_per_s += view.rate_bytes_per_s
         return list(merged.values())

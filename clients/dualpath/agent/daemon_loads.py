@@ -21,6 +21,7 @@ from dualpath.agent.load_window import LoadWindow, Verdict
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
 from dualpath.agent.outcome import LoadResult, MissReason
+from dualpath.agent.path_counts import PathCounts
 from dualpath.agent.relay_job import REASON_OF_FAILURE
 from dualpath.agent.relay_link import RelayLink
 from dualpath.agent.self_relay import SelfRelay
@@ -64,8 +65,7 @@ class DaemonLoads:
     ) -> None:
         self.daemon = daemon
         self.loads: dict[str, ActiveLoad] = {}
-        self.path_bytes: Counter[str] = Counter()
-        self.path_chunks: Counter[str] = Counter()
+        self.counts = PathCounts()
         by_path = {relay_path(relay.name): relay for relay in relays.values()}
         self._routes = LoadRoutes(daemon, by_path, compute, self_relay)
         self._loop = loop
@@ -345,8 +345,9 @@ class DaemonLoads:
             return
         window = self._window(load, path)
         armed = [load.arm_chunk(index) for index in chunks]
-        window.arm([item for _, _, item in armed])
-        left_s = load.deadline_at - self._loop.time()
+        now = self._loop.time()
+        window.arm([item for _, _, item in armed], now)
+        left_s = load.deadline_at - now
         message = common_pb2.ChunkGrant(
             window=window.descriptor.to_bytes(),
             lane=Lane.LOAD_PREFILL,
@@ -398,6 +399,7 @@ class DaemonLoads:
         touched: dict[str, ActiveLoad] = {}
         for verdict in verdicts:
             window = verdict.window
+            armed_at = window.armed_at.get(verdict.tag, now)
             index = window.settle(verdict.tag)
             load = self.loads.get(window.load_id)
             if index is None or load is None:
@@ -408,8 +410,8 @@ class DaemonLoads:
             elif self.dispatcher.verified(window.load_id, index, window.path, now):
                 load.verified(index, window.path)
                 self._stalls[window.path] = 0
-                self.path_bytes[window.path] += load.progress.chunk_nbytes[index]
-                self.path_chunks[window.path] += 1
+                nbytes = load.progress.chunk_nbytes[index]
+                self.counts.verified(window.path, nbytes, now - armed_at)
         for load in touched.values():
             load.changed()
             self._check_done(load)

@@ -53,6 +53,8 @@ class LoadWindow:
         self.path = path
         self.outstanding: dict[int, int] = {}
         """Index of the chunk by tag, of those whose end is not known."""
+        self.armed_at: dict[int, float] = {}
+        """When each tag was armed, for those whose end is not known."""
         self.grant_ids: set[int] = set()
         self._network = network
         self._view = region.view
@@ -64,7 +66,7 @@ class LoadWindow:
         )
         self.open = True
 
-    def arm(self, chunks: Sequence[ArmedChunk]) -> None:
+    def arm(self, chunks: Sequence[ArmedChunk], now: float) -> None:
         """Let these chunks land."""
         for chunk in chunks:
             self._checksums[chunk.tag] = chunk.checksum
@@ -73,10 +75,12 @@ class LoadWindow:
         )
         for chunk in chunks:
             self.outstanding[chunk.tag] = chunk.index
+            self.armed_at[chunk.tag] = now
 
     def settle(self, tag: int) -> int | None:
         """A verdict on `tag` was taken: its chunk, or None if it was given up before."""
         self._checksums.pop(tag, None)
+        self.armed_at.pop(tag, None)
         return self.outstanding.pop(tag, None)
 
     def fence(self, tags: Collection[int]) -> dict[int, int]:
@@ -88,6 +92,7 @@ class LoadWindow:
         unlanded = self._network.transport.disarm(self.descriptor, known)
         for tag in unlanded:
             self._checksums.pop(tag, None)
+            self.armed_at.pop(tag, None)
         return {tag: self.outstanding.pop(tag) for tag in unlanded}
 
     def fence_chunks(self, indices: Collection[int]) -> None:

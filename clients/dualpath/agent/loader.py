@@ -17,13 +17,13 @@ from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.daemon_loads import DaemonLoads
-from dualpath.agent.histogram import Histogram
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, check_hashes
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason
 from dualpath.agent.regions import Regions
 from dualpath.agent.self_relay import SelfRelay
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.service.histogram import Histogram
 from dualpath.kvstore.store_api import Tier
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.errors import (
@@ -77,6 +77,7 @@ class Loader:
         self.done = 0
         self.requested_blocks = 0
         self.loaded_blocks = 0
+        self.tier_blocks = dict.fromkeys((tier.value for tier in Tier), 0)
         self.load_s = Histogram()
 
     @property
@@ -100,7 +101,7 @@ class Loader:
         miss = MissReason.of_proto(answer.miss)
         if miss is not MissReason.NONE:
             self.misses[miss.value] += 1
-        tiers = tuple(_TIERS.get(tier, Tier.SSD) for tier in answer.tiers)
+        tiers = _tiers_of(answer)
         return Lookup(answer.blocks, tiers, miss, answer.detail)
 
     def layout(self, namespace_id: bytes) -> KVLayout:
@@ -133,7 +134,7 @@ class Loader:
             if loads is not None and load.result is None:
                 loads.end(load, MissReason.UNAVAILABLE, "nobody waits for it", "aborted")
             if load.result is not None:
-                self._count(load.result)
+                self._count(load, load.result)
 
     def abort(self, load_ids: Sequence[str]) -> int:
         """End loads; their writes are fenced when this returns. Says how many there were."""
@@ -201,11 +202,8 @@ class Loader:
             self._miss(load, _miss_of(error), str(error))
             return None
         load.lookup_s = self._loop.time() - load.started_at
-        miss = MissReason.of_proto(answer.miss)
-        if miss is not MissReason.NONE:
-            self.misses[miss.value] += 1
         if answer.blocks == 0:
-            self._miss(load, miss, answer.detail)
+            self._miss(load, MissReason.of_proto(answer.miss), answer.detail)
             return None
         return await self._begin(load, daemon, answer)
 
@@ -227,6 +225,7 @@ class Loader:
             if self._loop.time() >= load.deadline_at:
                 raise DeadlineExceeded("the lookup took all the time that the load had")
             load.begin(hit, answer.lease_id, tuple(answer.checksum))
+            load.tiers = _tiers_of(answer)
             loads = self._loads[daemon.address]
             loads.add(load, load.spec.policy or self._config.policy)
         except DualPathError as error:
@@ -251,11 +250,15 @@ class Loader:
         await daemon.link.settled(timeout_s)
         return daemon
 
-    def _count(self, result: LoadResult) -> None:
+    def _count(self, load: ActiveLoad, result: LoadResult) -> None:
         self.done += 1
         self.requested_blocks += result.requested_blocks
         self.loaded_blocks += result.blocks
         self.events.update(result.events)
+        for tier in load.tiers[: result.blocks]:
+            self.tier_blocks[tier.value] += 1
+        if result.miss is not MissReason.NONE:
+            self.misses[result.miss.value] += 1
         self.load_s.observe(result.elapsed_s)
 
     async def _renew(self) -> None:
@@ -264,6 +267,10 @@ class Loader:
             await asyncio.gather(
                 *(loads.renew_leases(self._config.lease_s) for loads in self._loads.values())
             )
+
+
+def _tiers_of(answer: store_pb2.LookupResponse) -> tuple[Tier, ...]:
+    return tuple(_TIERS.get(tier, Tier.SSD) for tier in answer.tiers)
 
 
 def _miss_of(error: DualPathError) -> MissReason:

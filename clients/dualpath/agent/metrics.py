@@ -1,13 +1,18 @@
 """Prometheus metrics of an agent: read from its parts at each scrape.
 
-Owns the names. A scrape runs on the endpoint's thread and gets its snapshot from the loop.
+Owns the names. A scrape runs on the endpoint's thread and gets its snapshot from the loop. Labels
+that peers choose are bounded: what comes beyond 256 names counts as `other`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-from dualpath.agent.histogram import Histogram
+from dualpath.agent.agent import Agent
+from dualpath.kvstore.service.histogram import Buckets, Histogram
+from dualpath.kvstore.service.named_counts import bounded
 from dualpath.proto.v1 import agent_pb2
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -17,50 +22,98 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-Snapshot = Callable[[], agent_pb2.AgentStatsResponse]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSnapshot:
+    """Counters of one moment. `peer_bytes` are by link, then by peer; times are in seconds."""
+
+    stats: agent_pb2.AgentStatsResponse
+    requested_blocks: int
+    loaded_blocks: int
+    saved_blocks: int
+    tier_blocks: Mapping[str, int]
+    misses: Mapping[str, int]
+    link_chunks: Mapping[str, int]
+    peer_bytes: Mapping[str, Mapping[str, int]]
+    load_s: Buckets
+    chunk_s: Mapping[str, Buckets]
+
+
+def snapshot_of(agent: Agent) -> AgentSnapshot:
+    """Call it in the agent's loop."""
+    loader, storage = agent.loader, tuple(agent.storage.values())
+    received: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
+    for network in storage:
+        received.update(network.received_by_peer())
+        sent.update(network.sent_by_peer())
+    paths = {name for loads in agent.loads.values() for name in loads.path_names}
+    return AgentSnapshot(
+        stats=agent.stats(),
+        requested_blocks=loader.requested_blocks,
+        loaded_blocks=loader.loaded_blocks,
+        saved_blocks=agent.saver.saved_blocks,
+        tier_blocks=dict(loader.tier_blocks),
+        misses=dict(loader.misses),
+        link_chunks={
+            "storage": sum(network.received_chunks for network in storage),
+            "compute_in": agent.compute.received_chunks,
+            "compute_out": agent.relay.relayed_chunks,
+        },
+        peer_bytes={
+            "storage": received,
+            "storage_out": sent,
+            "compute_in": agent.compute.received_by_peer(),
+            "compute_out": agent.compute.sent_by_peer(),
+        },
+        load_s=loader.load_s.snapshot(),
+        chunk_s={
+            path: Histogram.merged(
+                loads.counts.chunk_s[path] for loads in agent.loads.values()
+            ).snapshot()
+            for path in sorted(paths)
+        },
+    )
 
 
 class AgentCollector(Collector):
-    """Turns the agent's counters into metric families. `misses` are by reason."""
+    """Turns snapshots into metric families."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        misses: Callable[[], Mapping[str, int]],
-        blocks: Callable[[], tuple[int, int, int]],
-        load_s: Histogram,
-    ) -> None:
+    def __init__(self, snapshot: Callable[[], AgentSnapshot]) -> None:
         self._snapshot = snapshot
-        self._misses = misses
-        self._blocks = blocks
-        self._load_s = load_s
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
-        stats = self._snapshot()
+        now = self._snapshot()
+        stats = now.stats
         yield from _gauges(stats)
-        yield CounterMetricFamily("dualpath_agent_loads", "Loads that ended", stats.loads_done)
-        yield CounterMetricFamily(
-            "dualpath_agent_relayed_bytes", "Payload relayed to others", stats.relayed_bytes
-        )
-        requested, loaded, saved = self._blocks()
-        yield CounterMetricFamily(
-            "dualpath_agent_requested_blocks", "Blocks that loads asked for", requested
-        )
-        yield CounterMetricFamily(
-            "dualpath_agent_loaded_blocks", "Blocks loaded and verified", loaded
-        )
-        yield CounterMetricFamily("dualpath_agent_saved_blocks", "Blocks sealed by saves", saved)
-        yield _labelled("dualpath_agent_events", "Failures and fallbacks", "reason", stats.events)
-        yield _labelled("dualpath_agent_misses", "Why prefixes ended", "reason", self._misses())
-        yield from _links(stats)
+        for name, text, value in (
+            ("dualpath_agent_loads", "Loads that ended", stats.loads_done),
+            ("dualpath_agent_relayed_bytes", "Payload relayed", stats.relayed_bytes),
+            ("dualpath_agent_requested_blocks", "Blocks asked for", now.requested_blocks),
+            ("dualpath_agent_loaded_blocks", "Blocks loaded and verified", now.loaded_blocks),
+            ("dualpath_agent_saved_blocks", "Blocks sealed by saves", now.saved_blocks),
+        ):
+            yield CounterMetricFamily(name, text, value)
+        for name, text, label, values in (
+            ("dualpath_agent_events", "Failures and fallbacks", "reason", stats.events),
+            ("dualpath_agent_misses", "Why prefixes ended", "reason", now.misses),
+            ("dualpath_agent_tier_blocks", "Loaded blocks by tier", "tier", now.tier_blocks),
+        ):
+            yield _labelled(name, text, label, values)
+        yield from _links(now)
         yield from _paths(stats)
-        histogram = HistogramMetricFamily(
-            "dualpath_agent_load_seconds", "Time from a load's request to its result"
+        yield _histogram(
+            "dualpath_agent_load_seconds",
+            "Time from a load's request to its result",
+            {"": now.load_s},
         )
-        buckets, total = self._load_s.snapshot()
-        histogram.add_metric([], buckets, total)
-        yield histogram
+        yield _histogram(
+            "dualpath_agent_chunk_seconds",
+            "Time from a chunk's grant to its verdict",
+            now.chunk_s,
+            "path",
+        )
 
 
 def _gauges(stats: agent_pb2.AgentStatsResponse) -> Iterator[Metric]:
@@ -79,24 +132,40 @@ def _gauges(stats: agent_pb2.AgentStatsResponse) -> Iterator[Metric]:
 
 def _labelled(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(name, text, labels=[label])
-    for key, value in values.items():
+    for key, value in bounded(values).items():
         family.add_metric([key], value)
     return family
 
 
-def _links(stats: agent_pb2.AgentStatsResponse) -> Iterator[Metric]:
+def _histogram(name: str, text: str, values: Mapping[str, Buckets], label: str = "") -> Metric:
+    family = HistogramMetricFamily(name, text, labels=[label] if label else [])
+    for key, (buckets, total) in values.items():
+        family.add_metric([key] if label else [], buckets, total)
+    return family
+
+
+def _links(now: AgentSnapshot) -> Iterator[Metric]:
+    links = now.stats.link
     yield _labelled(
         "dualpath_agent_link_bytes",
         "Payload over a link",
         "link",
-        {link.link: link.bytes for link in stats.link},
+        {link.link: link.bytes for link in links},
     )
+    yield _labelled("dualpath_agent_link_chunks", "Chunks over a link", "link", now.link_chunks)
     rate = GaugeMetricFamily(
         "dualpath_agent_link_rate_bytes_per_second", "Estimated rate", labels=["link"]
     )
-    for link in stats.link:
+    for link in links:
         rate.add_metric([link.link], link.rate_bytes_per_s)
     yield rate
+    peers = CounterMetricFamily(
+        "dualpath_agent_peer_bytes", "Payload exchanged with a peer", labels=["link", "peer"]
+    )
+    for name, values in now.peer_bytes.items():
+        for peer, nbytes in bounded(values).items():
+            peers.add_metric([name, peer], nbytes)
+    yield peers
 
 
 def _paths(stats: agent_pb2.AgentStatsResponse) -> Iterator[Metric]:

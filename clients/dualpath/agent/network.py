@@ -9,10 +9,15 @@ of a link.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from dualpath.agent.mailbox import Mailbox
 from dualpath.transfer.transport import OnPeerLost, Transport
+
+_SERIAL = re.compile(r"[#@]\d+$")
+"""What tells the connections of one peer apart, at the end of the names they have here."""
 
 MakeTransport = Callable[[str, OnPeerLost], Transport]
 """Called with the name of self and the callback for lost peers."""
@@ -62,6 +67,25 @@ class Network:
     def sent_bytes(self) -> int:
         """Payload sent since start, all peers."""
         return sum(peer.sent_bytes for peer in self.transport.traffic())
+
+    @property
+    def received_chunks(self) -> int:
+        """Writes that landed since start, all peers."""
+        return sum(peer.received_writes for peer in self.transport.traffic())
+
+    def received_by_peer(self) -> Mapping[str, int]:
+        """Payload received by peer, all of its connections together."""
+        counts: Counter[str] = Counter()
+        for peer in self.transport.traffic():
+            counts[_SERIAL.sub("", peer.peer)] += peer.received_bytes
+        return counts
+
+    def sent_by_peer(self) -> Mapping[str, int]:
+        """Payload sent by peer, all of its connections together."""
+        counts: Counter[str] = Counter()
+        for peer in self.transport.traffic():
+            counts[_SERIAL.sub("", peer.peer)] += peer.sent_bytes
+        return counts
 
     async def close(self) -> None:
         """Fence everything and join the transport's threads."""

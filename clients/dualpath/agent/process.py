@@ -17,7 +17,7 @@ import grpc.aio
 from dualpath.agent.agent import Agent
 from dualpath.agent.agent_service import AgentService
 from dualpath.agent.config import AgentConfig
-from dualpath.agent.metrics import AgentCollector
+from dualpath.agent.metrics import AgentCollector, AgentSnapshot, snapshot_of
 from dualpath.agent.network import MakeTransport
 from dualpath.agent.region_socket import RegionSocket
 from dualpath.kvstore.service.auth import Auth, AuthInterceptor
@@ -93,24 +93,14 @@ class AgentServer:
             return ""
         agent, loop = self.agent, asyncio.get_running_loop()
 
-        def snapshot() -> agent_pb2.AgentStatsResponse:
+        def snapshot() -> AgentSnapshot:
             # The endpoint has a thread of its own; the agent's parts belong to the loop.
-            async def stats() -> agent_pb2.AgentStatsResponse:
-                return agent.stats()
+            async def take() -> AgentSnapshot:
+                return snapshot_of(agent)
 
-            return asyncio.run_coroutine_threadsafe(stats(), loop).result(SNAPSHOT_S_MAX)
+            return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S_MAX)
 
-        collector = AgentCollector(
-            snapshot,
-            lambda: dict(agent.loader.misses),
-            lambda: (
-                agent.loader.requested_blocks,
-                agent.loader.loaded_blocks,
-                agent.saver.saved_blocks,
-            ),
-            agent.loader.load_s,
-        )
-        server = MetricsServer(self.config.metrics_listen, collector)
+        server = MetricsServer(self.config.metrics_listen, AgentCollector(snapshot))
         self._stack.push_async_callback(partial(loop.run_in_executor, None, server.close))
         return server.address
 

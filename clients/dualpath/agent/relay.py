@@ -101,6 +101,7 @@ class Relay:
     ) -> None:
         self.staging = staging
         self.relayed_bytes = 0
+        self.relayed_chunks = 0
         self.read_bytes = 0
         """Bytes that wait for the storage link or are in flight on it."""
         self.events: Counter[str] = Counter()
@@ -433,6 +434,7 @@ class Relay:
         if failure is None:
             requester.relayed_bytes += chunk.target.nbytes
             self.relayed_bytes += chunk.target.nbytes
+            self.relayed_chunks += 1
         else:
             grant.failures.append((chunk.tag, failure))
             grant.detail = grant.detail or detail

@@ -70,6 +70,9 @@ class BlockReader:
                 state.table.leases[rows] += 1
             state.residency.touch(rows)
             resident = state.table.resident[rows]
+            in_dram = int(resident.sum())
+            state.counters.tier_hit_blocks[Tier.DRAM] += in_dram
+            state.counters.tier_hit_blocks[Tier.SSD] += len(rows) - in_dram
             checksums = entry.pool.take(state.table.checksum_row[rows])
         return PrefixHit(
             blocks=len(rows),

@@ -215,6 +215,7 @@ class BlockStore:
                 misses=dict(counters.misses),
                 corrupt_blocks=state.residency.corrupt_blocks,
                 device=state.ssd.device.description,
+                tier_hit_blocks=dict(counters.tier_hit_blocks),
             )
 
     def close(self) -> None:

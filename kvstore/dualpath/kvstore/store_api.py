@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -168,6 +168,8 @@ class StoreStats:
     corrupt_blocks: int
     device: str
     """How the SSD tier is read, with the reason of a fallback: `psync, O_DIRECT`, ..."""
+    tier_hit_blocks: Mapping[Tier, int] = field(default_factory=dict)
+    """Blocks found by lookups, by the tier in which they lay."""
 
 
 class Store(Protocol):

@@ -32,6 +32,7 @@ class StoreCounters:
     misses: dict[MissReason, int] = field(default_factory=lambda: dict.fromkeys(MissReason, 0))
     read_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     written_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    tier_hit_blocks: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,11 +14,12 @@ PEERS_MAX = 4096
 class PeerCounters:
     """Counters of one peer. `received` is touched by the receiver only, `sent` by the sender."""
 
-    __slots__ = ("received_bytes", "refused_writes", "sent_bytes")
+    __slots__ = ("received_bytes", "received_writes", "refused_writes", "sent_bytes")
 
     def __init__(self) -> None:
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.received_writes = 0
         self.refused_writes = 0
 
 
@@ -50,6 +51,7 @@ class Ledger:
                     received_bytes=counters.received_bytes,
                     queued_bytes=queued_bytes.get(peer, 0),
                     refused_writes=counters.refused_writes,
+                    received_writes=counters.received_writes,
                 )
                 for peer, counters in self._peers.items()
             ]

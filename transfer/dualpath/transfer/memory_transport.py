@@ -311,6 +311,7 @@ class MemoryTransport:
                 return
             remote._windows.land(landing)
             counters.received_bytes += pending.nbytes
+            counters.received_writes += 1
         except Refused as refused:
             status, detail = WriteStatus.REFUSED, refused.reason
             counters.refused_writes += 1

@@ -146,6 +146,7 @@ class StreamReceiver:
             try:
                 self._windows.land(write.landing)
                 self._counters.received_bytes += write.slices.nbytes
+                self._counters.received_writes += 1
             except Refused as refused:
                 code = _CODES[refused.reason]
         self._answer(write.ident, code)

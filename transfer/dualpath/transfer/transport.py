@@ -117,6 +117,7 @@ class PeerTraffic:
     received_bytes: int
     queued_bytes: int
     refused_writes: int
+    received_writes: int
 
 
 OnArrival = Callable[[Arrival], bool]

@@ -56,6 +56,8 @@ class Attachment:
     lost: str = ""
     """Why it ended, "" while it lives."""
     on_lost: Callable[[], None] | None = field(default=None, repr=False)
+    name: str = ""
+    """What it calls itself, cleaned: many attachments may have the same."""
 
 
 class Attachments:
@@ -105,7 +107,7 @@ class Attachments:
         session = secrets.token_bytes(SESSION_BYTES)
         invitation = plane.transport.invite(peer_id)
         incoming = IncomingBlocks(self._store, plane.transport, peer_id)
-        attachment = Attachment(peer_id, caller.principal, plane, incoming, now)
+        attachment = Attachment(peer_id, caller.principal, plane, incoming, now, name=clean)
         digest = _digest(session)
         self._by_session[digest] = attachment
         self._sessions[peer_id] = digest

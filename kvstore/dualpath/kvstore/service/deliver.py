@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from dualpath.kvstore.service.delivery_queue import (
     Grant,
     Progress,
 )
+from dualpath.kvstore.service.histogram import Buckets, Histogram
+from dualpath.kvstore.service.named_counts import NamedCounts
 from dualpath.kvstore.store_api import FetchedChunk, Store
 from dualpath.transfer.errors import (
     Corrupt,
@@ -32,6 +35,7 @@ from dualpath.transfer.errors import (
     Overloaded,
     Unavailable,
 )
+from dualpath.transfer.lane import Lane
 from dualpath.transfer.transport import Completion, Transport, Write, WriteStatus
 
 JOIN_S_MAX = 5.0
@@ -69,18 +73,37 @@ class DeliveryConfig:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryStats:
-    """Counters since start; `pending_bytes` are granted and have neither landed nor failed."""
+    """Counters since start; `pending_bytes` are granted and have neither landed nor failed.
+
+    `peer_bytes` are by the receiver's name. Of chunks that landed: `read_s` is the time to bring
+    one into memory, `delivery_s` the time from there to the receiver's acknowledgement as well.
+    """
 
     delivered_bytes: int
     delivered_chunks: int
     failures: Mapping[ChunkFailure, int]
     pending_bytes: int
+    peer_bytes: Mapping[str, int]
+    lane_bytes: Mapping[Lane, int]
+    lane_chunks: Mapping[Lane, int]
+    read_s: Buckets
+    delivery_s: Buckets
 
 
 @dataclass(frozen=True, slots=True)
 class _Receiver:
+    name: str
     transport: Transport
     on_report: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A chunk on its way: the receiver's name, and when it was picked and read, in seconds."""
+
+    name: str
+    picked_at: float
+    read_at: float
 
 
 def failure_of(error: Exception) -> ChunkFailure:
@@ -111,8 +134,11 @@ class DeliveryEngine:
         self._receivers: dict[str, _Receiver] = {}
         self._closed = False
         self._draining = False
-        self._delivered_bytes = 0
-        self._delivered_chunks = 0
+        self._peer_bytes = NamedCounts()
+        self._lane_bytes: Counter[Lane] = Counter()
+        self._lane_chunks: Counter[Lane] = Counter()
+        self._read_s = Histogram()
+        self._delivery_s = Histogram()
         self._threads = [
             threading.Thread(target=self._run, name=f"deliver-{index}", daemon=True)
             for index in range(config.readers)
@@ -120,12 +146,15 @@ class DeliveryEngine:
         for thread in self._threads:
             thread.start()
 
-    def open(self, peer: str, transport: Transport, on_report: Callable[[], None]) -> None:
+    def open(
+        self, peer: str, transport: Transport, on_report: Callable[[], None], *, name: str = ""
+    ) -> None:
         """Take grants of `peer`, written over `transport`. `on_report` is called from any thread
-        when `reports` has news. Raises InvalidRequest if the peer is open already."""
+        when `reports` has news. Counts bytes under `name`, by default the peer's. Raises
+        InvalidRequest if the peer is open already."""
         with self._wake:
             self._queue.open(peer)
-            self._receivers[peer] = _Receiver(transport, on_report)
+            self._receivers[peer] = _Receiver(name or peer, transport, on_report)
 
     def close_peer(self, peer: str) -> None:
         """Drop what waits for `peer`; writes in flight end unreported."""
@@ -178,10 +207,15 @@ class DeliveryEngine:
         """A snapshot."""
         with self._wake:
             return DeliveryStats(
-                self._delivered_bytes,
-                self._delivered_chunks,
-                dict(self._queue.failures),
-                self._queue.pending_bytes,
+                delivered_bytes=self._lane_bytes.total(),
+                delivered_chunks=self._lane_chunks.total(),
+                failures=dict(self._queue.failures),
+                pending_bytes=self._queue.pending_bytes,
+                peer_bytes=self._peer_bytes.snapshot(),
+                lane_bytes=dict(self._lane_bytes),
+                lane_chunks=dict(self._lane_chunks),
+                read_s=self._read_s.snapshot(),
+                delivery_s=self._delivery_s.snapshot(),
             )
 
     def drain(self, deadline_s: float) -> bool:
@@ -234,7 +268,8 @@ class DeliveryEngine:
         fetched: FetchedChunk | None = None
         try:
             receiver = self._receivers.get(job.peer)
-            left_s = job.deadline_at - self._clock()
+            picked_at = self._clock()
+            left_s = job.deadline_at - picked_at
             if receiver is None:
                 self._finish(job, ChunkFailure.PEER_LOST, "attachment closed")
                 return
@@ -248,7 +283,8 @@ class DeliveryEngine:
                     f"chunk {job.chunk.chunk} has {fetched.slices.nbytes} bytes, its target "
                     f"{target.nbytes}"
                 )
-            left_s = max(1e-3, job.deadline_at - self._clock())
+            sending = _Sending(receiver.name, picked_at, self._clock())
+            left_s = max(1e-3, job.deadline_at - sending.read_at)
             write = Write(
                 fetched.region,
                 fetched.slices,
@@ -258,7 +294,9 @@ class DeliveryEngine:
                 job.chunk.tag,
                 left_s,
             )
-            receiver.transport.write(job.peer, write, partial(self._completed, job, fetched))
+            receiver.transport.write(
+                job.peer, write, partial(self._completed, job, fetched, sending)
+            )
         except Exception as error:  # noqa: BLE001 - the edge of a thread: each chunk must end
             if not isinstance(error, DualPathError):
                 _log.exception(
@@ -271,17 +309,28 @@ class DeliveryEngine:
                 fetched.release()
             self._finish(job, failure_of(error), str(error))
 
-    def _completed(self, job: Delivery, fetched: FetchedChunk, completion: Completion) -> None:
+    def _completed(
+        self, job: Delivery, fetched: FetchedChunk, sending: _Sending, completion: Completion
+    ) -> None:
         fetched.release()
         failure = _BY_STATUS[completion.status]
+        if failure is None:
+            self._count(job, sending)
         self._finish(job, failure, completion.detail or completion.status.value)
+
+    def _count(self, job: Delivery, sending: _Sending) -> None:
+        """A chunk landed."""
+        nbytes, now = job.chunk.target.nbytes, self._clock()
+        with self._wake:
+            self._peer_bytes.add(sending.name, nbytes)
+            self._lane_bytes[job.lane] += nbytes
+            self._lane_chunks[job.lane] += 1
+            self._read_s.observe(sending.read_at - sending.picked_at)
+            self._delivery_s.observe(now - sending.picked_at)
 
     def _finish(self, job: Delivery, failure: ChunkFailure | None, detail: str) -> None:
         with self._wake:
             news = self._queue.finished(job, failure, detail)
-            if failure is None:
-                self._delivered_bytes += job.chunk.target.nbytes
-                self._delivered_chunks += 1
             receiver = self._receivers.get(job.peer) if news else None
             if self._queue.inflight_bytes == 0 or self._draining:
                 self._wake.notify_all()

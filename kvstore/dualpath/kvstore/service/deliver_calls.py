@@ -187,7 +187,9 @@ class _Stream:
         self._stopped: Unavailable | None = None
         self.reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        calls.engine.open(attachment.peer_id, attachment.plane.transport, self._news)
+        calls.engine.open(
+            attachment.peer_id, attachment.plane.transport, self._news, name=attachment.name
+        )
         attachment.on_lost = self.wake.set
 
     def take(self, request: store_pb2.DeliverRequest) -> None:

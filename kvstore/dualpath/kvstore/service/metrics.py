@@ -11,10 +11,17 @@ from wsgiref.simple_server import WSGIServer
 
 from dualpath.kvstore.service.config import split_address
 from dualpath.kvstore.service.deliver import DeliveryStats
-from dualpath.kvstore.store_api import StoreStats, Tier
+from dualpath.kvstore.service.histogram import Buckets
+from dualpath.kvstore.store_api import MissReason, StoreStats, Tier
 from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.lane import Lane
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -91,8 +98,9 @@ def _counters(stats: StoreStats) -> Iterator[Metric]:
     yield CounterMetricFamily("dualpath_missed_blocks", "Blocks missed", stats.missed_blocks)
     yield CounterMetricFamily("dualpath_corrupt_blocks", "Blocks dropped", stats.corrupt_blocks)
     misses = CounterMetricFamily("dualpath_misses", "Why prefixes ended", labels=["reason"])
-    for reason, count in stats.misses.items():
-        misses.add_metric([reason.value], count)
+    for reason in MissReason:
+        if reason is not MissReason.NONE:
+            misses.add_metric([reason.value], stats.misses.get(reason, 0))
     yield misses
 
 
@@ -109,6 +117,7 @@ def _by_tier(stats: StoreStats) -> Iterator[Metric]:
         ("dualpath_tier_read_bytes", "Payload read", stats.read_bytes),
         ("dualpath_tier_written_bytes", "Payload written", stats.written_bytes),
         ("dualpath_tier_evicted_blocks", "Blocks evicted", stats.evicted_blocks),
+        ("dualpath_tier_hit_blocks", "Blocks found", stats.tier_hit_blocks),
     ):
         counter = CounterMetricFamily(name, text, labels=["tier"])
         for tier in Tier:
@@ -126,3 +135,28 @@ def _delivery(stats: DeliveryStats) -> Iterator[Metric]:
     for failure, count in stats.failures.items():
         failures.add_metric([failure.name.lower()], count)
     yield failures
+    peers = CounterMetricFamily(
+        "dualpath_peer_delivered_bytes", "Landed payload by receiver", labels=["peer"]
+    )
+    for peer, nbytes in stats.peer_bytes.items():
+        peers.add_metric([peer], nbytes)
+    yield peers
+    for name, text, values in (
+        ("dualpath_lane_delivered_bytes", "Landed payload by lane", stats.lane_bytes),
+        ("dualpath_lane_delivered_chunks", "Landed chunks by lane", stats.lane_chunks),
+    ):
+        lanes = CounterMetricFamily(name, text, labels=["lane"])
+        for lane in Lane:
+            lanes.add_metric([lane.name.lower()], values.get(lane, 0))
+        yield lanes
+    yield _histogram("dualpath_read_seconds", "Time to read a chunk", stats.read_s)
+    yield _histogram(
+        "dualpath_delivery_seconds", "Time to read a chunk and have it land", stats.delivery_s
+    )
+
+
+def _histogram(name: str, text: str, values: Buckets) -> Metric:
+    buckets, total = values
+    family = HistogramMetricFamily(name, text)
+    family.add_metric([], buckets, total)
+    return family
