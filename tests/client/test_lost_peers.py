@@ -13,7 +13,6 @@ from typing import TypeAlias
 import pytest
 from dualpath.agent.outcome import LoadResult, MissReason
 from dualpath.agent.places import Places
-from dualpath.client.embedded_session import EmbeddedSession
 from dualpath.client.kv_client import KVClient
 from dualpath.client.load import Load
 from dualpath.client.loopback_cluster import (
@@ -21,6 +20,7 @@ from dualpath.client.loopback_cluster import (
     WAIT_S,
     LoopbackCluster,
     chain,
+    embedded_agent,
     end_process,
     kill,
     stored,
@@ -261,9 +261,3 @@ def test_faults_of_every_kind_cost_time_but_no_byte(
 
     monkeypatch.setattr("dualpath.kvstore.service.process.TcpTransport", daemon_transport)
     run_cluster(body)
-
-
-def embedded_agent(client: KVClient):  # type: ignore[no-untyped-def]
-    session = client._session
-    assert isinstance(session, EmbeddedSession)
-    return session.agent

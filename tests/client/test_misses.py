@@ -15,9 +15,11 @@ from dualpath.client.loopback_cluster import (
     WAIT_S,
     LoopbackCluster,
     chain,
+    embedded_agent,
     fill,
     parents,
     stored,
+    until,
     wrong_blocks,
 )
 from dualpath.kvstore.namespace import Namespace
@@ -135,6 +137,86 @@ def test_a_load_that_cannot_end_in_time_is_a_shorter_prefix(run_cluster: Run) ->
         load = await client.load(namespace_id, hashes[:1], again, one, deadline_s=WAIT_S)
         assert (await load.result()).blocks == 1
         assert memory.view == b"\x5a" * memory.nbytes
+
+    run_cluster(body)
+
+
+def test_blocks_that_are_being_written_are_pending(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        writer = await cluster.embedded("writer", storage_limit_bytes_per_s=4e6)
+        reader = await cluster.embedded("reader")
+        namespace_id, hashes = await stored(reader, 2)
+        hashes += chain(10, "more")
+        await writer.open_namespace(Namespace("model", LAYOUT))
+        memory = await writer.allocate(10 * LAYOUT.block_bytes)
+        places = Places.contiguous(LAYOUT, 10)
+        fill(memory, places, hashes[2:])
+        saving = asyncio.ensure_future(
+            writer.save(namespace_id, hashes[2:], hashes[1:-1], memory, places, deadline_s=WAIT_S)
+        )
+        storage = embedded_agent(writer).storage["tcp"]
+        await until(lambda: storage.sent_bytes > 0 or saving.done(), "the first bytes of the save")
+        lookup = await reader.lookup(namespace_id, hashes)
+        assert (lookup.blocks, lookup.miss) == (2, MissReason.PENDING)
+        assert lookup.detail
+        target = await reader.allocate(12 * LAYOUT.block_bytes)
+        whole = Places.contiguous(LAYOUT, 12)
+        load = await reader.load(namespace_id, hashes, target, whole, deadline_s=WAIT_S)
+        result = await load.result()
+        assert (result.blocks, result.miss) == (2, MissReason.PENDING)
+        assert embedded_agent(reader).loader.misses["pending"] == 2
+        assert (await saving).sealed_blocks == 10
+        load = await reader.load(namespace_id, hashes, target, whole, deadline_s=WAIT_S)
+        assert (await load.result()).blocks == 12
+        assert wrong_blocks(target, whole, hashes) == []
+
+    run_cluster(body)
+
+
+def test_blocks_that_made_room_for_others_are_evicted(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded()
+        namespace_id, old = await stored(client, 24)
+        _, new = await stored(client, 40, seed="new")
+        assert (await client.lookup(namespace_id, new)).blocks == 40
+        lookup = await client.lookup(namespace_id, old)
+        assert lookup.blocks < 24
+        assert lookup.miss is MissReason.EVICTED
+        assert lookup.detail
+        memory = await client.allocate(24 * LAYOUT.block_bytes)
+        places = Places.contiguous(LAYOUT, 24)
+        load = await client.load(namespace_id, old, memory, places, deadline_s=WAIT_S)
+        result = await load.result()
+        assert (result.blocks, result.miss) == (lookup.blocks, MissReason.EVICTED)
+        assert result.detail
+        kept = Places.contiguous(LAYOUT, max(1, result.blocks))
+        assert wrong_blocks(memory, kept, old[: result.blocks]) == []
+
+    run_cluster(body, disk_bytes=32 << 20, segment_bytes=8 << 20)
+
+
+def test_a_load_too_many_is_overloaded_and_the_running_one_completes(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        filler = await cluster.embedded("filler")
+        namespace_id, hashes = await stored(filler, 12)
+        client = await cluster.embedded(storage_limit_bytes_per_s=4e6, loads_max=1)
+        await client.open_namespace(Namespace("model", LAYOUT))
+        memory = await client.allocate(12 * LAYOUT.block_bytes)
+        places = Places.contiguous(LAYOUT, 12)
+        running = await client.load(namespace_id, hashes, memory, places, deadline_s=WAIT_S)
+        assert (await running.started()).hit_blocks == 12
+        other = await client.allocate(12 * LAYOUT.block_bytes)
+        refused = await client.load(namespace_id, hashes, other, places, deadline_s=WAIT_S)
+        result = await refused.result()
+        assert (result.blocks, result.miss) == (0, MissReason.OVERLOADED)
+        assert result.events == {"overloaded": 1}
+        assert "running" in result.detail
+        assert not running.done
+        assert other.view == bytes(other.nbytes)
+        assert (await running.result()).blocks == 12
+        assert wrong_blocks(memory, places, hashes) == []
+        again = await client.load(namespace_id, hashes, other, places, deadline_s=WAIT_S)
+        assert (await again.result()).blocks == 12
 
     run_cluster(body)
 

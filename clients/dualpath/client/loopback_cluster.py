@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dualpath.agent.agent import Agent
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.network import MakeTransport
 from dualpath.agent.places import Places
@@ -38,6 +39,18 @@ LAYOUT = KVLayout(layers=8, block_tokens=16, layer_bytes=80_000, dtype="bf16")
 """Three chunks a block, the last one short; layers are not page-aligned."""
 
 assert LAYOUT.chunk_count == 3
+
+
+_PROGRAM = """\
+import asyncio, json, sys
+from dualpath.{module}.config import {config} as Config
+from dualpath.{module}.process import {run} as run
+settings = {{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sys.argv[1]).items()}}
+ready = lambda where: print(json.dumps(dict(where)), flush=True)
+asyncio.run(run(Config(**settings), ready))
+"""
+_AGENT = _PROGRAM.format(module="agent", config="AgentConfig", run="run_agent")
+_DAEMON = _PROGRAM.format(module="kvstore.service", config="DaemonConfig", run="run_daemon")
 
 
 def content(block_hash: bytes, layout: KVLayout = LAYOUT) -> bytes:
@@ -117,6 +130,13 @@ class LoopbackCluster:
         self.daemon = Daemon(dataclasses.replace(self.daemon_config, listen=self.address))
         await self.daemon.start()
 
+    async def daemon_process(self) -> subprocess.Popen[bytes]:
+        """Start the daemon as a process of its own, at the same address, with the same data."""
+        assert self.daemon is None
+        config = dataclasses.replace(self.daemon_config, listen=self.address)
+        process, _ = await self._process(_DAEMON, "daemon", dataclasses.asdict(config))
+        return process
+
     async def relay(
         self, name: str, *, make_compute: MakeTransport | None = None, **settings: Any
     ) -> AgentServer:
@@ -139,18 +159,13 @@ class LoopbackCluster:
         self, name: str, **settings: Any
     ) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
         """Start an agent process; returns it and what it said when it was ready."""
-        program = (
-            "import asyncio, json, sys\n"
-            "from dualpath.agent.config import AgentConfig\n"
-            "from dualpath.agent.process import run_agent\n"
-            "settings = {k: tuple(v) if isinstance(v, list) else v\n"
-            "            for k, v in json.loads(sys.argv[1]).items()}\n"
-            "ready = lambda where: print(json.dumps(dict(where)), flush=True)\n"
-            "asyncio.run(run_agent(AgentConfig(**settings), ready))\n"
-        )
+        return await self._process(_AGENT, name, {"name": name, **settings})
+
+    async def _process(
+        self, program: str, name: str, settings: dict[str, Any]
+    ) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
         process = subprocess.Popen(
-            [sys.executable, "-c", program, json.dumps({"name": name, **settings})],
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", program, json.dumps(settings)], stdout=subprocess.PIPE
         )
         self.processes[name] = process
         self.stack.callback(end_process, process)
@@ -190,6 +205,13 @@ class LoopbackCluster:
         client = await KVClient.connect(f"unix:{where['unix']}")
         self.stack.push_async_callback(client.close)
         return client
+
+
+def embedded_agent(client: KVClient) -> Agent:
+    """The agent inside of a client."""
+    session = client._session
+    assert isinstance(session, EmbeddedSession)
+    return session.agent
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
