@@ -163,6 +163,9 @@ def test_the_report_says_when_the_compute_link_makes_a_second_path_useless() -> 
     verdict = report(compute_ratio=1.0).verdict
     assert any("a second path gains nothing" in line for line in verdict)
     assert not any("gains nothing" in line for line in report().verdict)
+    assert not any("gains nothing" in line for line in report(compute_ratio=1.1).verdict)
+    into_host = report(compute_ratio=1.0, destination=Destination.HOST).verdict
+    assert not any("gains nothing" in line for line in into_host)
 
 
 def test_a_failed_or_corrupt_load_fails_the_report_and_is_counted_by_reason() -> None:

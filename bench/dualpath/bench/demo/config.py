@@ -7,8 +7,10 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dualpath.bench.demo.device_graph import device_graph, direct_path, relay_path
 from dualpath.bench.demo.topology import Topology
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.links import LinkGraph
 
 POLICIES = ("direct", "round-robin", "shorter-queue", "split")
 CONCURRENCY_MAX = 256
@@ -140,11 +142,22 @@ class DemoConfig:
     @property
     def _links_sum(self) -> float:
         """The same in units of a storage link."""
-        into_prefill = self.prefill * self.compute_ratio
-        relayed = self.decode * min(1.0, self.compute_ratio)
-        if self.destination is Destination.GPU:
-            return min(self.prefill + relayed, into_prefill)
-        return self.prefill + min(relayed, into_prefill)
+        graph = self._graph
+        return graph.expected_bytes_per_s(path.name for path in graph.paths)
+
+    @property
+    def relay_helps(self) -> bool:
+        """Whether a relay adds to what the links carry into a prefill node directly."""
+        return self.decode > 0 and self._graph.relay_helps(direct_path(0), relay_path(0, 0))
+
+    @property
+    def _graph(self) -> LinkGraph:
+        return device_graph(
+            self.prefill,
+            self.decode,
+            self.compute_ratio,
+            behind_compute_link=self.destination is Destination.GPU,
+        )
 
     def fitting(self, unshaped_bytes_per_s: float) -> DemoConfig:
         """With a storage rate: as asked, else one at which the links bind and not the processor,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dualpath.bench.demo.config import CPU_BOUND_SHARE, DemoConfig, Destination
+from dualpath.bench.demo.config import CPU_BOUND_SHARE, DemoConfig
 from dualpath.bench.demo.link_meter import LinkKind, LinkUse
 from dualpath.bench.demo.replay import PolicyRun
 from dualpath.bench.demo.workload import Workload
@@ -229,16 +229,12 @@ class DemoReport:
                 "this machine moves without limits. Do not read the result as bound by "
                 "bandwidth; take a lower --storage-rate."
             )
-        if self.config.destination is Destination.GPU and self._compute_binds:
+        if self.config.decode and self.shaping != "none" and not self.config.relay_helps:
             lines.append(
                 "The compute link into a prefill node is no faster than its storage link: every "
                 "byte passes it on either path, so a second path gains nothing."
             )
         return lines
-
-    @property
-    def _compute_binds(self) -> bool:
-        return 0 < self.config.compute_bytes_per_s <= self.config.storage_bytes_per_s
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for `--json`."""
