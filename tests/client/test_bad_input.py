@@ -151,7 +151,8 @@ def test_garbage_on_the_region_socket_costs_only_that_connection(run_cluster: Ru
             raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[:24])
             assert b"not a request" in raw.recv(4096)
         memory = await client.allocate(4096)
-        memory.close()
+        await memory.aclose()
+        await memory.aclose()
         memory.close()
         namespace_id, hashes = await stored(client, 1)
         load = await client.load(

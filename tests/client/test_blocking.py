@@ -65,6 +65,7 @@ def test_it_saves_and_loads_embedded_and_remote_and_from_several_threads(
             with BlockingKVClient.embedded(cluster.config("embedded")) as client:
                 use(client, "embedded")
             with BlockingKVClient.connect(address) as client:
+                late = client.allocate(LAYOUT.block_bytes)
                 errors: list[BaseException] = []
 
                 def thread(seed: str) -> None:
@@ -82,6 +83,9 @@ def test_it_saves_and_loads_embedded_and_remote_and_from_several_threads(
             with pytest.raises(Unavailable, match="closed"):
                 client.stats()
             client.close()
+            # Closing the client has taken all memory back already.
+            late.close()
+            late.close()
 
         await asyncio.to_thread(work)
 

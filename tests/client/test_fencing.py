@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -72,7 +74,7 @@ def test_an_aborted_load_leaves_reused_memory_alone(
             assert (await again.result()).blocks == 4
             assert wrong_blocks(other, four, hashes[:4]) == []
             assert memory.view == CANARY * BYTES
-            await asyncio.to_thread(memory.close) if remote else memory.close()
+            await memory.aclose()
 
     run_cluster(body)
 
@@ -109,7 +111,7 @@ def test_memory_can_be_closed_in_the_middle_of_its_loads(run_cluster: Run) -> No
             await cluster.remote("prefill-2", storage_limit_bytes_per_s=SLOW),
         ):
             load, memory = await begun(client, hashes, False)
-            memory.close()
+            await memory.aclose()
             result = await load.result()
             assert result.blocks < BLOCKS
             assert result.events["aborted"] == 1
@@ -126,5 +128,27 @@ def test_closing_the_client_ends_its_loads(run_cluster: Run) -> None:
         await client.close()
         result = await load.result()
         assert result.events["aborted"] == 1
+
+    run_cluster(body)
+
+
+def test_closing_memory_of_an_agent_that_does_not_answer_leaves_the_loop_free(
+    run_cluster: Run,
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.remote()
+        memory = await client.allocate(LAYOUT.block_bytes)
+        agent = cluster.processes["prefill-1"]
+        agent.send_signal(signal.SIGSTOP)
+        try:
+            os.waitid(os.P_PID, agent.pid, os.WSTOPPED | os.WNOWAIT)
+            closing = asyncio.ensure_future(memory.aclose())
+            # The loop goes round while the agent is stopped; a blocked one could not wake it.
+            await asyncio.wait_for(asyncio.to_thread(int), WAIT_S)
+            assert not closing.done()
+        finally:
+            agent.send_signal(signal.SIGCONT)
+        await asyncio.wait_for(closing, WAIT_S)
+        await memory.aclose()
 
     run_cluster(body)

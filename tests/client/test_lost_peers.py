@@ -254,7 +254,7 @@ def test_faults_of_every_kind_cost_time_but_no_byte(
                 part = Places.contiguous(LAYOUT, max(1, result.blocks))
                 assert wrong_blocks(memory, part, hashes[: result.blocks]) == []
                 assert result.elapsed_s < WAIT_S
-                memory.close()
+                await memory.aclose()
                 if result.blocks < BLOCKS:
                     short.append(result)
         assert len(short) <= 2, short

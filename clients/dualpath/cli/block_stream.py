@@ -134,7 +134,7 @@ class BlockStream:
         try:
             yield memory
         finally:
-            memory.close()
+            await memory.aclose()
 
     @property
     def _batch_blocks(self) -> int:

@@ -246,7 +246,7 @@ async def stored(
         namespace_id, hashes, parents(hashes), memory, places, deadline_s=WAIT_S
     )
     assert result.sealed_blocks == count, result
-    memory.close()
+    await memory.aclose()
     return namespace_id, hashes
 
 

@@ -89,7 +89,7 @@ class RemoteSession:
         except BaseException:
             region.close()
             raise
-        return EngineMemory(region, handle, client.drop)
+        return EngineMemory(region, handle, client.drop, waits=True)
 
     async def _region_client(self) -> RegionClient:
         async with self._connecting:

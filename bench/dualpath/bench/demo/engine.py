@@ -237,5 +237,5 @@ class PrefillEngine:
 
     async def close(self) -> None:
         """Give the memory back and end the session."""
-        self._memory.close()
+        await self._memory.aclose()
         await self._client.close()

@@ -218,6 +218,12 @@ class DeliveryEngine:
                 delivery_s=self._delivery_s.snapshot(),
             )
 
+    @property
+    def pending_bytes(self) -> int:
+        """Granted, and neither landed nor failed."""
+        with self._wake:
+            return self._queue.pending_bytes
+
     def drain(self, deadline_s: float) -> bool:
         """Refuse new grants and wait until nothing is pending; False if the time ran out."""
         with self._wake:

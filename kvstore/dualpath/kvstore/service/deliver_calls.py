@@ -210,7 +210,7 @@ class _Stream:
             await self.wake.wait()
             self.wake.clear()
             while not self._ended and (taken := engine.reports(peer)):
-                queue_bytes = engine.stats().pending_bytes
+                queue_bytes = engine.pending_bytes
                 yield store_pb2.DeliverResponse(
                     progress=[progress_message(each, queue_bytes) for each in taken]
                 )
