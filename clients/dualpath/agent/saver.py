@@ -55,6 +55,11 @@ _RESERVE: Mapping[int, ReserveStatus] = {
 _SEAL: Mapping[int, SealStatus] = {
     store_pb2.SealStatus.Value(f"SEAL_STATUS_{status.name}"): status for status in SealStatus
 }
+_UNSEALED = {
+    SealStatus.EXPIRED: "expired: its reservation or its parent is gone; save again",
+    SealStatus.CORRUPT: "corrupt: the bytes that arrived are not those that were sent; save again",
+    SealStatus.FAILED: "failed: the daemon's disk is full or refused; its log says which",
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -315,7 +320,7 @@ class Saver:
             status = _SEAL.get(number, SealStatus.FAILED)
             save.sealed[block] = status
             if status is not SealStatus.SEALED:
-                save.fail(status.value, f"block {block} was not sealed: {status.value}")
+                save.fail(status.value, f"block {block} was not sealed: {_UNSEALED[status]}")
 
     def _left_s(self, save: _Save) -> float:
         left_s = save.deadline_at - self._loop.time()
