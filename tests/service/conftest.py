@@ -18,7 +18,7 @@ from dualpath.kvstore.checksum import xxh3_64
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.service.config import DaemonConfig
-from dualpath.kvstore.service.messages import namespace_message
+from dualpath.kvstore.service.namespace_message import namespace_message
 from dualpath.kvstore.service.process import Daemon
 from dualpath.proto.channel import client_options
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc

@@ -13,8 +13,7 @@ from dualpath.agent.agent import Agent
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, SaveResult
 from dualpath.agent.places import Places
-from dualpath.kvstore.layout import KVLayout
-from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.service.namespace_message import namespace_of
 from dualpath.kvstore.store_api import Tier
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, common_pb2, store_pb2
 
@@ -33,7 +32,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: store_pb2.OpenNamespaceRequest, context: Any
     ) -> store_pb2.OpenNamespaceResponse:
         """Make a namespace known."""
-        namespace_id = await self._agent.open_namespace(_namespace_of(request.namespace))
+        namespace_id = await self._agent.open_namespace(namespace_of(request.namespace))
         return store_pb2.OpenNamespaceResponse(namespace_id=namespace_id)
 
     async def Lookup(
@@ -158,25 +157,3 @@ def _save_response(result: SaveResult) -> agent_pb2.SaveResponse:
 
 def _places_of(places: agent_pb2.BlockPlaces) -> Places:
     return Places(places.layer_stride_bytes, tuple(places.base_bytes))
-
-
-def _namespace_of(message: common_pb2.Namespace) -> Namespace:
-    layout = message.layout
-    return Namespace(
-        model=message.model,
-        layout=KVLayout(
-            layers=layout.layers,
-            block_tokens=layout.block_tokens,
-            layer_bytes=layout.layer_bytes,
-            dtype=layout.dtype,
-            attention=layout.attention,
-            scales=layout.scales,
-        ),
-        lora=message.lora,
-        shard=message.shard,
-        engine_format=message.engine_format,
-        hash_algorithm=message.hash_algorithm or "sha256",
-        hash_root=message.hash_root,
-        tenant=message.tenant,
-        salt=message.salt,
-    )

@@ -17,6 +17,7 @@ import grpc.aio
 from dualpath.agent.network import Network
 from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.service.namespace_message import namespace_message
 from dualpath.proto.status import translated
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
 from dualpath.transfer.errors import (
@@ -57,7 +58,6 @@ class DaemonLink:
         self._timeout_s = timeout_s
         self._next_grant = 1
         self._grants: dict[int, OnProgress] = {}
-        self._losses: list[Callable[[str], None]] = []
         self._stub: Any = None
         self.link: SteadyLink[store_pb2.DeliverRequest, store_pb2.DeliverResponse] = SteadyLink(
             f"daemon {address}",
@@ -81,10 +81,6 @@ class DaemonLink:
         if self.link.attached is None or not self.up:
             raise PeerLost(f"daemon {self.address} is not connected: {self.link.reason}")
         return self.link.attached.session
-
-    def watch_loss(self, on_lost: Callable[[str], None]) -> None:
-        """Call `on_lost(reason)` at each loss of the session, before `on_change`."""
-        self._losses.append(on_lost)
 
     # The dialect of SteadyLink.
 
@@ -114,7 +110,8 @@ class DaemonLink:
         """Make known namespaces known to a daemon that may have been restarted."""
         for namespace in tuple(self._namespaces.values()):
             await self._call(
-                "OpenNamespace", store_pb2.OpenNamespaceRequest(namespace=to_proto(namespace))
+                "OpenNamespace",
+                store_pb2.OpenNamespaceRequest(namespace=namespace_message(namespace)),
             )
         self.peer_id = first.peer_id or attached.peer_id
 
@@ -136,8 +133,6 @@ class DaemonLink:
         """All grants are over."""
         self.peer_id = ""
         self._grants.clear()
-        for callback in self._losses:
-            callback(reason)
         self._on_change(self)
 
     # Grants.
@@ -199,7 +194,7 @@ class DaemonLink:
 
     async def open_namespace(self, namespace: Namespace) -> None:
         """Make a namespace known."""
-        request = store_pb2.OpenNamespaceRequest(namespace=to_proto(namespace))
+        request = store_pb2.OpenNamespaceRequest(namespace=namespace_message(namespace))
         await self._call("OpenNamespace", request)
 
     async def lookup(
@@ -295,26 +290,3 @@ class DaemonLink:
             await self._call("Abandon", request)
         except DualPathError as error:
             log.info("reservations were not abandoned: %s", error)
-
-
-def to_proto(namespace: Namespace) -> common_pb2.Namespace:
-    """The protocol's form of a namespace."""
-    layout = namespace.layout
-    return common_pb2.Namespace(
-        model=namespace.model,
-        layout=common_pb2.KVLayout(
-            layers=layout.layers,
-            block_tokens=layout.block_tokens,
-            layer_bytes=layout.layer_bytes,
-            dtype=layout.dtype,
-            attention=layout.attention,
-            scales=layout.scales,
-        ),
-        lora=namespace.lora,
-        shard=namespace.shard,
-        engine_format=namespace.engine_format,
-        hash_algorithm=namespace.hash_algorithm,
-        hash_root=namespace.hash_root,
-        tenant=namespace.tenant,
-        salt=namespace.salt,
-    )

@@ -12,13 +12,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from dualpath.agent.daemon_link import to_proto
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult
 from dualpath.agent.places import Places
 from dualpath.agent.region_socket import RegionClient
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.service.namespace_message import namespace_message
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus, Tier
 from dualpath.proto.channel import client_options
 from dualpath.proto.status import translated
@@ -64,7 +64,7 @@ class RemoteSession:
 
     async def open_namespace(self, namespace: Namespace) -> bytes:
         """See AgentSession."""
-        request = store_pb2.OpenNamespaceRequest(namespace=to_proto(namespace))
+        request = store_pb2.OpenNamespaceRequest(namespace=namespace_message(namespace))
         with translated("OpenNamespace at the agent"):
             answer = await self._stub.OpenNamespace(
                 request, timeout=CALL_S_MAX, metadata=self._metadata

@@ -22,8 +22,8 @@ from dualpath.kvstore.service.messages import (
     checked_session,
     hit_message,
     lease_s_of,
-    namespace_of,
 )
+from dualpath.kvstore.service.namespace_message import namespace_of
 from dualpath.kvstore.service.ticket import TicketMint
 from dualpath.kvstore.store_api import Store
 from dualpath.proto.v1 import store_pb2

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX, LAYERS_MAX, KVLayout
-from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES, Namespace
+from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.service.attachments import SESSION_BYTES
 from dualpath.kvstore.service.delivery_queue import (
     GRANT_CHUNKS_MAX,
@@ -77,52 +77,6 @@ _FAILURE: Mapping[ChunkFailure, common_pb2.ChunkFailure.ValueType] = {
 }
 assert all(failure.value == number for failure, number in _FAILURE.items())
 assert GRANT_CHUNKS_MAX == 4096, "written in common.proto"
-
-
-def namespace_of(message: common_pb2.Namespace) -> Namespace:
-    """The namespace of a message. Raises InvalidRequest naming the field."""
-    layout = message.layout
-    return Namespace(
-        model=message.model,
-        layout=KVLayout(
-            layers=layout.layers,
-            block_tokens=layout.block_tokens,
-            layer_bytes=layout.layer_bytes,
-            dtype=layout.dtype,
-            attention=layout.attention,
-            scales=layout.scales,
-        ),
-        lora=message.lora,
-        shard=message.shard,
-        engine_format=message.engine_format,
-        hash_algorithm=message.hash_algorithm or "sha256",
-        hash_root=message.hash_root,
-        tenant=message.tenant,
-        salt=message.salt,
-    )
-
-
-def namespace_message(namespace: Namespace) -> common_pb2.Namespace:
-    """Inverse of `namespace_of`."""
-    layout = namespace.layout
-    return common_pb2.Namespace(
-        model=namespace.model,
-        layout=common_pb2.KVLayout(
-            layers=layout.layers,
-            block_tokens=layout.block_tokens,
-            layer_bytes=layout.layer_bytes,
-            dtype=layout.dtype,
-            attention=layout.attention,
-            scales=layout.scales,
-        ),
-        lora=namespace.lora,
-        shard=namespace.shard,
-        engine_format=namespace.engine_format,
-        hash_algorithm=namespace.hash_algorithm,
-        hash_root=namespace.hash_root,
-        tenant=namespace.tenant,
-        salt=namespace.salt,
-    )
 
 
 def checked_namespace_id(value: bytes) -> bytes:
