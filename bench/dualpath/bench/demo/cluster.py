@@ -169,10 +169,6 @@ class Cluster:
             for wait in waits:
                 wait.cancel()
 
-    def tails(self) -> str:
-        """The ends of all logs, for errors."""
-        return "\n".join(child.tail() for child in self._children.values())
-
     async def close(self) -> None:
         """End every process, politely at first. Idempotent."""
         children = list(self._children.values())
