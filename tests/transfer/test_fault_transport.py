@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 CHUNK = 96 << 10
 CHUNKS = 24
+LOAD_S_MAX = 30.0
 
 MakeTwo = Callable[[OnPeerLost, OnPeerLost, str], tuple[Transport, Transport, str]]
 
@@ -123,10 +125,12 @@ def test_a_load_completes_intact_through(make: MakeTwo, plan: str) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         loader = Loader(make, PLANS[plan], folder, stack)
         loader.connect()
-        wanted, turns = set(range(CHUNKS)), 0
+        wanted = set(range(CHUNKS))
+        deadline = time.monotonic() + LOAD_S_MAX
         while wanted:
-            turns += 1
-            assert turns <= 60, f"{len(wanted)} chunks never came: {loader.writer.counts()}"
+            # On a busy machine many resets come before anything has landed; not in all turns.
+            late = time.monotonic() > deadline
+            assert not late, f"{len(wanted)} chunks never came: {loader.writer.counts()}"
             wanted = loader.turn(wanted)
         assert loader.target.view == loader.source.view
         assert loader.writer.settle(10), f"replays never ended: {loader.writer.counts()}"
