@@ -22,7 +22,10 @@ _MODULES = {
 }
 _EXTRAS = {
     "bench": (("matplotlib", "rich"), "no picture and no live progress in `dualpath demo`"),
-    "model": (("torch", "transformers"), "`dualpath demo-model` is skipped (`make demo-model` installs it)"),
+    "model": (
+        ("torch", "transformers"),
+        "`dualpath demo-model` is skipped (`make demo-model` installs it)",
+    ),
     "cuda": (("cupy",), "nothing in this version, which loads into host memory"),
     "rdma": (("pyverbs",), "nothing in this version, which has no RDMA transport"),
 }
