@@ -89,6 +89,8 @@ class Loader:
         self.heard.wait_completions(self.submitted)
         self.reader.revoke(window)
         frozen = bytes(self.target.view)
+        # Otherwise a late reset would end the next turn as well.
+        assert self.writer.settle(10), f"faults never ended: {self.writer.counts()}"
         self._reconnect()
         assert self.target.view == frozen, "bytes landed after revoke"
         self.corrupt += list(arrived.values()).count(False)
@@ -133,8 +135,6 @@ def test_a_load_completes_intact_through(make: MakeTwo, plan: str) -> None:
             assert not late, f"{len(wanted)} chunks never came: {loader.writer.counts()}"
             wanted = loader.turn(wanted)
         assert loader.target.view == loader.source.view
-        assert loader.writer.settle(10), f"replays never ended: {loader.writer.counts()}"
-        assert loader.target.view == loader.source.view, "a replay changed the bytes"
         counts = loader.writer.counts()
         assert counts, "no fault happened"
         assert counts.get("stale:done", 0) == 0, "a stale write landed"
