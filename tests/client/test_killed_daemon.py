@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 from typing import TypeAlias
 
+import pytest
 from dualpath.agent.outcome import MissReason, SaveResult
 from dualpath.agent.places import Places
 from dualpath.client.kv_client import KVClient
@@ -24,6 +26,7 @@ from dualpath.client.loopback_cluster import (
 )
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
+from dualpath.transfer.errors import Unavailable
 
 Run: TypeAlias = Callable[..., None]
 
@@ -106,6 +109,35 @@ def test_a_load_goes_on_when_its_killed_daemon_comes_back_in_time(run_cluster: R
         assert result.events["path_lost"] >= 1
         assert result.events["lease_expired"] >= 1
         assert wrong_blocks(memory, PLACES, hashes) == []
+
+    run_cluster(body)
+
+
+def test_an_agent_stops_in_time_though_a_save_waits_for_a_silent_daemon(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        await cluster.stop_daemon()
+        silent = await cluster.daemon_process()
+        unix = str(cluster.path / "agent.sock")
+        server = await cluster.relay("prefill-1", unix=unix, storage_limit_bytes_per_s=SLOW)
+        client = await KVClient.connect(f"unix:{unix}")
+        cluster.stack.push_async_callback(client.close)
+        namespace_id = await client.open_namespace(Namespace("model", LAYOUT))
+        memory = await client.allocate(PLACES.span(LAYOUT, BLOCKS)[1])
+        hashes = chain(BLOCKS)
+        saving = asyncio.ensure_future(
+            client.save(
+                namespace_id, hashes, parents(hashes), memory, PLACES, deadline_s=6 * WAIT_S
+            )
+        )
+        storage = server.agent.storage["tcp"]
+        await until(lambda: storage.sent_bytes > LAYOUT.block_bytes, "some chunks")
+        silent.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.wait_for(server.stop(), 2 * WAIT_S)
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(saving, WAIT_S)
+        finally:
+            silent.send_signal(signal.SIGCONT)
 
     run_cluster(body)
 

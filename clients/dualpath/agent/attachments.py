@@ -138,10 +138,10 @@ class Attachments:
             elif attachment.closed:
                 raise PeerLost(f"the attachment ended: {attachment.closed}")
         finally:
+            self._close(attachment, "the stream ended")
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, DualPathError):
                 await reader
-            self._close(attachment, "the stream ended")
 
     def daemon_changed(self, daemon: DaemonLink) -> None:
         """Our attachment at a daemon came or went: tell those who asked for it."""
