@@ -163,6 +163,15 @@ def test_every_metric_is_documented(root: Path) -> None:
     assert not listed - used, sorted(listed - used)
 
 
+def test_the_map_of_behaviours_names_modules_that_exist_and_all_of_the_agent(root: Path) -> None:
+    named = words((root / "docs/architecture.md").read_text(encoding="utf-8"))
+    modules = {word for word in named if re.fullmatch(r"[\w/]+\.py", word) and "/" in word}
+    assert not [module for module in modules if not (root / module).is_file()]
+    for folder in ("clients/dualpath/agent", "clients/dualpath/client"):
+        files = {str(path.relative_to(root)) for path in (root / folder).glob("[a-z]*.py")}
+        assert not files - modules, sorted(files - modules)
+
+
 if __name__ == "__main__":
     path = Path(__file__).resolve().parents[2] / OPERATIONS
     path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
