@@ -66,11 +66,12 @@ format: $(DEV) ## Let ruff rewrite the sources
 	@$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(RUN) ## The headline runs: 1P1D and 1P2D at load, and a lone load; JSON in out/
+bench: $(RUN) ## The headline runs: 1P1D and 1P2D at load, and lone loads; JSON in out/
 	@mkdir -p out
 	bench() { $(VENV)/bin/dualpath demo --json "out/bench-$$1.json" --plot "out/bench-$$1.png" "$${@:2}"; }
 	bench 1p1d --prefill 1 --decode 1
 	bench 1p2d --prefill 1 --decode 2
+	bench lone-1p1d --prefill 1 --decode 1 --concurrency 1
 	bench lone --prefill 1 --decode 2 --concurrency 1
 	bench lone-narrow --prefill 1 --decode 2 --concurrency 1 --compute-ratio 1
 
