@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from dualpath.transfer.tcp_transport import TcpTransport
 from dualpath.transfer.transport import Arrival, Completion, Transport, Write, WriteStatus
 
 WAIT_S = 20.0
+ASK_AGAIN_S = 0.005
+"""Pause between two questions to a daemon; only to leave it the processor."""
 LAYOUT = KVLayout(layers=8, block_tokens=16, layer_bytes=80_000, dtype="bf16")
 """Three chunks a block, the last one short; layers are not page-aligned."""
 
@@ -49,6 +52,20 @@ def chain(count: int, seed: str = "") -> list[bytes]:
 def parents(hashes: Sequence[bytes]) -> list[bytes]:
     """The parent of each hash of a chain from its first block on."""
     return [b"", *hashes[:-1]]
+
+
+class AdvancedClock:
+    """The machine's monotonic time, ahead by what a test advanced it: expiry without waiting."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._ahead_s
+
+    def advance(self, seconds: float) -> None:
+        """From now on it is `seconds` later."""
+        self._ahead_s += seconds
 
 
 @dataclass
@@ -80,6 +97,10 @@ class Client:
         return await getattr(self.stub, method)(
             request, timeout=WAIT_S, metadata=self.metadata or None
         )
+
+    async def stats(self) -> Any:
+        """What the daemon counts."""
+        return await self.call("Stats", store_pb2.StatsRequest())
 
     async def namespace(self, layout: KVLayout = LAYOUT, **fields: str) -> bytes:
         """Open a namespace."""
@@ -336,10 +357,20 @@ class Lab:
 
     async def daemon(self, config: DaemonConfig | None = None, **changes: Any) -> Running:
         """A daemon in this loop."""
-        daemon = Daemon(config or self.config(**changes))
+        clock = AdvancedClock()
+        daemon = Daemon(config or self.config(**changes), clock=clock)
         where = await daemon.start()
         self._stack.push_async_callback(daemon.stop)
-        return Running(daemon, {key: str(value) for key, value in where.items()})
+        return Running(daemon, {key: str(value) for key, value in where.items()}, clock)
+
+    async def until(self, condition: Callable[[], Awaitable[bool]], what: str) -> None:
+        """Ask until `condition` holds; after `wait_s` fail, saying `what` did not happen."""
+        try:
+            async with asyncio.timeout(self.wait_s):
+                while not await condition():
+                    await asyncio.sleep(ASK_AGAIN_S)
+        except TimeoutError:
+            pytest.fail(f"not within {self.wait_s:.0f} s: {what}")
 
     def client(self, target: Running | str, token: str = "") -> Client:
         """A client of a daemon, over TCP unless a target is named."""
@@ -358,6 +389,7 @@ class Running:
 
     daemon: Daemon
     where: dict[str, str]
+    clock: AdvancedClock
 
 
 RunLab = Callable[..., None]

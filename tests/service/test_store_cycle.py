@@ -132,14 +132,14 @@ def test_a_relay_reads_under_a_ticket_and_others_do_not(in_lab: Any) -> None:
             )
             return bytes(answer.ticket[0])
 
-        ticket, brief = await delegate(60_000), await delegate(1)
+        ticket, brief = await delegate(60_000), await delegate(10_000)
         forged = ticket[:-1] + bytes([ticket[-1] ^ 1])
         denied = common_pb2.CHUNK_FAILURE_DENIED
         async with relay.deliver() as delivery:
             window = delivery.window()
             good = await delivery.grant([(1, 0)], window, ticket=ticket)
             assert not (await delivery.outcome(good)).failed
-            await asyncio.sleep(0.005)
+            running.clock.advance(20)
             for bad, said in ((forged, "forged"), (brief, "expired"), (b"x", "forged")):
                 grant = await delivery.grant([(0, 1)], window, ticket=bad)
                 outcome = await delivery.outcome(grant)
@@ -175,9 +175,9 @@ def test_a_lease_ends_by_time_by_release_and_with_its_attachment(in_lab: Any) ->
         namespace_id = await client.namespace()
         hashes = lab.chain(2)
         await client.save(namespace_id, hashes)
-        brief = await client.lookup(namespace_id, hashes, lease_ms=20)
+        brief = await client.lookup(namespace_id, hashes, lease_ms=10_000)
         kept = await client.lookup(namespace_id, hashes)
-        await asyncio.sleep(0.05)
+        running.clock.advance(20)
         async with client.deliver() as delivery:
             window = delivery.window()
             grant = await delivery.grant([(0, 0)], window, lease_id=brief.lease_id)
@@ -194,11 +194,12 @@ def test_a_lease_ends_by_time_by_release_and_with_its_attachment(in_lab: Any) ->
             assert list(renewed.expired_lease_id) == [brief.lease_id]
         await asyncio.to_thread(client.transport.close)
         other = await lab.client(running).attach()
-        async with asyncio.timeout(lab.wait_s):
-            while True:
-                stats = await other.call("Stats", store_pb2.StatsRequest())
-                if stats.leases == 0 and stats.attachments == 1:
-                    break
+
+        async def left() -> bool:
+            stats = await other.stats()
+            return bool(stats.leases == 0 and stats.attachments == 1)
+
+        await lab.until(left, "the lost attachment and its lease are gone")
         with pytest.raises(grpc.RpcError) as caught:
             await client.lookup(namespace_id, hashes)
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
@@ -244,7 +245,8 @@ def test_a_seal_waits_for_every_chunk_and_refuses_wrong_bytes(in_lab: Any) -> No
 
 def test_a_write_after_abandon_expiry_or_out_of_bounds_is_refused(in_lab: Any) -> None:
     async def body(lab: Any) -> None:
-        client = await lab.client(await lab.daemon()).attach()
+        running = await lab.daemon()
+        client = await lab.client(running).attach()
         namespace_id = await client.namespace()
         first, second = lab.chain(1, "a"), lab.chain(1, "b")
         data = lab.content(first[0])
@@ -265,12 +267,14 @@ def test_a_write_after_abandon_expiry_or_out_of_bounds_is_refused(in_lab: Any) -
         reserved.base_bytes[0] -= 4096 + (1 << 40)
         reserved.window = honest
         assert (await client.put_chunk(reserved, 0, 0, data)).status is WriteStatus.REFUSED
-        brief = await client.reserve(namespace_id, second, ttl_ms=1)
-        async with asyncio.timeout(lab.wait_s):
-            while True:
-                stats = await client.call("Stats", store_pb2.StatsRequest())
-                if stats.reservations == 0:
-                    break
+        brief = await client.reserve(namespace_id, second, ttl_ms=10_000)
+        assert (await client.stats()).reservations == 1
+        running.clock.advance(20)
+
+        async def expired() -> bool:
+            return bool((await client.stats()).reservations == 0)
+
+        await lab.until(expired, "the reservation has expired")
         assert (await client.put_chunk(brief, 0, 0, data)).status is WriteStatus.REFUSED
         sealed = await client.call(
             "Seal",
@@ -292,11 +296,12 @@ def test_a_lost_attachment_gives_its_reservations_back(in_lab: Any) -> None:
         pending = await other.reserve(namespace_id, hashes[:1])
         assert list(pending.status) == [store_pb2.RESERVE_STATUS_PENDING]
         await asyncio.to_thread(client.transport.close)
-        async with asyncio.timeout(lab.wait_s):
-            while True:
-                again = await other.reserve(namespace_id, hashes[:1])
-                if list(again.status) == [store_pb2.RESERVE_STATUS_RESERVED]:
-                    break
+
+        async def given_back() -> bool:
+            again = await other.reserve(namespace_id, hashes[:1])
+            return list(again.status) == [store_pb2.RESERVE_STATUS_RESERVED]
+
+        await lab.until(given_back, "the block can be reserved by another")
 
     in_lab(body)
 

@@ -13,8 +13,10 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -48,10 +50,16 @@ _log = logging.getLogger(__name__)
 
 
 class Daemon:
-    """One daemon in this process. `start` and `stop` once each, in one event loop."""
+    """One daemon in this process. `start` and `stop` once each, in one event loop.
 
-    def __init__(self, config: DaemonConfig) -> None:
+    `clock` (seconds, monotonic) times leases, reservations, tickets and grants.
+    """
+
+    def __init__(
+        self, config: DaemonConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
+        self._clock = clock
         self._stack = contextlib.AsyncExitStack()
         self._service: StoreService | None = None
 
@@ -73,18 +81,25 @@ class Daemon:
         executor = ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control")
         stack.callback(executor.shutdown)
         store = await loop.run_in_executor(
-            executor, BlockStore.open, config.data, _store_config(config)
+            executor,
+            partial(BlockStore.open, config.data, _store_config(config), clock=self._clock),
         )
         stack.push_async_callback(_in_thread, store.close)
         engine = DeliveryEngine(
             store,
             DeliveryConfig(config.readers, config.attachment_inflight_bytes, config.inflight_bytes),
+            clock=self._clock,
         )
         stack.push_async_callback(_in_thread, _close_engine, engine)
         planes = self._open_planes()
         auth = Auth(config.tokens)
         service = StoreService(
-            store=store, planes=planes, engine=engine, auth=auth, executor=executor
+            store=store,
+            planes=planes,
+            engine=engine,
+            auth=auth,
+            executor=executor,
+            clock=self._clock,
         )
         self._service = service
         store.set_on_expired(service.attachments.fence_expired)
