@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from dualpath.agent.config import AgentConfig
+from dualpath.cli import agent, block_identity, connection, serve
 from dualpath.cli.config_file import (
+    TABLES,
     add_config_arguments,
     field_documents,
     field_names,
@@ -96,6 +98,32 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str)
 def test_an_unknown_variable_of_our_prefix_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"DUALPATH_SAMPLE_CONUT.*did you mean 'count'"):
         read_config(Sample, "sample", environment={"DUALPATH_SAMPLE_CONUT": "1"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("DUALPATH_SERV_LISTEN", "did you mean 'serve'"),
+        ("DUALPATH_AGNET_NAME", "did you mean 'agent'"),
+        ("DUALPATH_LISTEN", "DUALPATH_<TABLE>_<SETTING>"),
+        ("DUALPATH_SERVE", "did you mean 'serve'"),
+        ("DUALPATH_XYZ_QQ", "known: agent, client, layout, sample, serve"),
+    ],
+)
+def test_a_variable_of_an_unknown_table_is_refused_by_name(variable: str, hint: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{variable}.*{hint}"):
+        read_config(Sample, "sample", environment={variable: "1"}, flags={"name": "a"})
+
+
+def test_variables_of_other_commands_and_programs_are_let_be() -> None:
+    environment = {f"DUALPATH_{table.upper()}_ANY": "x" for table in TABLES}
+    environment |= {"DUALPATHX": "1", "XDUALPATH_SERV_A": "1"}
+    read = read_config(Sample, "sample", environment=environment, flags={"name": "a"})
+    assert read == Sample(name="a")
+
+
+def test_the_known_tables_are_those_of_the_commands() -> None:
+    assert set(TABLES) == {agent.TABLE, block_identity.TABLE, connection.TABLE, serve.TABLE}
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 its defaults, a table of a TOML file, the environment (DUALPATH_<TABLE>_<FIELD>), the flags.
 
 Owns the reading, the parsing of texts by field and the refusal of what is not known: an unknown
-key, in whichever place, is an error that names the nearest known one, never ignored. Ranges that
-go beyond a sign are the dataclass's own to check. Nothing else in the product reads the
+key, in whichever place, is an error that names the nearest known one, never ignored; so is a
+variable of a table that no command has. Ranges that go beyond a sign are the dataclass's own to
+check. Nothing else in the product reads the
 environment.
 
 How a text becomes a value: a field named `*_bytes` takes sizes (`4GiB`), `*_bytes_per_s` rates
@@ -32,6 +33,8 @@ from dualpath.transfer.errors import InvalidRequest
 
 T = TypeVar("T")
 ENVIRONMENT_PREFIX = "DUALPATH_"
+TABLES = ("agent", "client", "layout", "serve")
+"""Tables of all commands: one command's settings may stand in the environment of another."""
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _SENTENCE_END = re.compile(r"[.;]\s+(?=[A-Z`])")
@@ -60,6 +63,7 @@ def read_config(
             values[key] = _typed(hints[key], key, value, f"{file}: {table}.{key}")
     prefix = f"{ENVIRONMENT_PREFIX}{table.upper()}_"
     for variable, text in sorted((environment or {}).items()):
+        _check_table(variable, {*TABLES, table})
         if variable.startswith(prefix):
             key = variable[len(prefix) :].lower()
             _check_known(key, known, f"environment: {variable}")
@@ -170,6 +174,18 @@ def _table_of(path: Path, table: str) -> Mapping[str, object]:
 def _check_known(key: str, known: Collection[str], where: str) -> None:
     if key not in known:
         raise InvalidRequest(f"{where}: unknown setting '{key}'{nearest(key, known)}")
+
+
+def _check_table(variable: str, tables: Collection[str]) -> None:
+    """Without it a misspelt table would be a setting that silently does nothing."""
+    if not variable.startswith(ENVIRONMENT_PREFIX):
+        return
+    written, _, field = variable.removeprefix(ENVIRONMENT_PREFIX).partition("_")
+    if written not in {table.upper() for table in tables} or not field:
+        raise InvalidRequest(
+            f"environment: {variable} is of no known table "
+            f"({ENVIRONMENT_PREFIX}<TABLE>_<SETTING>){nearest(written.lower(), tables)}"
+        )
 
 
 def _required(kind: type) -> list[str]:
