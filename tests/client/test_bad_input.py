@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 import pytest
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.places import Places
+from dualpath.agent.process import AgentServer
 from dualpath.agent.region_socket import RegionClient
 from dualpath.client.kv_client import KVClient
 from dualpath.client.loopback_cluster import (
@@ -187,7 +191,13 @@ def test_an_absent_agent_is_unavailable_with_the_remedy(run_cluster: Run) -> Non
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"name": ""}, "name"),
+        ({"name": ""}, "1..64 characters"),
+        ({"name": "a" * 65}, "1..64 characters"),
+        ({"name": "decode 1"}, "not 'decode 1'"),
+        ({"name": "d\u00e9code"}, "0-9, '.', '_' and '-'"),
+        ({"name": "a=b"}, "not 'a=b'"),
+        ({"name": "a\n"}, "choose another name"),
+        ({"relays": ("decode/1=h:1",)}, "not 'decode/1'"),
         ({"daemons": ("nonsense",)}, "host:port"),
         ({"daemons": ("unix:",)}, "needs a path"),
         ({"relays": ("decode-1",)}, "name=host:port"),
@@ -202,6 +212,36 @@ def test_an_absent_agent_is_unavailable_with_the_remedy(run_cluster: Run) -> Non
 def test_a_bad_setting_is_refused_by_name(changes: dict[str, object], match: str) -> None:
     with pytest.raises(InvalidRequest, match=match):
         AgentConfig(**{"name": "a", "daemons": (), **changes})  # type: ignore[arg-type]
+
+
+def test_every_documented_character_may_stand_in_a_name() -> None:
+    for name in ("Prefill-1.rack_2", "a", "a" * 64):
+        assert AgentConfig(name=name, daemons=(), relays=(f"r{name[1:]}=h:1",)).name == name
+
+
+@pytest.mark.parametrize("field", ["listen", "data_listen", "metrics_listen"])
+def test_an_agent_names_the_setting_whose_address_is_in_use(field: str) -> None:
+    async def body() -> None:
+        with socket.socket() as tcp:
+            tcp.bind(("127.0.0.1", 0))
+            tcp.listen()
+            taken = f"127.0.0.1:{tcp.getsockname()[1]}"
+            settings: dict[str, str] = {field: taken}
+            config = dataclasses.replace(AgentConfig(name="a", daemons=()), **settings)  # type: ignore[arg-type]
+            with pytest.raises(Unavailable, match=f"{field}: .*{taken}.*choose another") as caught:
+                await AgentServer(config).start()
+            assert caught.value.reason == "address_in_use"
+
+    asyncio.run(asyncio.wait_for(body(), WAIT_S))
+
+
+def test_an_agent_says_which_folder_of_its_socket_is_missing(tmp_path: Path) -> None:
+    async def body() -> None:
+        config = AgentConfig(name="a", daemons=(), unix=str(tmp_path / "gone" / "a.sock"))
+        with pytest.raises(InvalidRequest, match=f"no folder '{tmp_path / 'gone'}'; create it"):
+            await AgentServer(config).start()
+
+    asyncio.run(asyncio.wait_for(body(), WAIT_S))
 
 
 def test_listening_beyond_loopback_needs_tokens_or_insecure() -> None:

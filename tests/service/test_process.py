@@ -138,6 +138,15 @@ def test_a_stale_unix_socket_is_replaced_and_a_file_is_not(in_lab: Any, tmp_path
     in_lab(body)
 
 
+def test_a_missing_folder_of_the_unix_socket_is_named(in_lab: Any, tmp_path: Path) -> None:
+    async def body(lab: Any) -> None:
+        gone = tmp_path / "gone"
+        with pytest.raises(InvalidRequest, match=f"no folder '{gone}'; create it"):
+            await lab.daemon(unix=str(gone / "d.sock"))
+
+    in_lab(body)
+
+
 def test_two_daemons_cannot_share_a_directory(in_lab: Any) -> None:
     async def body(lab: Any) -> None:
         config = lab.config()

@@ -30,7 +30,7 @@ from dualpath.agent.staging import SLAB_BYTES, Staging
 from dualpath.kvstore.namespace import Namespace
 from dualpath.proto.v1 import agent_pb2
 from dualpath.transfer.dispatch_config import DispatchConfig
-from dualpath.transfer.errors import DualPathError, InvalidRequest
+from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
 from dualpath.transfer.placement import DIRECT_PATH, policy_named, relay_path
 from dualpath.transfer.region import Region
 from dualpath.transfer.shm_transport import ShmTransport
@@ -88,7 +88,7 @@ class Agent:
             stack.push_async_callback(self.storage["shm"].close)
         stack.callback(self.regions.close)
         if relaying and config.data_listen:
-            self.compute.transport.listen(config.data_listen)
+            _listen(self.compute.transport, config.data_listen)
         staging = Region.anonymous(config.staging_bytes // SLAB_BYTES * SLAB_BYTES)
         stack.callback(_close_region, staging)
         self.relay = Relay(Staging(staging), self.compute, loop, self._own_queue_changed)
@@ -322,6 +322,17 @@ def _tcp(limit_bytes_per_s: float) -> MakeTransport:
         return TcpTransport(name, on_peer_lost, config)
 
     return make
+
+
+def _listen(transport: Transport, address: str) -> None:
+    try:
+        transport.listen(address)
+    except Unavailable as error:
+        raise Unavailable(
+            f"data_listen: {error}; stop what listens there or choose another address of this "
+            "machine",
+            reason="address_in_use",
+        ) from error
 
 
 def _close_region(region: Region) -> None:

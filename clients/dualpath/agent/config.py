@@ -7,6 +7,7 @@ do so without tokens by accident. Does not read files or the environment: that i
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 
 from dualpath.transfer.errors import InvalidRequest
@@ -15,6 +16,7 @@ DAEMONS_MAX = 64
 RELAYS_MAX = 256
 STAGING_BYTES_MIN = 8 << 20
 NAME_CHARS_MAX = 64
+_NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{NAME_CHARS_MAX}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,11 @@ class AgentConfig:
     also selects shared memory for the data). `listen` is our control address for peers, `unix`
     the path of the engines' socket ("" for none; the region socket is `<unix>.regions`),
     `data_listen` our address on the compute network. `relays` are `name=host:port`.
-    `name` is how peers and daemons call us. `policy` is the placement policy of loads that name
-    none: direct, round-robin, shorter-queue or split. `staging_bytes` is the memory in which we
-    relay for peers. `storage_limit_bytes_per_s` and `compute_limit_bytes_per_s` pace each network
-    in user space, payload in each direction, 0 for no limit. `metrics_listen` is the address of the
-    Prometheus endpoint, "" for none.
+    `name` is how peers and daemons call us, 1..64 characters of A-Z, a-z, 0-9, ".", "_" and "-".
+    `policy` is the placement policy of loads that name none: direct, round-robin, shorter-queue or
+    split. `staging_bytes` is the memory in which we relay for peers. `storage_limit_bytes_per_s`
+    and `compute_limit_bytes_per_s` pace each network in user space, payload in each direction, 0
+    for no limit. `metrics_listen` is the address of the Prometheus endpoint, "" for none.
     """
 
     name: str
@@ -71,10 +73,7 @@ class AgentConfig:
     """Longest pause between two attempts to attach to a daemon or a relay."""
 
     def __post_init__(self) -> None:
-        if not self.name or len(self.name) > NAME_CHARS_MAX or not self.name.isprintable():
-            raise InvalidRequest(
-                f"an agent's name has 1..{NAME_CHARS_MAX} printable characters, not {self.name!r}"
-            )
+        _check_name(self.name)
         if len(self.daemons) > DAEMONS_MAX or len(set(self.daemons)) != len(self.daemons):
             raise InvalidRequest(f"at most {DAEMONS_MAX} different daemons, not {self.daemons}")
         self._check_addresses()
@@ -123,10 +122,19 @@ class AgentConfig:
                 )
 
 
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"an agent's name has 1..{NAME_CHARS_MAX} characters of A-Z, a-z, 0-9, '.', '_' and "
+            f"'-', not {name!r}; choose another name"
+        )
+
+
 def _relay_address(text: str) -> RelayAddress:
     name, separator, address = text.partition("=")
     if not separator or not name:
         raise InvalidRequest(f"a relay is written name=host:port, not {text!r}")
+    _check_name(name)
     check_address(address)
     return RelayAddress(name, address)
 

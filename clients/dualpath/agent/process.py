@@ -120,11 +120,11 @@ class AgentServer:
         listen = ""
         if config.listen:
             host = config.listen.rpartition(":")[0]
-            listen = f"{host}:{_bind(server, config.listen)}"
+            listen = f"{host}:{_bind(server, 'listen', config.listen)}"
         if config.unix:
             claim(config.unix)
             with private_files():
-                _bind(server, f"unix:{config.unix}")
+                _bind(server, "unix", f"unix:{config.unix}")
             self._stack.callback(remove, config.unix)
         await server.start()
         self._stack.push_async_callback(server.stop, STOP_S_MAX)
@@ -149,7 +149,7 @@ async def run_agent(config: AgentConfig, on_ready: Callable[[Mapping[str, object
             loop.remove_signal_handler(number)
 
 
-def _bind(server: grpc.aio.Server, address: str) -> int:
+def _bind(server: grpc.aio.Server, field: str, address: str) -> int:
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -159,8 +159,8 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
         reason = ""
     if port == 0:
         raise Unavailable(
-            f"cannot listen on {address} ({reason or 'refused'}); stop what listens there or "
-            "choose another address",
+            f"{field}: cannot listen on {address} ({reason or 'refused'}); stop what listens there "
+            "or choose another address of this machine",
             reason="address_in_use",
         )
     return port

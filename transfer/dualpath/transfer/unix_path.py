@@ -16,11 +16,13 @@ PROBE_S_MAX = 1.0
 
 
 def claim(path: str) -> None:
-    """Remove a socket that nobody listens on. Raises InvalidRequest, Unavailable (in use)."""
+    """Remove a socket that nobody listens on. Raises InvalidRequest (too long, no folder, another
+    kind of file), Unavailable (in use)."""
     if len(path) > UNIX_PATH_CHARS_MAX:
         raise InvalidRequest(
             f"unix: {path!r} is longer than {UNIX_PATH_CHARS_MAX} characters; shorten it"
         )
+    check_folder(path)
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -40,6 +42,16 @@ def claim(path: str) -> None:
         f"unix: {path!r} is in use by another process; stop it or choose another path",
         reason="address_in_use",
     )
+
+
+def check_folder(path: str) -> None:
+    """Raise InvalidRequest unless the folder of `path` exists."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise InvalidRequest(
+            f"unix: {path!r} cannot be made: there is no folder {folder!r}; create it or choose "
+            "another path"
+        )
 
 
 @contextlib.contextmanager

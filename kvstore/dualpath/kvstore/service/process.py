@@ -35,7 +35,7 @@ from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
 from dualpath.transfer.transport import Transport
-from dualpath.transfer.unix_path import claim, private_files, remove
+from dualpath.transfer.unix_path import check_folder, claim, private_files, remove
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -119,6 +119,8 @@ class Daemon:
 
     def _open_planes(self) -> dict[str, Plane]:
         config, stack = self.config, self._stack
+        if config.unix:
+            check_folder(config.unix)
         limits = TcpConfig(
             send_bytes_per_s=config.send_limit_bytes_per_s, connections_max=ATTACHMENTS_MAX
         )
