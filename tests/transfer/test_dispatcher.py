@@ -222,7 +222,7 @@ def test_a_chunk_given_back_that_then_fails_does_not_return_to_the_same_path() -
     made = dispatcher(2)
     made.add_load("load", [CHUNK], DIRECT, 0.0)
     made.grants(0.0)
-    made.remove_path("direct")
+    made.path_lost("direct", "peer_lost", 0.0)
     granted = by_path(made.grants(0.0))
     assert granted == {"relay:d0": [("load", 0)]}
     assert made.failed("load", 0, "relay:d0", "corrupt", 0.1)

@@ -85,14 +85,6 @@ class DispatcherMachine(RuleBasedStateMachine):
     def add_path(self, rate: float) -> None:
         self._add_path(next(name for name in NAMES if name not in self.paths), rate)
 
-    @precondition(lambda self: len(self.paths) > 1)
-    @rule(data=st.data())
-    def remove_path(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.paths)))
-        self._given_back(name, self.dispatcher.remove_path(name))
-        del self.paths[name]
-        self.down.discard(name)
-
     @precondition(lambda self: self.paths)
     @rule(data=st.data(), reason=st.sampled_from(["stalled", "peer_lost"]))
     def lose_path(self, data: st.DataObject, reason: str) -> None:

@@ -71,14 +71,6 @@ class LoadProgress:
         """Whether every chunk of every valid block is verified."""
         return self._verified == self._valid * self._chunks
 
-    @property
-    def verified_bytes(self) -> int:
-        """Bytes of verified chunks of valid blocks."""
-        return sum(
-            count * self._layout.chunk_extent(chunk)[1]
-            for chunk, count in enumerate(self._by_chunk)
-        )
-
     def complete_blocks(self) -> int:
         """Leading blocks that are fully verified; never more than `blocks_valid`."""
         return self._complete
@@ -88,20 +80,6 @@ class LoadProgress:
         self._check(index)
         chunk, block = divmod(index, self._blocks)
         return block, chunk
-
-    def index_of(self, block: int, chunk: int) -> int:
-        """Load-chunk index of a block's chunk; the inverse of `chunk_ref`."""
-        if not (0 <= block < self._blocks and 0 <= chunk < self._chunks):
-            raise InvalidRequest(
-                f"chunk {chunk} of block {block} is outside of {self._chunks} chunks "
-                f"of {self._blocks} blocks"
-            )
-        return chunk * self._blocks + block
-
-    def is_verified(self, index: int) -> bool:
-        """Whether `verified` was called for it (also of a block that was cut later)."""
-        self._check(index)
-        return bool(self._marks[index])
 
     def verified(self, index: int) -> None:
         """Mark a chunk; marking twice, or a chunk of a cut block, changes nothing."""

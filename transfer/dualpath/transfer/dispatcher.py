@@ -83,19 +83,6 @@ class Dispatcher:
         self._paths.add(name, kind, limit_bytes_per_s)
         self._replace_loads("path_added")
 
-    def remove_path(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Forget a path; returns by load what it had in flight (given back). Unknown: {}."""
-        path = self._paths.get(name)
-        if path is None:
-            return {}
-        given_back = self._give_back(path, "path_removed")
-        path.condition = PathCondition.DOWN
-        self._replace_loads("path_removed")
-        for load in self._loads.values():
-            load.queued -= {name}  # of chunks to be tried again, on any path
-        self._paths.remove(name)
-        return given_back
-
     def set_up(self, name: str, up: bool, now: float) -> None:
         """Tell that a path works (again), or must not be used until set up again.
 

@@ -63,10 +63,6 @@ class PathTable:
             )
         self._paths[name] = PathState(self._config, name, kind, limit_bytes_per_s)
 
-    def remove(self, name: str) -> None:
-        """Forget a path that nothing refers to any more."""
-        del self._paths[name]
-
     def hinted(self, hint: frozenset[str]) -> Iterator[PathState]:
         """The paths that `hint` names; all if it is empty."""
         return (path for path in self if not hint or path.name in hint)
