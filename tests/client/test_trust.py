@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import grpc
 import pytest
 from dualpath.agent.outcome import MissReason
 from dualpath.agent.places import Places
@@ -23,6 +24,7 @@ from dualpath.client.loopback_cluster import (
     wrong_blocks,
 )
 from dualpath.kvstore.namespace import Namespace
+from dualpath.proto.v1 import agent_pb2_grpc, common_pb2
 from dualpath.transfer.errors import PermissionDenied
 
 Run: TypeAlias = Callable[..., None]
@@ -54,6 +56,22 @@ def test_tokens_open_daemon_and_relay_and_wrong_ones_are_misses(run_cluster: Run
         await bare.close()
 
     run_cluster(body, tokens=(TOKEN,))
+
+
+def test_a_peer_under_a_name_that_could_forge_logs_and_paths_is_refused(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        await cluster.relay("decode-1")
+        async with grpc.aio.insecure_channel(cluster.relays["decode-1"]) as channel:
+            stub: Any = agent_pb2_grpc.AgentStub(channel)
+            for name in ("", "a" * 65, "a\nb", "relay:x", "a/b"):
+                request = common_pb2.AttachRequest(name=name, transports=["tcp"])
+                with pytest.raises(grpc.RpcError, match=r"1\.\.64 characters") as refused:
+                    await stub.Attach(request, timeout=WAIT_S)
+                assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            request = common_pb2.AttachRequest(name="prefill-1", transports=["tcp"])
+            assert (await stub.Attach(request, timeout=WAIT_S)).session
+
+    run_cluster(body)
 
 
 def test_metrics_count_what_happened(run_cluster: Run) -> None:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
+from dualpath.agent.config import check_name
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.network import Network
 from dualpath.agent.relay import Relay
@@ -32,7 +33,6 @@ from dualpath.transfer.errors import (
 from dualpath.transfer.transport import INVITATION_TTL_S
 
 ATTACHMENTS_MAX = 1024
-NAME_CHARS_MAX = 128
 RESPONSE_GRANTS_MAX = 256
 """Most progress entries of one message."""
 
@@ -86,8 +86,7 @@ class Attachments:
             raise InvalidRequest(
                 f"this agent speaks {transport.name!r}, the caller {list(request.transports)}"
             )
-        if not request.name or len(request.name) > NAME_CHARS_MAX:
-            raise InvalidRequest(f"an agent's name has 1..{NAME_CHARS_MAX} characters")
+        check_name(request.name)
         if not transport.address:
             raise InvalidRequest("this agent does not relay: it has no data_listen")
         if len(self._by_session) >= ATTACHMENTS_MAX:

@@ -73,7 +73,7 @@ class AgentConfig:
     """Longest pause between two attempts to attach to a daemon or a relay."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         if len(self.daemons) > DAEMONS_MAX or len(set(self.daemons)) != len(self.daemons):
             raise InvalidRequest(f"at most {DAEMONS_MAX} different daemons, not {self.daemons}")
         self._check_addresses()
@@ -122,7 +122,8 @@ class AgentConfig:
                 )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """An agent's name stands in paths, metrics and logs. Raises InvalidRequest."""
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
             f"an agent's name has 1..{NAME_CHARS_MAX} characters of A-Z, a-z, 0-9, '.', '_' and "
@@ -134,7 +135,7 @@ def _relay_address(text: str) -> RelayAddress:
     name, separator, address = text.partition("=")
     if not separator or not name:
         raise InvalidRequest(f"a relay is written name=host:port, not {text!r}")
-    _check_name(name)
+    check_name(name)
     check_address(address)
     return RelayAddress(name, address)
 
