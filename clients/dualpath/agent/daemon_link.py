@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc.aio
 from dualpath.agent.network import Network
+from dualpath.agent.open_grants import OnProgress, OpenGrants
 from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.service.namespace_message import namespace_message
@@ -31,8 +32,6 @@ from dualpath.transfer.errors import (
 SWALLOWED_S = 0.5
 
 log = logging.getLogger(__name__)
-
-OnProgress = Callable[[common_pb2.GrantProgress], None]
 
 
 class DaemonLink:
@@ -56,8 +55,7 @@ class DaemonLink:
         self._namespaces = namespaces
         self._on_change = on_change
         self._timeout_s = timeout_s
-        self._next_grant = 1
-        self._grants: dict[int, OnProgress] = {}
+        self._grants = OpenGrants()
         self._stub: Any = None
         self.link: SteadyLink[store_pb2.DeliverRequest, store_pb2.DeliverResponse] = SteadyLink(
             f"daemon {address}",
@@ -122,12 +120,7 @@ class DaemonLink:
     def on_response(self, response: store_pb2.DeliverResponse) -> None:
         """Hand progress to the grants."""
         for progress in response.progress:
-            callback = self._grants.get(progress.grant_id)
-            if callback is None:
-                continue
-            if progress.done:
-                del self._grants[progress.grant_id]
-            callback(progress)
+            self._grants.tell(progress)
 
     def on_down(self, reason: str) -> None:
         """All grants are over."""
@@ -149,15 +142,13 @@ class DaemonLink:
 
         Raises PathDown while the session is not there.
         """
-        grant.grant_id = self._next_grant
+        grant.grant_id = self._grants.next_id
         self.link.send(store_pb2.DeliverRequest(lease_id=lease_id, ticket=ticket, grant=grant))
-        self._next_grant += 1
-        self._grants[grant.grant_id] = on_progress
-        return grant.grant_id
+        return self._grants.add(on_progress)
 
     def cancel(self, grant_ids: Iterable[int]) -> None:
         """Spare the daemon work that nobody wants any more; no answer is awaited."""
-        known = [grant_id for grant_id in grant_ids if self._grants.pop(grant_id, None)]
+        known = self._grants.forget(grant_ids)
         if known and self.up:
             self.link.send(store_pb2.DeliverRequest(cancel_grant_id=known))
 

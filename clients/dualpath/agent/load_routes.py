@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from dualpath.agent.active_load import ActiveLoad
-from dualpath.agent.daemon_link import DaemonLink, OnProgress
+from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.network import Network
+from dualpath.agent.open_grants import OnProgress
 from dualpath.agent.relay_link import RelayLink
 from dualpath.agent.self_relay import SelfRelay
 from dualpath.proto.v1 import common_pb2

@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc.aio
 from dualpath.agent.config import RelayAddress
-from dualpath.agent.daemon_link import OnProgress
 from dualpath.agent.network import Network
+from dualpath.agent.open_grants import OnProgress, OpenGrants
 from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, common_pb2
 from dualpath.transfer.errors import InvalidRequest, PathDown
@@ -43,8 +43,7 @@ class RelayLink:
         self._daemons = tuple(daemons)
         self._on_change = on_change
         self._on_queue = on_queue
-        self._next_grant = 1
-        self._grants: dict[int, OnProgress] = {}
+        self._grants = OpenGrants()
         self._peer_ids: dict[str, str] = {}
         self._stub: Any = None
         self.link: SteadyLink[agent_pb2.RelayRequest, agent_pb2.RelayResponse] = SteadyLink(
@@ -103,12 +102,7 @@ class RelayLink:
             self._on_change(self)
         for progress in response.progress:
             self._on_queue(self, progress.queue_bytes)
-            callback = self._grants.get(progress.grant_id)
-            if callback is None:
-                continue
-            if progress.done:
-                del self._grants[progress.grant_id]
-            callback(progress)
+            self._grants.tell(progress)
 
     def on_down(self, reason: str) -> None:
         """All grants are over."""
@@ -125,14 +119,12 @@ class RelayLink:
         """Ask the relay for chunks; returns the grant's id. Raises PathDown."""
         if not self.peer_id_at(daemon):
             raise PathDown(f"relay {self.name} has no session at daemon {daemon}")
-        grant.grant_id = self._next_grant
+        grant.grant_id = self._grants.next_id
         self.link.send(agent_pb2.RelayRequest(daemon=daemon, ticket=ticket, grant=grant))
-        self._next_grant += 1
-        self._grants[grant.grant_id] = on_progress
-        return grant.grant_id
+        return self._grants.add(on_progress)
 
     def cancel(self, grant_ids: Iterable[int]) -> None:
         """Spare the relay work that nobody wants any more; no answer is awaited."""
-        known = [grant_id for grant_id in grant_ids if self._grants.pop(grant_id, None)]
+        known = self._grants.forget(grant_ids)
         if known and self.link.up:
             self.link.send(agent_pb2.RelayRequest(cancel_grant_id=known))

@@ -11,8 +11,9 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterable
 
-from dualpath.agent.daemon_link import DaemonLink, OnProgress
+from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.network import Network
+from dualpath.agent.open_grants import OnProgress
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_job import Requester, Source
 from dualpath.proto.v1 import common_pb2
