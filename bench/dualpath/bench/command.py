@@ -1,0 +1,81 @@
+"""The subcommand `dualpath bench`: finds the program that was asked for and hands over to it.
+
+Owns the list of programs. Each lives in a module of its own that is imported only when it runs, and
+is a `Command` like those of the CLI: `name`, `help`, `add_arguments`, `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping
+from typing import cast
+
+from dualpath.cli.command import Command
+from dualpath.transfer.errors import DualPathError, InvalidRequest
+
+PROGRAMS: Mapping[str, tuple[str, str]] = {
+    "store": (
+        "dualpath.bench.store.command",
+        "the store against fio, memcpy and sockets, target by target",
+    ),
+    "eviction": (
+        "dualpath.bench.eviction.command",
+        "hit rates of the eviction policies on a trace",
+    ),
+    "peers": ("dualpath.bench.peers.command", "other KV stores and this one, the same work"),
+    "soak": ("dualpath.bench.soak.command", "crashes, torn writes and flipped bytes for long"),
+}
+"""Module and one line of help of each program."""
+
+_EPILOG = """examples:
+  dualpath bench store --json out.json --plot out.png
+  dualpath bench peers --mib 512 --only redis,dualpath-local
+  dualpath bench eviction --trace FILE --json out.json
+  dualpath bench soak --help
+
+`dualpath bench PROGRAM --help` shows the flags of each program."""
+
+
+class BenchCommand:
+    """Loaded by the CLI through the entry-point group `dualpath.commands`."""
+
+    name = "bench"
+    help = "measure this machine: " + ", ".join(PROGRAMS)
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """One positional word; what follows it is the program's own."""
+        lines = [f"  {name:10} {text}" for name, (_, text) in PROGRAMS.items()]
+        parser.epilog = "\n".join(["programs:", *lines, "", _EPILOG])
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("program", choices=tuple(PROGRAMS), metavar="PROGRAM")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its flags")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Parse the rest for the program and run it; return its exit status."""
+        program = load_program(args.program)
+        parser = argparse.ArgumentParser(
+            prog=f"dualpath bench {args.program}",
+            description=program.help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        program.add_arguments(parser)
+        return program.run(parser.parse_args(args.arguments))
+
+
+def load_program(name: str) -> Command:
+    """Import a program. Raises InvalidRequest (no such one), DualPathError (not importable)."""
+    if name not in PROGRAMS:
+        raise InvalidRequest(f"'{name}' is not a program of bench; known: {', '.join(PROGRAMS)}")
+    module, _ = PROGRAMS[name]
+    try:
+        return cast(Command, importlib.import_module(module).command)
+    except ImportError as error:
+        raise DualPathError(
+            f"`bench {name}` cannot be loaded: {error}; "
+            "install its dependencies with `pip install 'dualpath[bench]'`"
+        ) from error
+
+
+command = BenchCommand()
