@@ -1,7 +1,8 @@
 """`BlockStore`: the embedded store, a thin composition that implements `store_api.Store`.
 
-Opens and closes everything in order and passes calls on: reading to `BlockReader`, writing to
-`BlockWriter`. Owns the data directory's lock, the arena and the committer's thread.
+Opens and closes everything in order and passes calls on: lookup to `BlockReader`, chunks to
+`ChunkFetcher`, writing to `BlockWriter`. Owns the data directory's lock, the arena and the
+committer's thread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dualpath.kvstore.block_table import BlockTable
 from dualpath.kvstore.block_writer import BlockWriter, OnExpired
 from dualpath.kvstore.catalog import Catalog
 from dualpath.kvstore.checksum import Buffer
+from dualpath.kvstore.chunk_fetcher import ChunkFetcher
 from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device
@@ -70,6 +72,7 @@ class BlockStore:
         self._index = index
         self._state = state
         self._reader = BlockReader(state)
+        self._fetcher = ChunkFetcher(state)
         self._writer = writer
         self._committer = committer
         self._closing = threading.Lock()
@@ -145,11 +148,11 @@ class BlockStore:
 
     def fetch(self, lease_id: int, block: int, chunk: int) -> ArenaChunk:
         """See Store."""
-        return self._reader.fetch(lease_id, block, chunk)
+        return self._fetcher.fetch(lease_id, block, chunk)
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """See Store."""
-        return self._reader.report_corrupt(lease_id, block, chunk)
+        return self._fetcher.report_corrupt(lease_id, block, chunk)
 
     def reserve(
         self, namespace_id: bytes, blocks: Sequence[NewBlock], *, owner: str, ttl_s: float
