@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dualpath.kvstore.store_api import ReserveStatus, SealStatus, Tier
+from dualpath.kvstore.store_api import TIERS, ReserveStatus, SealStatus, Tier
 from dualpath.proto.v1 import store_pb2
 
 
@@ -23,6 +23,7 @@ class MissReason(enum.Enum):
     PENDING = "pending"
     EVICTED = "evicted"
     CORRUPT = "corrupt"
+    INVALIDATED = "invalidated"
     NAMESPACE = "namespace"
     DEADLINE = "deadline"
     OVERLOADED = "overloaded"
@@ -50,6 +51,11 @@ class Lookup:
     tiers: tuple[Tier, ...]
     miss: MissReason
     detail: str = ""
+
+
+def tiers_of(answer: store_pb2.LookupResponse) -> tuple[Tier, ...]:
+    """The tier of each block; one of a newer version counts as the slowest that we know."""
+    return tuple(TIERS[min(code, len(TIERS) - 1)] for code in answer.tiers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from dualpath.kvstore import embedded
+from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_reader import BlockReader
 from dualpath.kvstore.block_table import BlockTable
 from dualpath.kvstore.block_writer import BlockWriter, OnExpired
@@ -138,6 +139,14 @@ class BlockStore:
         """See Store."""
         return self._reader.lookup(namespace_id, hashes, owner=owner, lease_s=lease_s)
 
+    def lookup_packed(
+        self, namespace_id: bytes, hashes: Buffer, hash_bytes: int, *, owner: str, lease_s: float
+    ) -> PrefixHit:
+        """See Store."""
+        return self._reader.lookup_packed(
+            namespace_id, hashes, hash_bytes, owner=owner, lease_s=lease_s
+        )
+
     def renew(self, lease_id: int, *, owner: str, lease_s: float) -> None:
         """See Store."""
         self._reader.renew(lease_id, owner=owner, lease_s=lease_s)
@@ -173,6 +182,11 @@ class BlockStore:
     def forget_owner(self, owner: str) -> None:
         """See Store."""
         self._writer.forget_owner(owner)
+
+    @property
+    def events(self) -> BlockEvents:
+        """What became present and what left since the store was opened; bounded."""
+        return self._state.events
 
     def put(
         self,
@@ -270,13 +284,14 @@ def _open(
     catalog = Catalog(table, config.namespaces_max, config.removals_remembered_max)
     ssd = SsdTier(device, config.disk_bytes, config.segment_bytes)
     dram = DramTier(config.dram_bytes, config.read_buffers_bytes, shared=config.shared_arena)
+    events = BlockEvents(config.events_remembered_max)
     committers: list[Committer] = []
 
     def on_delete(key: bytes, generation: int, place: tuple[int, int]) -> None:
         # Tied late: the committer needs the writer, which needs the residency.
         committers[0].delete(key, generation, place)
 
-    residency = Residency(table, catalog, dram, ssd, Lru(), on_delete)
+    residency = Residency(table, catalog, dram, ssd, Lru(), on_delete, events)
     lock = threading.Lock()
     state = StoreState(
         config=config,
@@ -288,6 +303,7 @@ def _open(
         residency=residency,
         leases=LeaseTable(config.leases_max, first_id=secrets.randbits(48) + 1),
         reservations=ReservationTable(config.reservations_max, first_id=secrets.randbits(48) + 1),
+        events=events,
         lock=lock,
         room=threading.Condition(lock),
     )

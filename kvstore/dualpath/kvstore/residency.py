@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_table import GONE, NO_ROW, BlockTable, RowState
 from dualpath.kvstore.catalog import Catalog, NamespaceEntry
 from dualpath.kvstore.dram_tier import DramTier
@@ -38,6 +39,7 @@ class Residency:
         ssd: SsdTier,
         policy: EvictionPolicy,
         on_delete: OnDelete,
+        events: BlockEvents,
     ) -> None:
         self._table = table
         self._catalog = catalog
@@ -45,6 +47,7 @@ class Residency:
         self._ssd = ssd
         self._policy = policy
         self._on_delete = on_delete
+        self._events = events
         self._ssd_queues: dict[int, VictimQueue] = {}
         self._dram_queues: dict[tuple[int, bool], VictimQueue] = {}
         self.clock = 0
@@ -93,6 +96,7 @@ class Residency:
         self.set_dirty(row, dirty)
         self._catalog.forget_removal(row)
         self.touch(row)
+        self._events.stored(entry.id, block_hash, self._parent_hash(row))
 
     def restore(self, row: int, generation: int, checksums: tuple[int, ...]) -> None:
         """Like `publish`, for a block that was found on SSD at opening."""
@@ -204,6 +208,7 @@ class Residency:
         table, entry = self._table, self._catalog.entry_of(row)
         del entry.present[table.hash_of(row)]
         self._catalog.remember(row, reason)
+        self._events.removed(entry.id, table.hash_of(row), self._parent_hash(row), reason)
         if reason is MissReason.CORRUPT:
             self.corrupt_blocks += 1
         table.unlink(row)
@@ -213,6 +218,10 @@ class Residency:
         self.set_dirty(row, False)
         table.state[row] = RowState.DEAD
         self.collect(row)
+
+    def _parent_hash(self, row: int) -> bytes:
+        parent = int(self._table.parent[row])
+        return self._table.hash_of(parent) if parent >= 0 else b""
 
     def _free_dram(self, row: int) -> None:
         self._dram.slots.give(int(self._table.dram[row]))

@@ -43,6 +43,8 @@ class MissReason(enum.Enum):
     EVICTED = "evicted"
     CORRUPT = "corrupt"
     """A checksum failed earlier and the block was dropped."""
+    INVALIDATED = "invalidated"
+    """An operator removed it."""
     NAMESPACE = "namespace"
     """Nothing was ever stored in this namespace: model, layout, salt or hash root differ."""
 

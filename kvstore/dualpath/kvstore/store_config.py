@@ -31,6 +31,8 @@ class StoreConfig:
     reservations_max: int = 1 << 16
     namespaces_max: int = 1 << 12
     removals_remembered_max: int = 1 << 14
+    events_remembered_max: int = 1 << 16
+    """Events that a reader of the log may be behind before it loses some; 0: none are kept."""
     reserve_wait_s: float = 1.0
     read_buffer_wait_s: float = 1.0
     commit_wait_s: float = 60.0

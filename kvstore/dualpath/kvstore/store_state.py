@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_table import BlockTable
 from dualpath.kvstore.catalog import Catalog
 from dualpath.kvstore.dram_tier import DramTier
@@ -49,6 +50,7 @@ class StoreState:
     residency: Residency
     leases: LeaseTable
     reservations: ReservationTable
+    events: BlockEvents
     lock: threading.Lock
     room: threading.Condition
     counters: StoreCounters = field(default_factory=StoreCounters)

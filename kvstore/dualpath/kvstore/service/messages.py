@@ -7,7 +7,6 @@ the store can check (known hashes, live leases) it checks itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX, LAYERS_MAX, KVLayout
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
@@ -31,7 +30,6 @@ from dualpath.kvstore.store_api import (
     PrefixHit,
     ReserveStatus,
     SealStatus,
-    Tier,
 )
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.errors import InvalidRequest
@@ -45,10 +43,6 @@ DELEGATES_MAX = 64
 GRANT_DEADLINE_S_MAX = 600.0
 PIECES_MAX = 2 * LAYERS_MAX
 """Most contiguous pieces of one chunk: one a layer suffices, K and V apart make two."""
-# A look-up's answer is made for thousands of blocks: members of an enum are looked up once, and
-# compared by identity, as hashing one runs Python code.
-_DRAM = Tier.DRAM
-_DRAM_BYTE, _SSD_BYTE = 1, 2
 _MISS: Mapping[MissReason, store_pb2.MissReason.ValueType] = {
     MissReason.NONE: store_pb2.MISS_REASON_NONE,
     MissReason.ABSENT: store_pb2.MISS_REASON_ABSENT,
@@ -56,6 +50,7 @@ _MISS: Mapping[MissReason, store_pb2.MissReason.ValueType] = {
     MissReason.EVICTED: store_pb2.MISS_REASON_EVICTED,
     MissReason.CORRUPT: store_pb2.MISS_REASON_CORRUPT,
     MissReason.NAMESPACE: store_pb2.MISS_REASON_NAMESPACE,
+    MissReason.INVALIDATED: store_pb2.MISS_REASON_INVALIDATED,
 }
 _RESERVE: Mapping[ReserveStatus, store_pb2.ReserveStatus.ValueType] = {
     ReserveStatus.RESERVED: store_pb2.RESERVE_STATUS_RESERVED,
@@ -158,16 +153,15 @@ def new_blocks_of(request: store_pb2.ReserveRequest) -> list[NewBlock]:
 
 def hit_message(hit: PrefixHit) -> store_pb2.LookupResponse:
     """Answer of a look-up."""
-    message = store_pb2.LookupResponse(
+    return store_pb2.LookupResponse(
         blocks=hit.blocks,
         lease_id=hit.lease_id,
         lease_ms=int(hit.lease_s * 1000),
-        tiers=bytes([_DRAM_BYTE if tier is _DRAM else _SSD_BYTE for tier in hit.tiers]),
+        tiers=hit.tiers.tobytes(),
+        checksums=hit.checksums.astype("<u8", copy=False).tobytes(),
         miss=_MISS[hit.miss],
         detail=hit.detail,
     )
-    message.checksum.extend(chain.from_iterable(hit.checksums))  # faster than by the constructor
-    return message
 
 
 def reserve_message(blocks: Sequence[ReservedBlock], window: bytes) -> store_pb2.ReserveResponse:

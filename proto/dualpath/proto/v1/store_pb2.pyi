@@ -39,6 +39,8 @@ class _MissReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     MISS_REASON_DEADLINE: _MissReason.ValueType  # 7
     MISS_REASON_OVERLOADED: _MissReason.ValueType  # 8
     MISS_REASON_UNAVAILABLE: _MissReason.ValueType  # 9
+    MISS_REASON_INVALIDATED: _MissReason.ValueType  # 10
+    """removed by an operator"""
 
 class MissReason(_MissReason, metaclass=_MissReasonEnumTypeWrapper): ...
 
@@ -52,6 +54,8 @@ MISS_REASON_NAMESPACE: MissReason.ValueType  # 6
 MISS_REASON_DEADLINE: MissReason.ValueType  # 7
 MISS_REASON_OVERLOADED: MissReason.ValueType  # 8
 MISS_REASON_UNAVAILABLE: MissReason.ValueType  # 9
+MISS_REASON_INVALIDATED: MissReason.ValueType  # 10
+"""removed by an operator"""
 global___MissReason = MissReason
 
 class _ReserveStatus:
