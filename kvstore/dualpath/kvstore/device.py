@@ -16,7 +16,7 @@ Durability
     `create` has returned; its content is zero until written.
 Failure
     Everything raises OSError with the errno of the medium (EIO, ENOSPC, ENOENT, EEXIST); an
-    end of file inside a read is EIO.
+    end of file inside a read is EIO. In a batch each item fails by itself.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from typing import Protocol
+
+from dualpath.kvstore.transfer_batch import (
+    BatchProgress,
+    SerialProgress,
+    TransferBatch,
+    check_batch,
+    read_one,
+    write_one,
+)
 
 ALIGN_BYTES = 4096
 
@@ -66,6 +75,12 @@ class Device(Protocol):
 
     def names(self) -> tuple[str, ...]:
         """All files, sorted."""
+
+    def read_batch(self, batch: TransferBatch) -> BatchProgress:
+        """Start many reads, of files of this device. Raises OSError (EINVAL)."""
+
+    def write_batch(self, batch: TransferBatch) -> BatchProgress:
+        """Start many writes, of files of this device. Raises OSError (EINVAL)."""
 
 
 def check_aligned(offset: int, buffers: Sequence[memoryview], file_bytes: int) -> int:
@@ -143,3 +158,13 @@ class MemoryDevice:
     def names(self) -> tuple[str, ...]:
         """See Device."""
         return tuple(sorted(self.files))
+
+    def read_batch(self, batch: TransferBatch) -> SerialProgress:
+        """See Device."""
+        check_batch(batch, ALIGN_BYTES)
+        return SerialProgress(batch, read_one)
+
+    def write_batch(self, batch: TransferBatch) -> SerialProgress:
+        """See Device."""
+        check_batch(batch, ALIGN_BYTES)
+        return SerialProgress(batch, write_one)

@@ -14,6 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
+from dualpath.kvstore.transfer_batch import (
+    SerialProgress,
+    TransferBatch,
+    check_batch,
+    read_one,
+    write_one,
+)
 
 SECTOR_BYTES = 512
 
@@ -120,6 +127,16 @@ class FaultDevice:
     def names(self) -> tuple[str, ...]:
         """See Device."""
         return self._inner.names()
+
+    def read_batch(self, batch: TransferBatch) -> SerialProgress:
+        """See Device. Each item meets its own faults."""
+        check_batch(batch, ALIGN_BYTES)
+        return SerialProgress(batch, read_one)
+
+    def write_batch(self, batch: TransferBatch) -> SerialProgress:
+        """See Device. Each item meets its own faults."""
+        check_batch(batch, ALIGN_BYTES)
+        return SerialProgress(batch, write_one)
 
     def crash(self) -> int:
         """Lose what power loss may lose; return how many sectors fell back. Nothing may be in

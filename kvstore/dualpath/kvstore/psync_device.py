@@ -1,7 +1,7 @@
 """The reference device: files of a directory, moved by preadv and pwritev.
 
 Uses O_DIRECT where the file system takes it; else falls back to buffered I/O and says why in
-`description`. Owns no thread and no buffer.
+`description`. Owns no buffer, and the threads that move batches: none until the first batch.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dualpath.kvstore.device import ALIGN_BYTES, check_aligned
+from dualpath.kvstore.thread_progress import ThreadProgress
+from dualpath.kvstore.transfer_batch import TransferBatch, check_batch, read_one, write_one
 
 _IOV_MAX = 512
 _STALLS_MAX = 16
 """Transfers in a row that may make no progress before it is an I/O error."""
 _PROBE_NAME = ".probe"
+THREADS = 8
+"""Transfers of batches that run at the same time, of all batches together."""
 
 
 class PsyncFile:
@@ -88,6 +93,7 @@ class PsyncDevice:
 
     def __init__(self, path: str | Path, *, direct: bool = True) -> None:
         self._path = Path(path)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dualpath-psync")
         self._path.mkdir(parents=True, exist_ok=True)
         self._flags = os.O_RDWR | os.O_CLOEXEC
         if not direct:
@@ -129,6 +135,16 @@ class PsyncDevice:
     def names(self) -> tuple[str, ...]:
         """See Device."""
         return tuple(sorted(p.name for p in self._path.iterdir() if p.name != _PROBE_NAME))
+
+    def read_batch(self, batch: TransferBatch) -> ThreadProgress:
+        """See Device."""
+        check_batch(batch, ALIGN_BYTES)
+        return ThreadProgress(batch, read_one, self._threads, THREADS)
+
+    def write_batch(self, batch: TransferBatch) -> ThreadProgress:
+        """See Device."""
+        check_batch(batch, ALIGN_BYTES)
+        return ThreadProgress(batch, write_one, self._threads, THREADS)
 
 
 def sync_directory(path: Path) -> None:
