@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dualpath.kvstore.catalog import check_hashes
-from dualpath.kvstore.store_api import LEASE_S_MAX, MissReason, PrefixHit, Tier
+import numpy as np
+from dualpath.kvstore.checksum import Buffer
+from dualpath.kvstore.packed_hashes import PackedHashes
+from dualpath.kvstore.store_api import LEASE_S_MAX, TIERS, MissReason, PrefixHit, Tier
 from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.errors import InvalidRequest
 
-_TIERS = (Tier.SSD, Tier.DRAM)
+_DRAM, _SSD = TIERS.index(Tier.DRAM), TIERS.index(Tier.SSD)
 
 
 class BlockReader:
@@ -25,7 +27,18 @@ class BlockReader:
         self, namespace_id: bytes, hashes: Sequence[bytes], *, owner: str, lease_s: float
     ) -> PrefixHit:
         """See Store."""
-        check_hashes(hashes)
+        return self._lookup(namespace_id, PackedHashes.of(hashes), owner, lease_s)
+
+    def lookup_packed(
+        self, namespace_id: bytes, hashes: Buffer, hash_bytes: int, *, owner: str, lease_s: float
+    ) -> PrefixHit:
+        """See Store."""
+        packed = PackedHashes.checked(hashes, hash_bytes)
+        return self._lookup(namespace_id, packed, owner, lease_s)
+
+    def _lookup(
+        self, namespace_id: bytes, hashes: PackedHashes, owner: str, lease_s: float
+    ) -> PrefixHit:
         _check_lease_s(lease_s, least=0.0)
         state = self._state
         with state.lock:
@@ -36,7 +49,7 @@ class BlockReader:
             miss, detail = state.catalog.explain(entry, hashes, len(rows))
             self._count(len(hashes), len(rows), miss)
             if not len(rows):
-                return PrefixHit(0, 0, 0.0, (), (), miss, detail)
+                return _nothing(entry.layout.chunk_count, miss, detail)
             lease_id = 0
             if lease_s > 0:
                 lease = state.leases.grant(owner, rows, entry.index, state.clock(), lease_s)
@@ -52,9 +65,8 @@ class BlockReader:
             blocks=len(rows),
             lease_id=lease_id,
             lease_s=lease_s if lease_id else 0.0,
-            tiers=tuple(map(_TIERS.__getitem__, resident.tolist())),
-            # Column by column: no list is made for each block.
-            checksums=tuple(zip(*checksums.T.tolist(), strict=True)),
+            tiers=np.where(resident, np.uint8(_DRAM), np.uint8(_SSD)),
+            checksums=checksums,
             miss=miss,
             detail=detail,
         )
@@ -80,8 +92,13 @@ class BlockReader:
         with state.lock:
             lease = state.leases.release(lease_id, owner)
             if lease is not None:
-                state.residency.unlease(lease.rows)
+                state.end_lease(lease)
                 state.room.notify_all()
+
+
+def _nothing(chunks: int, miss: MissReason, detail: str) -> PrefixHit:
+    tiers, checksums = np.empty(0, np.uint8), np.empty((0, chunks), np.uint64)
+    return PrefixHit(0, 0, 0.0, tiers, checksums, miss, detail)
 
 
 def _check_lease_s(lease_s: float, *, least: float) -> None:

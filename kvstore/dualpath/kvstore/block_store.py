@@ -18,6 +18,7 @@ from typing import Self
 
 from dualpath.kvstore import embedded
 from dualpath.kvstore.block_events import BlockEvents
+from dualpath.kvstore.block_mapper import BlockMapper, check_mapped_lease_s
 from dualpath.kvstore.block_reader import BlockReader
 from dualpath.kvstore.block_table import BlockTable
 from dualpath.kvstore.block_writer import BlockWriter, OnExpired
@@ -33,6 +34,7 @@ from dualpath.kvstore.eviction import Lru
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.lease_table import LeaseTable
+from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.recovery import Recovered, Recovery
@@ -40,6 +42,7 @@ from dualpath.kvstore.reservation_table import ReservationTable
 from dualpath.kvstore.residency import Residency
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import (
+    MappedPrefix,
     NewBlock,
     PrefixHit,
     Reservation,
@@ -73,6 +76,7 @@ class BlockStore:
         self._index = index
         self._state = state
         self._reader = BlockReader(state)
+        self._mapper = BlockMapper(state)
         self._fetcher = ChunkFetcher(state)
         self._writer = writer
         self._committer = committer
@@ -146,6 +150,24 @@ class BlockStore:
         return self._reader.lookup_packed(
             namespace_id, hashes, hash_bytes, owner=owner, lease_s=lease_s
         )
+
+    def map(
+        self, namespace_id: bytes, hashes: Sequence[bytes], *, owner: str, lease_s: float
+    ) -> MappedPrefix:
+        """See Store."""
+        check_mapped_lease_s(lease_s)
+        hit = self._reader.lookup(namespace_id, hashes, owner=owner, lease_s=lease_s)
+        return self._mapper.pin(namespace_id, hit, owner=owner)
+
+    def map_packed(
+        self, namespace_id: bytes, hashes: Buffer, hash_bytes: int, *, owner: str, lease_s: float
+    ) -> MappedPrefix:
+        """See Store."""
+        check_mapped_lease_s(lease_s)
+        hit = self._reader.lookup_packed(
+            namespace_id, hashes, hash_bytes, owner=owner, lease_s=lease_s
+        )
+        return self._mapper.pin(namespace_id, hit, owner=owner)
 
     def renew(self, lease_id: int, *, owner: str, lease_s: float) -> None:
         """See Store."""
@@ -233,6 +255,9 @@ class BlockStore:
                 corrupt_blocks=state.residency.corrupt_blocks,
                 device=state.ssd.device.description,
                 tier_hit_blocks=dict(counters.tier_hit_blocks),
+                arena=state.dram.description,
+                mapped_leases=len(state.mappings),
+                mapped_bytes=state.mappings.nbytes,
             )
 
     def close(self) -> None:
@@ -292,6 +317,7 @@ def _open(
         committers[0].delete(key, generation, place)
 
     residency = Residency(table, catalog, dram, ssd, Lru(), on_delete, events)
+    owner_bytes_max, bytes_max = config.mapped_limits
     lock = threading.Lock()
     state = StoreState(
         config=config,
@@ -302,6 +328,7 @@ def _open(
         ssd=ssd,
         residency=residency,
         leases=LeaseTable(config.leases_max, first_id=secrets.randbits(48) + 1),
+        mappings=MappingTable(dram.guards, owner_bytes_max=owner_bytes_max, bytes_max=bytes_max),
         reservations=ReservationTable(config.reservations_max, first_id=secrets.randbits(48) + 1),
         events=events,
         lock=lock,

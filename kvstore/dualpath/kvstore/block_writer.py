@@ -169,7 +169,7 @@ class BlockWriter:
         state = self._state
         with state.lock:
             for lease in state.leases.forget(owner):
-                state.residency.unlease(lease.rows)
+                state.end_lease(lease)
             for held in state.reservations.forget(owner):
                 state.residency.drop_pending(held.row)
             state.room.notify_all()

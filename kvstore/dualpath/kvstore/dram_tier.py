@@ -1,13 +1,15 @@
 """The arena: memory in which blocks are written, kept hot, and read into.
 
-Owns one Region, cut in two: slots that hold whole blocks, and a bounded pool of read buffers for
-chunks of blocks that have no slot. With `shared` the region is a memfd that nobody else can map
-for writing. Not thread-safe except for `view`; knows nothing of blocks.
+Owns one Region, cut in three: slots that hold whole blocks, a bounded pool of read buffers for
+chunks of blocks that have no slot, and the guard words of mapped leases (`mapping_table`). With
+`shared` the region is a memfd that nobody else can map for writing. Not thread-safe except for
+`view`; knows nothing of blocks.
 """
 
 from __future__ import annotations
 
 from dualpath.kvstore.layout import ALIGN_BYTES, CHUNK_BYTES_MAX
+from dualpath.kvstore.mapping_table import GUARDS_BYTES
 from dualpath.kvstore.slab_space import SlabSpace
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.region import Region
@@ -28,11 +30,16 @@ class DramTier:
         self.slots = SlabSpace(0, dram_bytes)
         base = -(-dram_bytes // ALIGN_BYTES) * ALIGN_BYTES
         self.buffers = SlabSpace(base, read_buffers_bytes)
+        end = base + read_buffers_bytes
+        self.guards_offset = -(-end // ALIGN_BYTES) * ALIGN_BYTES
+        nbytes = self.guards_offset + GUARDS_BYTES
         if shared:
-            self.region = Region.memfd(ARENA_NAME, base + read_buffers_bytes)
+            self.region = Region.memfd(ARENA_NAME, nbytes)
             self.region.forbid_new_writers()
         else:
-            self.region = Region.anonymous(base + read_buffers_bytes)
+            self.region = Region.anonymous(nbytes)
+        self.guards = self.region.view[self.guards_offset :].cast("Q")
+        self.description = "memfd" if shared else "private"
 
     def __repr__(self) -> str:
         return f"<DramTier slots {self.slots!r} buffers {self.buffers!r}>"
@@ -43,6 +50,7 @@ class DramTier:
 
     def close(self) -> bool:
         """Unmap. False if someone still holds a view: the memory then goes with the last one."""
+        self.guards.release()
         try:
             self.region.close()
         except BufferError:

@@ -6,6 +6,7 @@ import heapq
 from dataclasses import dataclass
 
 import numpy as np
+from dualpath.kvstore.mapping_table import Mapping
 from dualpath.transfer.errors import LeaseExpired, Overloaded, PermissionDenied
 from numpy.typing import NDArray
 
@@ -19,6 +20,8 @@ class Lease:
     rows: NDArray[np.int32]
     namespace: int
     expires: float
+    mapping: Mapping | None = None
+    """Its pinned copies in DRAM."""
 
 
 class LeaseTable:

@@ -161,6 +161,12 @@ class Residency:
         self._table.pins[row] -= 1
         self.collect(row)
 
+    def unpin_rows(self, rows: NDArray[np.int32]) -> None:
+        """As `unpin`, of rows that are all different."""
+        self._table.pins[rows] -= 1
+        for row in rows[self._table.state[rows] == RowState.DEAD].tolist():
+            self.collect(row)
+
     def take_dram(self, slot_bytes: int, *, for_write: bool) -> int:
         """Offset of a DRAM slot, demoting clean blocks (for a write also leased ones: they stay
         readable from SSD); -1 if there is none."""

@@ -19,10 +19,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+import numpy as np
+from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.transfer.region import Region
 from dualpath.transfer.slices import Slices
+from numpy.typing import NDArray
 
 HASH_BYTES_MIN = 16
 HASH_BYTES_MAX = 32
@@ -56,21 +59,42 @@ class Tier(enum.Enum):
     SSD = "ssd"
 
 
-@dataclass(frozen=True, slots=True)
+TIERS = (Tier.DRAM, Tier.SSD)
+"""A tier's code is its index here: in packed answers and on the wire."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PrefixHit:
     """Answer of `lookup`: the longest leading run that is present.
 
-    `checksums[i]` are the xxh3-64 of the chunks of block i, in order. `lease_id` is 0 when no
-    lease was asked for or `blocks` is 0. `detail` explains a miss to a person.
+    `tiers[i]` is the code (see TIERS) of where block i lay, `checksums[i]` the xxh3-64 of its
+    chunks, in order: packed, so that a long prefix costs no object a block. `lease_id` is 0 when
+    no lease was asked for or `blocks` is 0. `detail` explains a miss to a person.
     """
 
     blocks: int
     lease_id: int
     lease_s: float
-    tiers: tuple[Tier, ...]
-    checksums: tuple[tuple[int, ...], ...]
+    tiers: NDArray[np.uint8]
+    checksums: NDArray[np.uint64]
     miss: MissReason
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedPrefix:
+    """Answer of `map`: a prefix hit whose copies in DRAM can be read where they lie.
+
+    Block i is the `nbytes` bytes of the arena from `offsets[i]`; -1 if it has no copy in DRAM: it
+    can be fetched. The bytes are stable for as long as the 8 bytes of the arena at `guard` hold
+    the lease's id (native order): while the lease lives. Who copies looks at them afterwards; if
+    they differ, the copy is void. `guard` is -1 without a lease.
+    """
+
+    hit: PrefixHit
+    offsets: NDArray[np.int64]
+    nbytes: int
+    guard: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +196,11 @@ class StoreStats:
     """How the SSD tier is read, with the reason of a fallback: `psync, O_DIRECT`, ..."""
     tier_hit_blocks: Mapping[Tier, int] = field(default_factory=dict)
     """Blocks found by lookups, by the tier in which they lay."""
+    arena: str = ""
+    """What memory the DRAM tier lies in, with the reason of a fallback."""
+    mapped_leases: int = 0
+    mapped_bytes: int = 0
+    """Bytes of DRAM slots that cannot be freed now because somebody reads them in place."""
 
 
 class Store(Protocol):
@@ -192,8 +221,30 @@ class Store(Protocol):
     ) -> PrefixHit:
         """(fast) Find the longest prefix and lease it for `lease_s` (0: no lease).
 
-        Raises InvalidRequest (unknown namespace, hash size, batch over BATCH_BLOCKS_MAX).
+        Raises InvalidRequest (unknown namespace, hash size, hashes of several sizes, batch over
+        BATCH_BLOCKS_MAX).
         """
+
+    def lookup_packed(
+        self, namespace_id: bytes, hashes: Buffer, hash_bytes: int, *, owner: str, lease_s: float
+    ) -> PrefixHit:
+        """(fast) `lookup` of hashes of `hash_bytes` each that lie one after another in a buffer;
+        nothing refers to the buffer afterwards."""
+
+    def map(
+        self, namespace_id: bytes, hashes: Sequence[bytes], *, owner: str, lease_s: float
+    ) -> MappedPrefix:
+        """(fast) `lookup`, and pin the copies in DRAM until the lease ends. `lease_s` is over 0.
+
+        A mapped block is neither evicted nor demoted; one that is dropped leaves look-ups and
+        keeps its bytes. Raises as `lookup`, and Overloaded when the owner, or all, would have
+        more bytes mapped than the limit: nothing is leased then.
+        """
+
+    def map_packed(
+        self, namespace_id: bytes, hashes: Buffer, hash_bytes: int, *, owner: str, lease_s: float
+    ) -> MappedPrefix:
+        """(fast) `map` of packed hashes; see `lookup_packed`."""
 
     def renew(self, lease_id: int, *, owner: str, lease_s: float) -> None:
         """(fast) Extend from now. Raises LeaseExpired, PermissionDenied (another's lease)."""

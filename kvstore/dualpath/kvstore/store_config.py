@@ -28,6 +28,10 @@ class StoreConfig:
     promote: bool = True
     write_back_bytes_max: int = 0
     leases_max: int = 1 << 16
+    mapped_owner_bytes_max: int = 0
+    """Most bytes of DRAM slots that one owner may have mapped; 0: half of `dram_bytes`."""
+    mapped_bytes_max: int = 0
+    """Most that all may; 0: three quarters of `dram_bytes`, so that writes find slots."""
     reservations_max: int = 1 << 16
     namespaces_max: int = 1 << 12
     removals_remembered_max: int = 1 << 14
@@ -46,6 +50,14 @@ class StoreConfig:
         for name in ("leases_max", "reservations_max", "namespaces_max"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def mapped_limits(self) -> tuple[int, int]:
+        """Most bytes that one owner, and that all may have mapped."""
+        return (
+            self.mapped_owner_bytes_max or self.dram_bytes // 2,
+            self.mapped_bytes_max or self.dram_bytes // 4 * 3,
+        )
 
     @property
     def dirty_bytes_max(self) -> int:

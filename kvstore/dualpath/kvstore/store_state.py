@@ -14,7 +14,8 @@ from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_table import BlockTable
 from dualpath.kvstore.catalog import Catalog
 from dualpath.kvstore.dram_tier import DramTier
-from dualpath.kvstore.lease_table import LeaseTable
+from dualpath.kvstore.lease_table import Lease, LeaseTable
+from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.reservation_table import HeldReservation, ReservationTable
 from dualpath.kvstore.residency import Residency
 from dualpath.kvstore.ssd_tier import SsdTier
@@ -49,6 +50,7 @@ class StoreState:
     ssd: SsdTier
     residency: Residency
     leases: LeaseTable
+    mappings: MappingTable
     reservations: ReservationTable
     events: BlockEvents
     lock: threading.Lock
@@ -63,11 +65,19 @@ class StoreState:
         if self.closed:
             raise Unavailable("the store is closed", reason="closed")
 
+    def end_lease(self, lease: Lease) -> None:
+        """What a lease that has left the table held is free; needs the lock. Notify `room`."""
+        if lease.mapping is not None:
+            # First the guard, so that no reader trusts bytes that may change from here on.
+            self.mappings.end(lease.mapping)
+            self.residency.unpin_rows(lease.mapping.rows)
+        self.residency.unlease(lease.rows)
+
     def reap(self) -> bool:
         """End what has expired; needs the lock. True if extents wait for the fence."""
         now = self.clock()
         for lease in self.leases.expire(now):
-            self.residency.unlease(lease.rows)
+            self.end_lease(lease)
         for held in self.reservations.expire(now):
             self.residency.hide_pending(held.row)
             self.expired.append(held)
