@@ -40,18 +40,21 @@ from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.recovery import Recovered, Recovery
 from dualpath.kvstore.reservation_table import ReservationTable
 from dualpath.kvstore.residency import Residency
+from dualpath.kvstore.scrubber import Scrubber
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import (
     MappedPrefix,
     NewBlock,
     PrefixHit,
     Reservation,
+    ScrubStep,
     SealRequest,
     SealStatus,
     StoreStats,
     Tier,
 )
 from dualpath.kvstore.store_config import StoreConfig
+from dualpath.kvstore.store_health import StoreHealth
 from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.region import Region
 
@@ -81,6 +84,8 @@ class BlockStore:
         self._writer = writer
         self._committer = committer
         self._closing = threading.Lock()
+        self._scrubber = Scrubber(state)
+        self._scrubbing = threading.Lock()
         self.recovered = recovered
         """What opening found."""
 
@@ -255,10 +260,25 @@ class BlockStore:
                 corrupt_blocks=state.residency.corrupt_blocks,
                 device=state.ssd.device.description,
                 tier_hit_blocks=dict(counters.tier_hit_blocks),
+                scrubbed_bytes=counters.scrubbed_bytes,
+                scrubbed_blocks=counters.scrubbed_blocks,
+                scrub_bad_blocks=counters.scrub_bad_blocks,
+                scrub_passes=counters.scrub_passes,
+                lost_write_backs=counters.lost_write_backs,
                 arena=state.dram.description,
                 mapped_leases=len(state.mappings),
                 mapped_bytes=state.mappings.nbytes,
             )
+
+    def health(self) -> StoreHealth:
+        """See Store."""
+        with self._state.lock:
+            return self._state.health.snapshot(self._state.clock())
+
+    def scrub_step(self, nbytes: int) -> ScrubStep:
+        """See Store."""
+        with self._scrubbing:
+            return self._scrubber.step(nbytes)
 
     def close(self) -> None:
         """See Store. Idempotent. Fetched chunks keep their memory, not their meaning."""
@@ -273,8 +293,9 @@ class BlockStore:
                 # The thread still writes: leave everything to it and to the next recovery.
                 _log.error("the SSD tier did not finish in time; the shutdown is not clean")
                 return
-            self._index.close()
-            self._state.ssd.close()
+            with self._scrubbing:
+                self._index.close()
+                self._state.ssd.close()
             try:
                 self._directory.mark_clean()
             except OSError as error:

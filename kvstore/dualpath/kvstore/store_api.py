@@ -23,6 +23,7 @@ import numpy as np
 from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.store_health import StoreHealth
 from dualpath.transfer.region import Region
 from dualpath.transfer.slices import Slices
 from numpy.typing import NDArray
@@ -196,11 +197,29 @@ class StoreStats:
     """How the SSD tier is read, with the reason of a fallback: `psync, O_DIRECT`, ..."""
     tier_hit_blocks: Mapping[Tier, int] = field(default_factory=dict)
     """Blocks found by lookups, by the tier in which they lay."""
+    scrubbed_bytes: int = 0
+    scrubbed_blocks: int = 0
+    scrub_bad_blocks: int = 0
+    """Blocks that a scrub found bad and dropped."""
+    scrub_passes: int = 0
+    """How often a scrub came to the end of the store."""
+    lost_write_backs: int = 0
+    """Blocks that were sealed without `durable` and could not be written to the medium."""
     arena: str = ""
     """What memory the DRAM tier lies in, with the reason of a fallback."""
     mapped_leases: int = 0
     mapped_bytes: int = 0
     """Bytes of DRAM slots that cannot be freed now because somebody reads them in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubStep:
+    """What one `scrub_step` did. `finished`: it came to the end; the next one starts over."""
+
+    read_bytes: int
+    blocks: int
+    bad_blocks: int
+    finished: bool
 
 
 class Store(Protocol):
@@ -285,6 +304,13 @@ class Store(Protocol):
 
     def stats(self) -> StoreStats:
         """(fast) A snapshot."""
+
+    def health(self) -> StoreHealth:
+        """(fast) Whether the store is degraded, and why."""
+
+    def scrub_step(self, nbytes: int) -> ScrubStep:
+        """Read about `nbytes` of stored blocks again, go on where the last step ended, and drop
+        the bad ones with their descendants. Several callers take turns."""
 
     def close(self) -> None:
         """Flush, mark the shutdown clean, free everything."""

@@ -21,6 +21,7 @@ from dualpath.kvstore.residency import Residency
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import MissReason, Tier
 from dualpath.kvstore.store_config import StoreConfig
+from dualpath.kvstore.store_health import HealthBoard
 from dualpath.transfer.errors import Unavailable
 
 
@@ -35,6 +36,11 @@ class StoreCounters:
     read_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     written_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     tier_hit_blocks: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    scrubbed_bytes: int = 0
+    scrubbed_blocks: int = 0
+    scrub_bad_blocks: int = 0
+    scrub_passes: int = 0
+    lost_write_backs: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +62,7 @@ class StoreState:
     lock: threading.Lock
     room: threading.Condition
     counters: StoreCounters = field(default_factory=StoreCounters)
+    health: HealthBoard = field(default_factory=HealthBoard)
     expired: list[HeldReservation] = field(default_factory=list)
     generation: int = 0
     closed: bool = False
