@@ -18,7 +18,7 @@ from dualpath.kvstore.device import MemoryDevice
 from dualpath.kvstore.durable_index import IndexFailure
 from dualpath.kvstore.fault_device import FaultDevice, FaultFile, FaultPlan
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.store_api import MissReason, ReserveStatus, SealStatus, Tier
+from dualpath.kvstore.store_api import TIERS, MissReason, ReserveStatus, SealStatus, Tier
 from dualpath.transfer.errors import Corrupt
 
 Content = Callable[[bytes, int], bytes]
@@ -134,7 +134,7 @@ def test_a_failing_read_is_corrupt_and_the_prefix_ends_there(
         space = store.open_namespace(namespace)
         put(store, space, chain(10), content)
         hit = store.lookup(space, chain(10), owner="o", lease_s=60)
-        cold = hit.tiers.index(Tier.SSD)
+        cold = hit.tiers.tolist().index(TIERS.index(Tier.SSD))
         setattr(device.plan, fault, 1.0)
         with pytest.raises(Corrupt, match="block dropped"):
             store.fetch(hit.lease_id, cold, 0)

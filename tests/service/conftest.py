@@ -203,7 +203,11 @@ class Client:
         return await self.call(
             "Lookup",
             store_pb2.LookupRequest(
-                namespace_id=namespace_id, hash=hashes, lease_ms=lease_ms, session=self.session
+                namespace_id=namespace_id,
+                hashes=b"".join(hashes),
+                hash_bytes=len(hashes[0]),
+                lease_ms=lease_ms,
+                session=self.session,
             ),
         )
 

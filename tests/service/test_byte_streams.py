@@ -103,7 +103,7 @@ def test_what_one_stream_wrote_another_reads(in_lab: Any) -> None:
         assert list(written.hash) == hashes
         assert set(written.status) == {store_pb2.SEAL_STATUS_SEALED}
         assert not any(written.existed)
-        hit, blocks = await _read(client, namespace_id, [*hashes, b"absent" * 4])
+        hit, blocks = await _read(client, namespace_id, [*hashes, b"absent--" * 4])
         assert hit.blocks == 40
         assert hit.lease_id == 0
         assert hit.miss == store_pb2.MISS_REASON_ABSENT

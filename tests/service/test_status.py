@@ -126,7 +126,7 @@ def test_a_message_over_the_limit_is_the_callers_mistake(in_lab: Any, side: str)
         async with grpc.aio.insecure_channel(target, options=options) as channel:
             stub: Any = store_pb2_grpc.StoreStub(channel)
             with pytest.raises(grpc.RpcError) as caught:
-                await stub.Lookup(store_pb2.LookupRequest(hash=[bytes(32)] * 200_000), timeout=20)
+                await stub.Lookup(store_pb2.LookupRequest(hashes=bytes(6_799_995)), timeout=20)
         back = error_of(caught.value, "Lookup")
         assert type(back) is InvalidRequest
         assert "6800000 vs. 4194304" in str(back)

@@ -28,7 +28,7 @@ async def _loaded(client: Any, lab: Any, namespace_id: bytes, hashes: list[bytes
     hit = await client.lookup(namespace_id, hashes)
     assert hit.blocks == len(hashes)
     assert hit.miss == store_pb2.MISS_REASON_NONE
-    assert len(hit.checksum) == len(hashes) * lab.layout.chunk_count
+    assert len(hit.checksums) // 8 == len(hashes) * lab.layout.chunk_count
     assert len(hit.tiers) == len(hashes)
     async with client.deliver() as delivery:
         assert delivery.peer_id == client.peer_id
@@ -341,28 +341,31 @@ def test_an_answer_that_would_exceed_a_message_is_refused_before_it_is_made(in_l
 def _bad_requests(client: Any, namespace_id: bytes, lab: Any) -> list[tuple[str, Any, str]]:
     reserve = {"namespace_id": namespace_id, "ttl_ms": 1000, "session": client.session}
     hashes = lab.chain(2)
+    packed: dict[str, Any] = {"hashes": b"".join(hashes), "hash_bytes": 32}
+    named: dict[str, Any] = {"namespace_id": namespace_id, **packed}
     return [
-        ("Lookup", store_pb2.LookupRequest(namespace_id=b"short", hash=hashes), "namespace_id"),
-        ("Lookup", store_pb2.LookupRequest(namespace_id=b"u" * 16, hash=hashes), "namespace"),
-        ("Lookup", store_pb2.LookupRequest(namespace_id=namespace_id), "1..8192"),
+        ("Lookup", store_pb2.LookupRequest(namespace_id=b"short", **packed), "namespace_id"),
+        ("Lookup", store_pb2.LookupRequest(namespace_id=b"u" * 16, **packed), "namespace"),
+        ("Lookup", store_pb2.LookupRequest(**(named | {"hashes": b""})), "1..8192"),
+        ("Lookup", store_pb2.LookupRequest(**(named | {"hash_bytes": 4})), "hash_bytes: 4"),
         (
             "Lookup",
-            store_pb2.LookupRequest(namespace_id=namespace_id, hash=[b"h" * 32] * 8193),
+            store_pb2.LookupRequest(**(named | {"hashes": bytes(32 * 8193)})),
             "8193",
         ),
         (
             "Lookup",
-            store_pb2.LookupRequest(namespace_id=namespace_id, hash=[b"h" * 32, b"tiny"]),
-            r"hash\[1\]: 4 bytes",
+            store_pb2.LookupRequest(**(named | {"hashes": bytes(36)})),
+            "36 bytes are no whole number of 32-byte hashes",
         ),
         (
             "Lookup",
-            store_pb2.LookupRequest(namespace_id=namespace_id, hash=hashes, lease_ms=600_001),
+            store_pb2.LookupRequest(lease_ms=600_001, **named),
             "600001",
         ),
         (
             "Lookup",
-            store_pb2.LookupRequest(namespace_id=namespace_id, hash=hashes, session=b"x"),
+            store_pb2.LookupRequest(session=b"x", **named),
             "session: 1 bytes",
         ),
         ("Renew", store_pb2.RenewRequest(lease_id=[1], lease_ms=0), "lease_ms: 0"),

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import numpy as np
 from dualpath.agent.load_progress import LoadProgress
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate
 from dualpath.agent.load_window import ArmedChunk, LoadWindow
 from dualpath.agent.outcome import LoadResult, LoadStarted, MissReason
 from dualpath.agent.regions import EngineRegion
 from dualpath.kvstore.layout import KVLayout
-from dualpath.kvstore.store_api import Tier
 from dualpath.transfer.dispatcher import Grant
 from dualpath.transfer.slices import Slices
+from numpy.typing import NDArray
 
 
 class ActiveLoad:
@@ -40,9 +41,9 @@ class ActiveLoad:
         self.lookup_s = 0.0
         self.lease_id = 0
         self.hit = LoadStarted(0, MissReason.NONE)
-        self.checksums: Sequence[int] = ()
-        self.tiers: Sequence[Tier] = ()
-        """Where each block of the hit lay at the lookup."""
+        self.checksums: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self.tiers = b""
+        """Where each block of the hit lay at the lookup: a code of store_api.TIERS each."""
         self.progress = LoadProgress(layout, 0)
         self.windows: dict[str, LoadWindow] = {}
         self.tickets: dict[str, tuple[str, bytes]] = {}
@@ -67,7 +68,7 @@ class ActiveLoad:
         self._block_slices: list[Slices | None] = []
         self._extents = [layout.chunk_extent(chunk) for chunk in range(layout.chunk_count)]
 
-    def begin(self, hit: LoadStarted, lease_id: int, checksums: Sequence[int]) -> None:
+    def begin(self, hit: LoadStarted, lease_id: int, checksums: NDArray[np.uint64]) -> None:
         """The lookup found something: `checksums` has one a chunk, block after block."""
         self.hit = hit
         self.lease_id = lease_id
@@ -94,7 +95,7 @@ class ActiveLoad:
         )
         tag = self._next_tag
         self._next_tag += 1
-        checksum = self.checksums[block * len(self._extents) + chunk]
+        checksum = int(self.checksums[block * len(self._extents) + chunk])
         return block, chunk, ArmedChunk(tag, index, slices, checksum)
 
     def verified(self, index: int, path: str) -> None:

@@ -13,11 +13,10 @@ from dualpath.agent.agent import Agent
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, SaveResult
 from dualpath.agent.places import Places
+from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.namespace_message import namespace_of
-from dualpath.kvstore.store_api import Tier
+from dualpath.kvstore.store_api import TIERS
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, common_pb2, store_pb2
-
-_TIER_BYTES = {Tier.DRAM: 1, Tier.SSD: 2}
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
@@ -39,10 +38,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: store_pb2.LookupRequest, context: Any
     ) -> store_pb2.LookupResponse:
         """Longest stored prefix, without a lease."""
-        hit = await self._agent.loader.lookup(request.namespace_id, tuple(request.hash))
+        hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
+        hit = await self._agent.loader.lookup(request.namespace_id, tuple(hashes))
         return store_pb2.LookupResponse(
             blocks=hit.blocks,
-            tiers=bytes(_TIER_BYTES[tier] for tier in hit.tiers),
+            tiers=bytes(TIERS.index(tier) for tier in hit.tiers),
             miss=hit.miss.proto,
             detail=hit.detail,
         )

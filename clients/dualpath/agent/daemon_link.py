@@ -18,6 +18,7 @@ from dualpath.agent.network import Network
 from dualpath.agent.open_grants import OnProgress, OpenGrants
 from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.namespace_message import namespace_message
 from dualpath.proto.status import translated
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
@@ -192,9 +193,11 @@ class DaemonLink:
         self, namespace_id: bytes, hashes: Sequence[bytes], *, lease_s: float, timeout_s: float
     ) -> store_pb2.LookupResponse:
         """Longest prefix; with a lease of our attachment if `lease_s` > 0."""
+        packed = PackedHashes.of(hashes)
         request = store_pb2.LookupRequest(
             namespace_id=namespace_id,
-            hash=hashes,
+            hashes=bytes(packed.data),
+            hash_bytes=packed.hash_bytes,
             lease_ms=round(lease_s * 1000),
             session=self.session,
         )

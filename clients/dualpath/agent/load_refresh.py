@@ -12,11 +12,13 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
+import numpy as np
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.relay_link import RelayLink
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.errors import DeadlineExceeded, DualPathError, Unavailable
+from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class LoadRefresh:
         try:
             hit = await self._look_up(load, wanted)
             load.lease_id = hit.lease_id
-            same = _same_blocks(load, hit.checksum, hit.blocks)
+            same = _same_blocks(load, np.frombuffer(hit.checksums, "<u8"), hit.blocks)
             if same < wanted:
                 cut = (same, "lease_expired", f"gone after the lease was lost: {hit.detail}")
         except DualPathError as error:
@@ -181,12 +183,9 @@ class LoadRefresh:
             log.error("%s failed", task.get_name(), exc_info=error)
 
 
-def _same_blocks(load: ActiveLoad, checksums: Collection[int], blocks: int) -> int:
+def _same_blocks(load: ActiveLoad, checksums: NDArray[np.uint64], blocks: int) -> int:
     """Length of the prefix that is still the one that the load began with."""
     chunks = load.layout.chunk_count
-    fresh = tuple(checksums)
-    for block in range(blocks):
-        part = slice(block * chunks, (block + 1) * chunks)
-        if tuple(load.checksums[part]) != fresh[part]:
-            return block
-    return blocks
+    compared = min(blocks * chunks, len(checksums), len(load.checksums))
+    differs = np.flatnonzero(load.checksums[:compared] != checksums[:compared])
+    return int(differs[0] if len(differs) else compared) // chunks

@@ -13,18 +13,19 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
+import numpy as np
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.daemon_loads import DaemonLoads
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, check_hashes
-from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason
+from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, tiers_of
 from dualpath.agent.regions import Regions
 from dualpath.agent.self_relay import SelfRelay
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.service.histogram import Histogram
-from dualpath.kvstore.store_api import Tier
+from dualpath.kvstore.store_api import TIERS, Tier
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.errors import (
     DeadlineExceeded,
@@ -35,8 +36,6 @@ from dualpath.transfer.errors import (
 from dualpath.transfer.placement import policy_named
 
 log = logging.getLogger(__name__)
-
-_TIERS = {1: Tier.DRAM, 2: Tier.SSD}
 
 
 def daemon_for(namespace_id: bytes, first_hash: bytes, daemons: Sequence[str]) -> str:
@@ -101,7 +100,7 @@ class Loader:
         miss = MissReason.of_proto(answer.miss)
         if miss is not MissReason.NONE:
             self.misses[miss.value] += 1
-        tiers = _tiers_of(answer)
+        tiers = tiers_of(answer)
         return Lookup(answer.blocks, tiers, miss, answer.detail)
 
     def layout(self, namespace_id: bytes) -> KVLayout:
@@ -213,10 +212,10 @@ class Loader:
         chunks = answer.blocks * load.layout.chunk_count
         hit = LoadStarted(answer.blocks, MissReason.of_proto(answer.miss), answer.detail)
         try:
-            if len(answer.checksum) != chunks or answer.blocks > len(load.spec.hashes):
+            if len(answer.checksums) != 8 * chunks or answer.blocks > len(load.spec.hashes):
                 raise DualPathError(
                     f"daemon {daemon.address} answered {answer.blocks} blocks with "
-                    f"{len(answer.checksum)} checksums"
+                    f"{len(answer.checksums)} bytes of checksums"
                 )
             if load.entry.behind_compute_link:
                 await self._self_relay.ensure()
@@ -224,8 +223,8 @@ class Loader:
                 raise DualPathError("aborted before it began", reason="aborted")
             if self._loop.time() >= load.deadline_at:
                 raise DeadlineExceeded("the lookup took all the time that the load had")
-            load.begin(hit, answer.lease_id, tuple(answer.checksum))
-            load.tiers = _tiers_of(answer)
+            load.begin(hit, answer.lease_id, np.frombuffer(answer.checksums, "<u8"))
+            load.tiers = answer.tiers
             loads = self._loads[daemon.address]
             loads.add(load, load.spec.policy or self._config.policy)
         except DualPathError as error:
@@ -255,8 +254,8 @@ class Loader:
         self.requested_blocks += result.requested_blocks
         self.loaded_blocks += result.blocks
         self.events.update(result.events)
-        for tier in load.tiers[: result.blocks]:
-            self.tier_blocks[tier.value] += 1
+        for code, tier in enumerate(TIERS):
+            self.tier_blocks[tier.value] += load.tiers.count(code, 0, result.blocks)
         if result.miss is not MissReason.NONE:
             self.misses[result.miss.value] += 1
         self.load_s.observe(result.elapsed_s)
@@ -267,10 +266,6 @@ class Loader:
             await asyncio.gather(
                 *(loads.renew_leases(self._config.lease_s) for loads in self._loads.values())
             )
-
-
-def _tiers_of(answer: store_pb2.LookupResponse) -> tuple[Tier, ...]:
-    return tuple(_TIERS.get(tier, Tier.SSD) for tier in answer.tiers)
 
 
 def _miss_of(error: DualPathError) -> MissReason:

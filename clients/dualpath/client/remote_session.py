@@ -13,13 +13,14 @@ from typing import Any
 import grpc
 import grpc.aio
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
-from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult
+from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult, tiers_of
 from dualpath.agent.places import Places
 from dualpath.agent.region_socket import RegionClient
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.namespace_message import namespace_message
-from dualpath.kvstore.store_api import ReserveStatus, SealStatus, Tier
+from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 from dualpath.proto.channel import client_options
 from dualpath.proto.status import translated
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, store_pb2
@@ -31,8 +32,6 @@ CALL_S_MAX = 30.0
 GRACE_S = 10.0
 """How long after a deadline the agent may take to say how it ended."""
 CONNECT_S_MAX = 5.0
-
-_TIERS = {1: Tier.DRAM, 2: Tier.SSD}
 
 
 class RemoteSession:
@@ -101,11 +100,15 @@ class RemoteSession:
 
     async def lookup(self, namespace_id: bytes, hashes: Sequence[bytes]) -> Lookup:
         """See AgentSession."""
-        request = store_pb2.LookupRequest(namespace_id=namespace_id, hash=hashes)
+        packed = PackedHashes.of(hashes)
+        request = store_pb2.LookupRequest(
+            namespace_id=namespace_id, hashes=bytes(packed.data), hash_bytes=packed.hash_bytes
+        )
         with translated("Lookup at the agent"):
             answer = await self._stub.Lookup(request, timeout=CALL_S_MAX, metadata=self._metadata)
-        tiers = tuple(_TIERS.get(tier, Tier.SSD) for tier in answer.tiers)
-        return Lookup(answer.blocks, tiers, MissReason.of_proto(answer.miss), answer.detail)
+        return Lookup(
+            answer.blocks, tiers_of(answer), MissReason.of_proto(answer.miss), answer.detail
+        )
 
     async def load(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
         """See AgentSession."""

@@ -14,6 +14,7 @@ import numpy as np
 from dualpath.kvstore.block_table import BlockTable, ChecksumPool
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BYTES_MIN, MissReason
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from numpy.typing import NDArray
@@ -98,8 +99,9 @@ class Catalog:
         """The store key of a row: namespace id, then hash."""
         return self.entry_of(row).id + self._table.hash_of(row)
 
-    def prefix(self, entry: NamespaceEntry, hashes: Sequence[bytes]) -> NDArray[np.int32]:
+    def prefix(self, entry: NamespaceEntry, packed: PackedHashes) -> NDArray[np.int32]:
         """Rows of the longest leading run that is present and is one chain."""
+        hashes = [packed[i] for i in range(len(packed))]
         found: list[int | None] = []
         for start in range(0, len(hashes), _LOOKED_UP_AT_ONCE):
             found += map(entry.present.get, hashes[start : start + _LOOKED_UP_AT_ONCE])
@@ -126,7 +128,7 @@ class Catalog:
         self._removals.pop(self.key_of(row), None)
 
     def explain(
-        self, entry: NamespaceEntry, hashes: Sequence[bytes], hits: int
+        self, entry: NamespaceEntry, hashes: PackedHashes, hits: int
     ) -> tuple[MissReason, str]:
         """Why the prefix of `hashes` ends after `hits` blocks, with a detail for a person."""
         if hits == len(hashes):

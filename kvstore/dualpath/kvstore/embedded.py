@@ -113,7 +113,7 @@ def get(
     blocks: list[bytes] = []
     try:
         for block in range(hit.blocks):
-            found = _get_block(store, hit.lease_id, block, hit.checksums[block])
+            found = _get_block(store, hit.lease_id, block, hit.checksums[block].tolist())
             if found is None:
                 break
             blocks.append(found)

@@ -112,7 +112,7 @@ class ByteStreams:
         self, hit: PrefixHit, layout: KVLayout, owner: str
     ) -> AsyncIterator[store_pb2.ReadFrame]:
         renew_at = self.clock() + LEASE_S / 3
-        for block, checksums in enumerate(hit.checksums):
+        for block, checksums in enumerate(hit.checksums.tolist()):
             for chunk, checksum in enumerate(checksums):
                 data = await self._blocking(self._chunk, hit.lease_id, block, chunk)
                 if xxh3_64(memoryview(data)) != checksum:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 
+from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.attachments import Attachments
 from dualpath.kvstore.service.auth import Caller
 from dualpath.kvstore.service.lease_owners import LeaseOwners
@@ -17,7 +18,6 @@ from dualpath.kvstore.service.messages import (
     DELEGATES_MAX,
     checked_batch,
     checked_checksums,
-    checked_hashes,
     checked_namespace_id,
     checked_session,
     hit_message,
@@ -68,12 +68,14 @@ class LookupCalls:
     def lookup(self, request: store_pb2.LookupRequest, caller: Caller) -> store_pb2.LookupResponse:
         """See store.proto."""
         namespace_id = checked_namespace_id(request.namespace_id)
-        hashes = list(request.hash)  # once: indexing the message's own container is slow
-        checked_hashes("hash", hashes)
+        hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
+        checked_batch("hashes", len(hashes))
         checked_checksums(len(hashes), self._store.layout(namespace_id))
         lease_s = lease_s_of(request.lease_ms, zero=True)
         owner = self.owner_of(request.session, caller)
-        hit = self._store.lookup(namespace_id, hashes, owner=owner, lease_s=lease_s)
+        hit = self._store.lookup_packed(
+            namespace_id, hashes.data, hashes.hash_bytes, owner=owner, lease_s=lease_s
+        )
         if hit.lease_id:
             self._owners.put(hit.lease_id, owner, self._clock() + hit.lease_s)
         return hit_message(hit)

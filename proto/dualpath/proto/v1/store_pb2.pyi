@@ -143,27 +143,29 @@ class LookupRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NAMESPACE_ID_FIELD_NUMBER: builtins.int
-    HASH_FIELD_NUMBER: builtins.int
+    HASHES_FIELD_NUMBER: builtins.int
     LEASE_MS_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
+    HASH_BYTES_FIELD_NUMBER: builtins.int
     namespace_id: builtins.bytes
+    hashes: builtins.bytes
+    """the chain from the first block on: hash_bytes each, one after another"""
     lease_ms: builtins.int
     """0: no lease; at most 600000"""
     session: builtins.bytes
     """optional: the lease then ends with that attachment"""
-    @property
-    def hash(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
-        """the chain from the first block on"""
-
+    hash_bytes: builtins.int
+    """16..32"""
     def __init__(
         self,
         *,
         namespace_id: builtins.bytes = ...,
-        hash: collections.abc.Iterable[builtins.bytes] | None = ...,
+        hashes: builtins.bytes = ...,
         lease_ms: builtins.int = ...,
         session: builtins.bytes = ...,
+        hash_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["hash", b"hash", "lease_ms", b"lease_ms", "namespace_id", b"namespace_id", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hash_bytes", b"hash_bytes", "hashes", b"hashes", "lease_ms", b"lease_ms", "namespace_id", b"namespace_id", "session", b"session"]) -> None: ...
 
 global___LookupRequest = LookupRequest
 
@@ -175,7 +177,7 @@ class LookupResponse(google.protobuf.message.Message):
     LEASE_ID_FIELD_NUMBER: builtins.int
     LEASE_MS_FIELD_NUMBER: builtins.int
     TIERS_FIELD_NUMBER: builtins.int
-    CHECKSUM_FIELD_NUMBER: builtins.int
+    CHECKSUMS_FIELD_NUMBER: builtins.int
     MISS_FIELD_NUMBER: builtins.int
     DETAIL_FIELD_NUMBER: builtins.int
     blocks: builtins.int
@@ -184,13 +186,11 @@ class LookupResponse(google.protobuf.message.Message):
     """0: none"""
     lease_ms: builtins.int
     tiers: builtins.bytes
-    """one byte a block: 1 DRAM, 2 SSD"""
+    """one byte a block: 0 DRAM, 1 SSD"""
+    checksums: builtins.bytes
+    """xxh3-64, 8 bytes little endian each: all chunks of block 0, of block 1, ..."""
     miss: global___MissReason.ValueType
     detail: builtins.str
-    @property
-    def checksum(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """xxh3-64, all chunks of block 0, then of block 1, ..."""
-
     def __init__(
         self,
         *,
@@ -198,11 +198,11 @@ class LookupResponse(google.protobuf.message.Message):
         lease_id: builtins.int = ...,
         lease_ms: builtins.int = ...,
         tiers: builtins.bytes = ...,
-        checksum: collections.abc.Iterable[builtins.int] | None = ...,
+        checksums: builtins.bytes = ...,
         miss: global___MissReason.ValueType = ...,
         detail: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "checksum", b"checksum", "detail", b"detail", "lease_id", b"lease_id", "lease_ms", b"lease_ms", "miss", b"miss", "tiers", b"tiers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "checksums", b"checksums", "detail", b"detail", "lease_id", b"lease_id", "lease_ms", b"lease_ms", "miss", b"miss", "tiers", b"tiers"]) -> None: ...
 
 global___LookupResponse = LookupResponse
 
