@@ -106,6 +106,27 @@ SEAL_STATUS_INCOMPLETE: SealStatus.ValueType  # 5
 """not every chunk of the block has arrived"""
 global___SealStatus = SealStatus
 
+class _BlockEventKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _BlockEventKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_BlockEventKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    BLOCK_EVENT_KIND_UNSPECIFIED: _BlockEventKind.ValueType  # 0
+    BLOCK_EVENT_KIND_STORED: _BlockEventKind.ValueType  # 1
+    BLOCK_EVENT_KIND_REMOVED: _BlockEventKind.ValueType  # 2
+    BLOCK_EVENT_KIND_CLEARED: _BlockEventKind.ValueType  # 3
+    """the whole namespace; there is no event for each block"""
+
+class BlockEventKind(_BlockEventKind, metaclass=_BlockEventKindEnumTypeWrapper): ...
+
+BLOCK_EVENT_KIND_UNSPECIFIED: BlockEventKind.ValueType  # 0
+BLOCK_EVENT_KIND_STORED: BlockEventKind.ValueType  # 1
+BLOCK_EVENT_KIND_REMOVED: BlockEventKind.ValueType  # 2
+BLOCK_EVENT_KIND_CLEARED: BlockEventKind.ValueType  # 3
+"""the whole namespace; there is no event for each block"""
+global___BlockEventKind = BlockEventKind
+
 @typing.final
 class OpenNamespaceRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -730,6 +751,38 @@ class StatsResponse(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class TroublesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    @typing.final
+    class TierHitBlocksEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     SERVER_ID_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     UPTIME_S_FIELD_NUMBER: builtins.int
@@ -747,6 +800,13 @@ class StatsResponse(google.protobuf.message.Message):
     DELIVERED_BYTES_FIELD_NUMBER: builtins.int
     QUEUE_BYTES_FIELD_NUMBER: builtins.int
     ATTACHMENTS_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    TROUBLES_FIELD_NUMBER: builtins.int
+    TIER_HIT_BLOCKS_FIELD_NUMBER: builtins.int
+    QUOTA_REFUSALS_FIELD_NUMBER: builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: builtins.int
+    PRINCIPAL_FIELD_NUMBER: builtins.int
+    NAMESPACE_FIELD_NUMBER: builtins.int
     server_id: builtins.str
     version: builtins.str
     uptime_s: builtins.float
@@ -762,10 +822,27 @@ class StatsResponse(google.protobuf.message.Message):
     delivered_bytes: builtins.int
     queue_bytes: builtins.int
     attachments: builtins.int
+    state: builtins.str
+    """starting, serving, draining, drained, stopping"""
+    quota_refusals: builtins.int
+    last_sequence: builtins.int
+    """of Events"""
     @property
     def tier(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TierStats]: ...
     @property
     def misses(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def troubles(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """why the store is degraded: word -> sentence"""
+
+    @property
+    def tier_hit_blocks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def principal(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UsageStats]:
+        """Only for callers with the right `admin` in all namespaces. At most 256 each."""
+
+    @property
+    def namespace(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UsageStats]: ...
     def __init__(
         self,
         *,
@@ -786,7 +863,288 @@ class StatsResponse(google.protobuf.message.Message):
         delivered_bytes: builtins.int = ...,
         queue_bytes: builtins.int = ...,
         attachments: builtins.int = ...,
+        state: builtins.str = ...,
+        troubles: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        tier_hit_blocks: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        quota_refusals: builtins.int = ...,
+        last_sequence: builtins.int = ...,
+        principal: collections.abc.Iterable[global___UsageStats] | None = ...,
+        namespace: collections.abc.Iterable[global___UsageStats] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attachments", b"attachments", "blocks", b"blocks", "corrupt_blocks", b"corrupt_blocks", "delivered_bytes", b"delivered_bytes", "device", b"device", "hit_blocks", b"hit_blocks", "leases", b"leases", "lookups", b"lookups", "missed_blocks", b"missed_blocks", "misses", b"misses", "namespaces", b"namespaces", "queue_bytes", b"queue_bytes", "reservations", b"reservations", "server_id", b"server_id", "tier", b"tier", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attachments", b"attachments", "blocks", b"blocks", "corrupt_blocks", b"corrupt_blocks", "delivered_bytes", b"delivered_bytes", "device", b"device", "hit_blocks", b"hit_blocks", "last_sequence", b"last_sequence", "leases", b"leases", "lookups", b"lookups", "missed_blocks", b"missed_blocks", "misses", b"misses", "namespace", b"namespace", "namespaces", b"namespaces", "principal", b"principal", "queue_bytes", b"queue_bytes", "quota_refusals", b"quota_refusals", "reservations", b"reservations", "server_id", b"server_id", "state", b"state", "tier", b"tier", "tier_hit_blocks", b"tier_hit_blocks", "troubles", b"troubles", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 global___StatsResponse = StatsResponse
+
+@typing.final
+class UsageStats(google.protobuf.message.Message):
+    """Of one principal or namespace; the counters since start, then what it holds now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    CALLS_FIELD_NUMBER: builtins.int
+    LOOKUPS_FIELD_NUMBER: builtins.int
+    HIT_BLOCKS_FIELD_NUMBER: builtins.int
+    MISSED_BLOCKS_FIELD_NUMBER: builtins.int
+    SEALED_BLOCKS_FIELD_NUMBER: builtins.int
+    DELIVERED_BYTES_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
+    CALLS_ACTIVE_FIELD_NUMBER: builtins.int
+    LEASES_FIELD_NUMBER: builtins.int
+    RESERVATIONS_FIELD_NUMBER: builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: builtins.int
+    QUEUE_BYTES_FIELD_NUMBER: builtins.int
+    ATTACHMENTS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """a principal, or a namespace id in hex"""
+    model: builtins.str
+    """of a namespace"""
+    tenant: builtins.str
+    calls: builtins.int
+    lookups: builtins.int
+    hit_blocks: builtins.int
+    missed_blocks: builtins.int
+    sealed_blocks: builtins.int
+    delivered_bytes: builtins.int
+    refusals: builtins.int
+    """calls refused with reason `quota`"""
+    calls_active: builtins.int
+    leases: builtins.int
+    reservations: builtins.int
+    reserved_bytes: builtins.int
+    queue_bytes: builtins.int
+    attachments: builtins.int
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        model: builtins.str = ...,
+        tenant: builtins.str = ...,
+        calls: builtins.int = ...,
+        lookups: builtins.int = ...,
+        hit_blocks: builtins.int = ...,
+        missed_blocks: builtins.int = ...,
+        sealed_blocks: builtins.int = ...,
+        delivered_bytes: builtins.int = ...,
+        refusals: builtins.int = ...,
+        calls_active: builtins.int = ...,
+        leases: builtins.int = ...,
+        reservations: builtins.int = ...,
+        reserved_bytes: builtins.int = ...,
+        queue_bytes: builtins.int = ...,
+        attachments: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attachments", b"attachments", "calls", b"calls", "calls_active", b"calls_active", "delivered_bytes", b"delivered_bytes", "hit_blocks", b"hit_blocks", "leases", b"leases", "lookups", b"lookups", "missed_blocks", b"missed_blocks", "model", b"model", "name", b"name", "queue_bytes", b"queue_bytes", "refusals", b"refusals", "reservations", b"reservations", "reserved_bytes", b"reserved_bytes", "sealed_blocks", b"sealed_blocks", "tenant", b"tenant"]) -> None: ...
+
+global___UsageStats = UsageStats
+
+@typing.final
+class InvalidateRequest(google.protobuf.message.Message):
+    """Blocks leave lookups at once; the answer comes when they will not come back after a crash either."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
+    HASH_FIELD_NUMBER: builtins.int
+    WRITER_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    namespace_id: builtins.bytes
+    """alone: all of its blocks"""
+    hash: builtins.bytes
+    """with namespace_id: this block and those that build on it"""
+    writer: builtins.str
+    """blocks sealed by this principal, in namespace_id or everywhere"""
+    dry_run: builtins.bool
+    """only count"""
+    def __init__(
+        self,
+        *,
+        namespace_id: builtins.bytes = ...,
+        hash: builtins.bytes = ...,
+        writer: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dry_run", b"dry_run", "hash", b"hash", "namespace_id", b"namespace_id", "writer", b"writer"]) -> None: ...
+
+global___InvalidateRequest = InvalidateRequest
+
+@typing.final
+class InvalidateResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    LEASED_BLOCKS_FIELD_NUMBER: builtins.int
+    blocks: builtins.int
+    bytes: builtins.int
+    leased_blocks: builtins.int
+    """of them: in use; their memory stays as it is until released"""
+    def __init__(
+        self,
+        *,
+        blocks: builtins.int = ...,
+        bytes: builtins.int = ...,
+        leased_blocks: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "bytes", b"bytes", "leased_blocks", b"leased_blocks"]) -> None: ...
+
+global___InvalidateResponse = InvalidateResponse
+
+@typing.final
+class DrainRequest(google.protobuf.message.Message):
+    """Refuse new reservations and leases, wait for what runs, then flush. Progress about twice a second."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEADLINE_MS_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
+    STOP_FIELD_NUMBER: builtins.int
+    deadline_ms: builtins.int
+    """1..3600000"""
+    resume: builtins.bool
+    """end an earlier drain instead: serve again"""
+    stop: builtins.bool
+    """end the process afterwards, drained or not"""
+    def __init__(
+        self,
+        *,
+        deadline_ms: builtins.int = ...,
+        resume: builtins.bool = ...,
+        stop: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "resume", b"resume", "stop", b"stop"]) -> None: ...
+
+global___DrainRequest = DrainRequest
+
+@typing.final
+class DrainProgress(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    QUEUE_BYTES_FIELD_NUMBER: builtins.int
+    LEASES_FIELD_NUMBER: builtins.int
+    RESERVATIONS_FIELD_NUMBER: builtins.int
+    STREAMS_FIELD_NUMBER: builtins.int
+    FLUSHED_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    state: builtins.str
+    """as in StatsResponse"""
+    queue_bytes: builtins.int
+    leases: builtins.int
+    reservations: builtins.int
+    streams: builtins.int
+    """Read and Write"""
+    flushed: builtins.bool
+    """all that was sealed is durable"""
+    done: builtins.bool
+    """last message"""
+    detail: builtins.str
+    """what is left, for people"""
+    def __init__(
+        self,
+        *,
+        state: builtins.str = ...,
+        queue_bytes: builtins.int = ...,
+        leases: builtins.int = ...,
+        reservations: builtins.int = ...,
+        streams: builtins.int = ...,
+        flushed: builtins.bool = ...,
+        done: builtins.bool = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "done", b"done", "flushed", b"flushed", "leases", b"leases", "queue_bytes", b"queue_bytes", "reservations", b"reservations", "state", b"state", "streams", b"streams"]) -> None: ...
+
+global___DrainProgress = DrainProgress
+
+@typing.final
+class EventsRequest(google.protobuf.message.Message):
+    """The first answer comes at once, and tells where the log stands. A consumer that is too slow for
+    the bounded log gets `lost`; it never slows the store.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FROM_SEQUENCE_FIELD_NUMBER: builtins.int
+    SERVER_ID_FIELD_NUMBER: builtins.int
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
+    from_sequence: builtins.int
+    """first event wanted; 0: from now on"""
+    server_id: builtins.str
+    """of the answers seen before; another one now: everything is lost"""
+    namespace_id: builtins.bytes
+    """only this one; empty: all that the caller may read"""
+    def __init__(
+        self,
+        *,
+        from_sequence: builtins.int = ...,
+        server_id: builtins.str = ...,
+        namespace_id: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["from_sequence", b"from_sequence", "namespace_id", b"namespace_id", "server_id", b"server_id"]) -> None: ...
+
+global___EventsRequest = EventsRequest
+
+@typing.final
+class BlockEvent(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
+    HASH_FIELD_NUMBER: builtins.int
+    PARENT_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    UNIX_S_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    kind: global___BlockEventKind.ValueType
+    namespace_id: builtins.bytes
+    hash: builtins.bytes
+    parent: builtins.bytes
+    reason: global___MissReason.ValueType
+    """why it was removed"""
+    unix_s: builtins.float
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        kind: global___BlockEventKind.ValueType = ...,
+        namespace_id: builtins.bytes = ...,
+        hash: builtins.bytes = ...,
+        parent: builtins.bytes = ...,
+        reason: global___MissReason.ValueType = ...,
+        unix_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hash", b"hash", "kind", b"kind", "namespace_id", b"namespace_id", "parent", b"parent", "reason", b"reason", "sequence", b"sequence", "unix_s", b"unix_s"]) -> None: ...
+
+global___BlockEvent = BlockEvent
+
+@typing.final
+class EventsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: builtins.int
+    NEXT_SEQUENCE_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
+    EVENT_FIELD_NUMBER: builtins.int
+    server_id: builtins.str
+    """changes when the daemon restarts, and sequence numbers start anew"""
+    next_sequence: builtins.int
+    """ask with it to go on after this answer"""
+    lost: builtins.int
+    """events that were overwritten before this answer: start anew"""
+    @property
+    def event(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___BlockEvent]: ...
+    def __init__(
+        self,
+        *,
+        server_id: builtins.str = ...,
+        next_sequence: builtins.int = ...,
+        lost: builtins.int = ...,
+        event: collections.abc.Iterable[global___BlockEvent] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "lost", b"lost", "next_sequence", b"next_sequence", "server_id", b"server_id"]) -> None: ...
+
+global___EventsResponse = EventsResponse

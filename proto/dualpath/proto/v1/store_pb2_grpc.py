@@ -105,6 +105,21 @@ class StoreStub(object):
                 request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.StatsRequest.SerializeToString,
                 response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.StatsResponse.FromString,
                 _registered_method=True)
+        self.Events = channel.unary_stream(
+                '/dualpath.v1.Store/Events',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.EventsRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.EventsResponse.FromString,
+                _registered_method=True)
+        self.Invalidate = channel.unary_unary(
+                '/dualpath.v1.Store/Invalidate',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.InvalidateRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.InvalidateResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/dualpath.v1.Store/Drain',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainProgress.FromString,
+                _registered_method=True)
 
 
 class StoreServicer(object):
@@ -194,6 +209,25 @@ class StoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Events(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Invalidate(self, request, context):
+        """For operators: they need the right `admin`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -266,6 +300,21 @@ def add_StoreServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.StatsRequest.FromString,
                     response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.StatsResponse.SerializeToString,
+            ),
+            'Events': grpc.unary_stream_rpc_method_handler(
+                    servicer.Events,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.EventsRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.EventsResponse.SerializeToString,
+            ),
+            'Invalidate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Invalidate,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.InvalidateRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.InvalidateResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -646,6 +695,87 @@ class Store(object):
             '/dualpath.v1.Store/Stats',
             dualpath_dot_proto_dot_v1_dot_store__pb2.StatsRequest.SerializeToString,
             dualpath_dot_proto_dot_v1_dot_store__pb2.StatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Events(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dualpath.v1.Store/Events',
+            dualpath_dot_proto_dot_v1_dot_store__pb2.EventsRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_store__pb2.EventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Invalidate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dualpath.v1.Store/Invalidate',
+            dualpath_dot_proto_dot_v1_dot_store__pb2.InvalidateRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_store__pb2.InvalidateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dualpath.v1.Store/Drain',
+            dualpath_dot_proto_dot_v1_dot_store__pb2.DrainRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_store__pb2.DrainProgress.FromString,
             options,
             channel_credentials,
             insecure,

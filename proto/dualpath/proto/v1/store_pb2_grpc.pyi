@@ -93,6 +93,22 @@ class StoreStub:
         dualpath.proto.v1.store_pb2.StatsResponse,
     ]
 
+    Events: grpc.UnaryStreamMultiCallable[
+        dualpath.proto.v1.store_pb2.EventsRequest,
+        dualpath.proto.v1.store_pb2.EventsResponse,
+    ]
+
+    Invalidate: grpc.UnaryUnaryMultiCallable[
+        dualpath.proto.v1.store_pb2.InvalidateRequest,
+        dualpath.proto.v1.store_pb2.InvalidateResponse,
+    ]
+    """For operators: they need the right `admin`."""
+
+    Drain: grpc.UnaryStreamMultiCallable[
+        dualpath.proto.v1.store_pb2.DrainRequest,
+        dualpath.proto.v1.store_pb2.DrainProgress,
+    ]
+
 class StoreAsyncStub:
     OpenNamespace: grpc.aio.UnaryUnaryMultiCallable[
         dualpath.proto.v1.store_pb2.OpenNamespaceRequest,
@@ -162,6 +178,22 @@ class StoreAsyncStub:
     Stats: grpc.aio.UnaryUnaryMultiCallable[
         dualpath.proto.v1.store_pb2.StatsRequest,
         dualpath.proto.v1.store_pb2.StatsResponse,
+    ]
+
+    Events: grpc.aio.UnaryStreamMultiCallable[
+        dualpath.proto.v1.store_pb2.EventsRequest,
+        dualpath.proto.v1.store_pb2.EventsResponse,
+    ]
+
+    Invalidate: grpc.aio.UnaryUnaryMultiCallable[
+        dualpath.proto.v1.store_pb2.InvalidateRequest,
+        dualpath.proto.v1.store_pb2.InvalidateResponse,
+    ]
+    """For operators: they need the right `admin`."""
+
+    Drain: grpc.aio.UnaryStreamMultiCallable[
+        dualpath.proto.v1.store_pb2.DrainRequest,
+        dualpath.proto.v1.store_pb2.DrainProgress,
     ]
 
 class StoreServicer(metaclass=abc.ABCMeta):
@@ -262,5 +294,27 @@ class StoreServicer(metaclass=abc.ABCMeta):
         request: dualpath.proto.v1.store_pb2.StatsRequest,
         context: _ServicerContext,
     ) -> typing.Union[dualpath.proto.v1.store_pb2.StatsResponse, collections.abc.Awaitable[dualpath.proto.v1.store_pb2.StatsResponse]]: ...
+
+    @abc.abstractmethod
+    def Events(
+        self,
+        request: dualpath.proto.v1.store_pb2.EventsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dualpath.proto.v1.store_pb2.EventsResponse], collections.abc.AsyncIterator[dualpath.proto.v1.store_pb2.EventsResponse]]: ...
+
+    @abc.abstractmethod
+    def Invalidate(
+        self,
+        request: dualpath.proto.v1.store_pb2.InvalidateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dualpath.proto.v1.store_pb2.InvalidateResponse, collections.abc.Awaitable[dualpath.proto.v1.store_pb2.InvalidateResponse]]:
+        """For operators: they need the right `admin`."""
+
+    @abc.abstractmethod
+    def Drain(
+        self,
+        request: dualpath.proto.v1.store_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dualpath.proto.v1.store_pb2.DrainProgress], collections.abc.AsyncIterator[dualpath.proto.v1.store_pb2.DrainProgress]]: ...
 
 def add_StoreServicer_to_server(servicer: StoreServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
