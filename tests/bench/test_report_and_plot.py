@@ -20,9 +20,10 @@ from dualpath.bench.demo.plot import draw_utilisation, smoothed
 from dualpath.bench.demo.replay import PolicyRun
 from dualpath.bench.demo.report import DemoReport, percentile
 from dualpath.bench.demo.shaping import LinkRates
-from dualpath.bench.demo.table import plain_table, print_report
+from dualpath.bench.demo.table import print_report
 from dualpath.bench.demo.topology import Topology
 from dualpath.bench.demo.workload import PlannedLoad, Workload
+from dualpath.bench.table import plain_table
 
 MB = 1e6
 

@@ -18,7 +18,7 @@ from dualpath.bench.demo.config import (
     Shaping,
     parse_rate,
 )
-from dualpath.bench.demo.progress import Progress
+from dualpath.bench.progress import Progress
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:

@@ -32,7 +32,6 @@ from dualpath.bench.demo.link_meter import (
 )
 from dualpath.bench.demo.namespaces import Namespaces, why_not_kernel
 from dualpath.bench.demo.ownership import is_stale, owner_tag
-from dualpath.bench.demo.progress import Progress
 from dualpath.bench.demo.replay import PolicyRun, Replay, load_deadline_s
 from dualpath.bench.demo.report import DemoReport
 from dualpath.bench.demo.shaping import LinkRates
@@ -40,6 +39,7 @@ from dualpath.bench.demo.topology import Topology
 from dualpath.bench.demo.trace_formats import read_trace
 from dualpath.bench.demo.workload import Workload, from_trace, generated
 from dualpath.bench.machine import describe_machine, describe_versions
+from dualpath.bench.progress import Progress
 from dualpath.client.kv_client import KVClient
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace

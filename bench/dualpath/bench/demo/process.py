@@ -24,8 +24,8 @@ _TAIL_BYTES = 8 << 10
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child runs between fork and exec. The library is loaded before the fork."""
+def die_with_parent() -> Callable[[], None] | None:
+    """What a child runs between fork and exec. The library is loaded before the fork."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl
@@ -56,7 +56,7 @@ class ChildProcess:
                     stdout=asyncio.subprocess.PIPE,
                     stderr=stderr,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(),
+                    preexec_fn=die_with_parent(),
                     limit=READY_LINE_BYTES_MAX,
                 )
         except OSError as error:

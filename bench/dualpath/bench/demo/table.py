@@ -1,19 +1,12 @@
-"""Prints a report for people: a table by policy, the links, and what bound each policy.
-
-Uses `rich` where it is installed and the output is a terminal or a file alike; plain text else.
-"""
+"""Prints a report for people: a table by policy, the links, and what bound each policy."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import TextIO
 
 from dualpath.bench.demo.report import GIB, DemoReport, PolicyReport, percentile
-
-Row = Sequence[str]
-TABLE_COLUMNS = 132
-"""Width when the output is no terminal: nothing is cut in a log."""
+from dualpath.bench.table import Row, print_table
 
 POLICY_HEADINGS = (
     "policy",
@@ -120,8 +113,8 @@ def print_report(report: DemoReport, stream: TextIO | None = None) -> None:
     """Write everything to `stream` (default: stdout)."""
     out = stream if stream is not None else sys.stdout
     print(*summary(report), sep="\n", file=out)
-    _print_table(POLICY_HEADINGS, policy_rows(report), out)
-    _print_table(link_headings(report), link_rows(report), out)
+    print_table(POLICY_HEADINGS, policy_rows(report), out)
+    print_table(link_headings(report), link_rows(report), out)
     print(*path_lines(report), sep="\n", file=out)
     print(*report.verdict, sep="\n", file=out)
     state = "all right" if report.ok else "FAILED"
@@ -131,29 +124,3 @@ def print_report(report: DemoReport, stream: TextIO | None = None) -> None:
         file=out,
         flush=True,
     )
-
-
-def plain_table(headings: Row, rows: Sequence[Row]) -> str:
-    """Columns padded with spaces, the first one to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
-    lines = []
-    for row in (headings, ["-" * width for width in widths], *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[0] = row[0].ljust(widths[0])
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _print_table(headings: Row, rows: Sequence[Row], out: TextIO) -> None:
-    try:
-        from rich.console import Console  # noqa: PLC0415 - an optional dependency
-        from rich.table import Table  # noqa: PLC0415
-    except ImportError:
-        print(plain_table(headings, rows), file=out)
-        return
-    table = Table()
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(file=out, width=None if out.isatty() else TABLE_COLUMNS).print(table)

@@ -116,3 +116,11 @@ def _output(argv: Sequence[str], environment: Mapping[str, str] | None = None) -
             f"{argv[0]} ended with status {done.returncode}: {done.stderr.strip()[-500:]}"
         )
     return done.stdout
+
+
+def fio_version() -> str:
+    """For the report; `absent` without fio."""
+    try:
+        return Fio(PageKind.SMALL).version
+    except Unavailable:
+        return "absent"

@@ -1,10 +1,9 @@
 """The network's limit: one TCP stream between two processes, bare or hashing at both ends.
 
-`python -m dualpath.bench.store.socket_copy HOST PORT BYTES CHUNK_BYTES` is the sending end: for each
-byte that it reads it
-sends its whole memory once; `h` hashes every chunk before it goes and sends the digests at the
-end, `b` does not. The receiving end compares them. Both ends use memory on huge pages, receive
-in place and do nothing else.
+`python -m dualpath.bench.store.socket_copy HOST PORT BYTES CHUNK_BYTES` is the sending end. For
+each byte that it reads it sends its whole memory once: after `h` it hashes every chunk before it
+goes and sends the digests at the end, after `b` it does not. The receiving end compares them. Both
+ends use memory on huge pages, receive in place and do nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tells a person on stderr what the demo is doing: one line that moves, or plain lines in a log."""
+"""Tells a person on stderr what is being done: one line that moves, or plain lines in a log."""
 
 from __future__ import annotations
 

@@ -1,0 +1,70 @@
+"""Draws our rates beside their limits, a group a section, and the ratios. Needs matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dualpath.bench.store.report import StoreReport
+from dualpath.bench.store.section import Figures
+from dualpath.transfer.errors import Unavailable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SUFFIX = "_gibs"
+_PNG_DPI = 90
+_OURS_COLOUR, _LIMIT_COLOUR = "#1f77b4", "#b0b0b0"
+
+
+def rates(figures: Figures) -> list[tuple[str, float]]:
+    """The figures in GiB/s, ours first."""
+    found = [
+        (name.removesuffix(_SUFFIX), float(value))
+        for name, value in figures.items()
+        if name.endswith(_SUFFIX) and isinstance(value, int | float)
+    ]
+    return sorted(found, key=lambda pair: pair[0] != "ours")
+
+
+def draw(report: StoreReport, path: str) -> None:
+    """Write the PNG. Raises Unavailable if matplotlib is not installed or `path` not writable."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise Unavailable(
+            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
+        ) from error
+    shown = [
+        (section.name, found)
+        for section in report.sections
+        if (found := rates(report.figures[section.name]))
+    ]
+    figure = Figure(figsize=(9, 1 + 0.32 * sum(len(found) + 1 for _, found in shown)))
+    FigureCanvasAgg(figure)
+    _draw_rates(figure.subplots(), shown)
+    figure.suptitle(
+        f"{report.machine['cores']} cores of {report.machine['processor']}, {report.date}",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=_PNG_DPI, format="png")
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _draw_rates(axes: Axes, shown: list[tuple[str, list[tuple[str, float]]]]) -> None:
+    row, labels = 0, []
+    for section, found in shown:
+        for name, value in found:
+            colour = _OURS_COLOUR if name == "ours" else _LIMIT_COLOUR
+            axes.barh(row, value, color=colour, height=0.8)
+            axes.text(value, row, f" {value:.2f}", va="center", fontsize=8)
+            labels.append((row, f"{section}: {name}"))
+            row += 1
+        row += 1
+    axes.set_yticks([at for at, _ in labels], [text for _, text in labels], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB/s, median of the rounds")
+    axes.margins(x=0.12)
