@@ -9,7 +9,9 @@
 #include <Python.h>
 
 /* Return 0, or -1 with an exception set. */
+int dualpath_add_block_copy(PyObject *module);
 int dualpath_add_key_index(PyObject *module);
+int dualpath_add_pages(PyObject *module);
 int dualpath_add_ring(PyObject *module);
 
 #endif
