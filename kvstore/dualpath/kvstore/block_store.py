@@ -24,6 +24,8 @@ from dualpath.kvstore.block_table import BlockTable
 from dualpath.kvstore.block_writer import BlockWriter, OnExpired
 from dualpath.kvstore.catalog import Catalog
 from dualpath.kvstore.checksum import Buffer
+from dualpath.kvstore.chunk_batch import ChunkBatch
+from dualpath.kvstore.chunk_check import ChunkCheck
 from dualpath.kvstore.chunk_fetcher import ChunkFetcher
 from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.data_directory import DataDirectory
@@ -57,6 +59,7 @@ from dualpath.kvstore.store_config import StoreConfig
 from dualpath.kvstore.store_health import StoreHealth
 from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.region import Region
+from numpy.typing import ArrayLike
 
 __all__ = ["BlockStore", "StoreConfig"]
 
@@ -80,7 +83,8 @@ class BlockStore:
         self._state = state
         self._reader = BlockReader(state)
         self._mapper = BlockMapper(state)
-        self._fetcher = ChunkFetcher(state)
+        self._check = ChunkCheck(state)
+        self._fetcher = ChunkFetcher(state, self._check)
         self._writer = writer
         self._committer = committer
         self._closing = threading.Lock()
@@ -186,9 +190,21 @@ class BlockStore:
         """See Store."""
         return self._fetcher.fetch(lease_id, block, chunk)
 
+    def fetch_batch(
+        self,
+        lease_id: int,
+        blocks: ArrayLike,
+        chunks: ArrayLike,
+        *,
+        verify: bool = False,
+        wait: bool = True,
+    ) -> ChunkBatch:
+        """See Store."""
+        return self._fetcher.fetch_batch(lease_id, blocks, chunks, verify=verify, wait=wait)
+
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """See Store."""
-        return self._fetcher.report_corrupt(lease_id, block, chunk)
+        return self._check.report_corrupt(lease_id, block, chunk)
 
     def reserve(
         self, namespace_id: bytes, blocks: Sequence[NewBlock], *, owner: str, ttl_s: float

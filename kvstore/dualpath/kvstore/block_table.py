@@ -35,7 +35,8 @@ class RowState:
 
 class BlockTable:
     """See the module docstring. `dram` is an arena offset, `segment` and `slot` a place on SSD;
-    -1 is none. `filled` has a bit for each chunk that is in the DRAM slot."""
+    -1 is none. `filled` has a bit for each chunk that is in the DRAM slot, `reading` for each that
+    is being read into it."""
 
     def __init__(self) -> None:
         n = _ROWS_MIN
@@ -51,6 +52,7 @@ class BlockTable:
         self.slot_bytes: NDArray[np.int32] = np.zeros(n, np.int32)
         self.dram: NDArray[np.int64] = np.full(n, -1, np.int64)
         self.filled: NDArray[np.uint64] = np.zeros(n, np.uint64)
+        self.reading: NDArray[np.uint64] = np.zeros(n, np.uint64)
         self.resident: NDArray[np.bool_] = np.zeros(n, np.bool_)
         self.dirty: NDArray[np.bool_] = np.zeros(n, np.bool_)
         self.checksum_row: NDArray[np.int32] = np.full(n, -1, np.int32)
@@ -123,6 +125,7 @@ class BlockTable:
         assert self.segment[row] < 0
         assert self.leases[row] == 0
         assert self.pins[row] == 0
+        assert self.reading[row] == 0
         self.unlink(row)
         self.state[row] = RowState.FREE
         self.filled[row] = 0
@@ -179,3 +182,7 @@ class ChecksumPool:
     def take(self, rows: NDArray[np.int32]) -> NDArray[np.uint64]:
         """A copy of the checksums of many rows."""
         return self._values[rows]
+
+    def pick(self, rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """A copy of the checksum of one chunk of each row."""
+        return self._values[rows, chunks]

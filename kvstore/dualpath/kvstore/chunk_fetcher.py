@@ -1,149 +1,220 @@
 """Chunks of leased blocks, brought into memory: from DRAM at once, from SSD by reading.
 
-A chunk that is fetched pins its block's slots until it is released, so neither expiry of the
-lease nor eviction can change its bytes. Reads from SSD go straight into the block's DRAM slot
-when it has or can get one, else into a bounded pool of read buffers.
+Reads from SSD go straight into the block's DRAM slot when it has or can get one and nobody else
+is reading that chunk into it, else into a bounded pool of read buffers. Plans a batch under the
+store's lock; `ChunkBatch` then drives it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from dataclasses import dataclass
-from functools import partial
 
-from dualpath.kvstore import checksum
+import numpy as np
 from dualpath.kvstore.block_table import RowState
+from dualpath.kvstore.catalog import NamespaceEntry
+from dualpath.kvstore.chunk_batch import BatchParts, ChunkBatch
+from dualpath.kvstore.chunk_check import ChunkCheck
+from dualpath.kvstore.chunk_plan import ChunkReads, extents, plan_reads
+from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.fetched_chunk import ArenaChunk
-from dualpath.kvstore.layout import ALIGN_BYTES
-from dualpath.kvstore.store_api import MissReason, Tier
+from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
+from dualpath.kvstore.store_api import Tier
 from dualpath.kvstore.store_state import StoreState
-from dualpath.transfer.errors import Corrupt, InvalidRequest, Overloaded
+from dualpath.kvstore.transfer_batch import BATCH_ITEMS_MAX, TransferBatch
+from dualpath.transfer.errors import Corrupt, InvalidRequest, Overloaded, Unavailable
 from dualpath.transfer.slices import Slices
+from numpy.typing import ArrayLike, NDArray
 
 _PROMOTION_PAUSE_S = 0.05
 """No search for a DRAM slot for so long after one was in vain."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where a chunk of a row is or goes. `buffer` is a read buffer's offset, or -1."""
-
-    row: int
-    offset: int
-    nbytes: int
-    present: bool
-    buffer: int
-    place: tuple[int, int]
-    expected: int
-
-
 class ChunkFetcher:
     """See the module docstring."""
 
-    def __init__(self, state: StoreState) -> None:
+    def __init__(self, state: StoreState, check: ChunkCheck) -> None:
         self._state = state
+        self._check = check
         self._promote_after = 0.0
+        self._stuck_lock = threading.Lock()
+        self._stuck: list[ChunkBatch] = []
 
     def fetch(self, lease_id: int, block: int, chunk: int) -> ArenaChunk:
         """See Store."""
-        state = self._state
-        with state.lock:
-            state.check_open()
-            target = self._target(lease_id, block, chunk, reading=True)
-        if not target.present:
-            self._read(target, chunk)
-        tier = Tier.DRAM if target.present else Tier.SSD
-        slices = Slices.contiguous(target.offset, target.nbytes)
-        with state.lock:
-            state.counters.read_bytes[tier] += target.nbytes
-            if target.buffer >= 0:
-                # The bytes are out of the slot: only the buffer is held on.
-                state.residency.unpin(target.row)
-                return ArenaChunk(state.dram.region, slices, partial(self._give, target.buffer))
-        return ArenaChunk(state.dram.region, slices, partial(self._unpin, target.row))
-
-    def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
-        """See Store."""
-        state = self._state
-        with state.lock:
-            state.check_open()
-            try:
-                target = self._target(lease_id, block, chunk, reading=False)
-            except Corrupt:
-                return True
-            only_copy = bool(state.table.dirty[target.row])
-        try:
-            if target.present and self._verifies(target):
-                return False
-            bad = only_copy or not self._verifies_on_ssd(target, chunk)
-            with state.lock:
-                if bad:
-                    self._drop(target.row)
-                else:
-                    self._forget_chunk(target.row, chunk)
-            return bad
-        finally:
-            self._unpin(target.row)
-
-    def _verifies(self, target: _Target) -> bool:
-        view = self._state.dram.view(target.offset, target.nbytes)
-        return checksum.xxh3_64(view) == target.expected
-
-    def _verifies_on_ssd(self, target: _Target, chunk: int) -> bool:
-        """Read the chunk anew, beside any copy in DRAM."""
-        state = self._state
-        length = _aligned(target.nbytes)
-        with state.lock:
-            buffer = self._buffer(length)
-        try:
-            view = state.dram.view(buffer, length)
-            offset = chunk * state.catalog.entry_of(target.row).layout.chunk_bytes
-            state.ssd.read(*target.place, offset, view)
-            return checksum.xxh3_64(view[: target.nbytes]) == target.expected
-        except OSError:
-            return False
-        finally:
-            self._give(buffer)
-
-    def _target(self, lease_id: int, block: int, chunk: int, *, reading: bool) -> _Target:
-        """Find and pin. Needs the lock. With `reading` there is a place to read to afterwards;
-        a read buffer may have to be waited for."""
-        state, table = self._state, self._state.table
-        row = self._row_of(lease_id, block)
-        layout = state.catalog.entry_of(row).layout
-        inside, nbytes = layout.chunk_extent(chunk)
-        if table.state[row] != RowState.PRESENT:
-            raise Corrupt(f"block {block} of lease {lease_id} was dropped since; look up again")
-        table.pins[row] += 1
-        try:
-            present = bool(int(table.filled[row]) >> chunk & 1)
-            buffer = -1
-            if reading and table.dram[row] < 0 and state.config.promote:
-                self._promote(row)
-            if reading and table.dram[row] < 0:
-                buffer = self._buffer(_aligned(nbytes))
-            offset = buffer if buffer >= 0 else int(table.dram[row]) + inside
-        except BaseException:
-            state.residency.unpin(row)
-            raise
-        sums = state.catalog.entry_of(row).pool.take(table.checksum_row[row : row + 1])
-        return _Target(
-            row,
-            offset,
-            nbytes,
-            present,
-            buffer,
-            (int(table.segment[row]), int(table.slot[row])),
-            int(sums[0, chunk]),
-        )
-
-    def _row_of(self, lease_id: int, block: int) -> int:
-        lease = self._state.leases.find(lease_id, self._state.clock())
-        if not 0 <= block < len(lease.rows):
-            raise InvalidRequest(
-                f"lease {lease_id} covers blocks 0..{len(lease.rows) - 1}, not block {block}"
+        batch = self.fetch_batch(lease_id, [block], [chunk])
+        if not batch.ok:
+            status = int(batch.status[0])
+            batch.release()
+            if status == FetchStatus.CORRUPT:
+                raise Corrupt(
+                    f"chunk {chunk} of block {block} of lease {lease_id} could not be read, now or "
+                    "earlier: block dropped; look up again"
+                )
+            raise Unavailable(
+                f"the SSD did not answer within {self._state.config.read_wait_s} s",
+                reason="slow_device",
             )
-        return int(lease.rows[block])
+        slices = Slices.contiguous(int(batch.offsets[0]), int(batch.nbytes[0]))
+        return ArenaChunk(batch.region, slices, batch.release)
+
+    def fetch_batch(
+        self,
+        lease_id: int,
+        blocks: ArrayLike,
+        chunks: ArrayLike,
+        *,
+        verify: bool = False,
+        wait: bool = True,
+    ) -> ChunkBatch:
+        """See Store."""
+        of_block, of_chunk = np.asarray(blocks, np.int32), np.asarray(chunks, np.int32)
+        if of_block.ndim != 1 or of_block.shape != of_chunk.shape or not len(of_block):
+            raise InvalidRequest(
+                f"blocks and chunks must be as many, at least one, not {of_block.shape} and "
+                f"{of_chunk.shape}"
+            )
+        self.reap()
+        of_block, of_chunk = of_block[:BATCH_ITEMS_MAX], of_chunk[:BATCH_ITEMS_MAX]
+        state = self._state
+        with state.lock:
+            state.check_open()
+            rows, entry = self._rows(lease_id, of_block, of_chunk)
+            np.add.at(state.table.pins, rows, 1)
+            try:
+                parts, dead = self._plan(rows, entry, of_chunk)
+                transfers = self._transfers(parts)
+            except BaseException:
+                # Only the wait for the first buffer raises: there is nothing else to give back.
+                state.residency.unpin_many(rows)
+                raise
+            state.residency.unpin_many(rows[len(parts.rows) :])
+        progress = None if transfers is None else state.ssd.device.read_batch(transfers)
+        recheck = self._check.recheck if verify else None
+        batch = ChunkBatch(state, parts, progress, dead=dead, recheck=recheck, adopt=self._adopt)
+        if wait:
+            try:
+                batch.finish()
+            except BaseException:
+                batch.release()
+                raise
+        return batch
+
+    def reap(self) -> None:
+        """Give back what the device has let go of since its batch was released."""
+        if not self._stuck:
+            return
+        with self._stuck_lock:
+            stuck, self._stuck = self._stuck, []
+        left = [batch for batch in stuck if not batch.settle()]
+        with self._stuck_lock:
+            self._stuck += left
+
+    def _adopt(self, batch: ChunkBatch) -> None:
+        with self._stuck_lock:
+            if batch not in self._stuck:
+                self._stuck.append(batch)
+
+    def _rows(
+        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int32], NamespaceEntry]:
+        lease = self._state.leases.find(lease_id, self._state.clock())
+        outside = (blocks < 0) | (blocks >= len(lease.rows))
+        if outside.any():
+            raise InvalidRequest(
+                f"lease {lease_id} covers blocks 0..{len(lease.rows) - 1}, not block "
+                f"{blocks[outside.argmax()]}"
+            )
+        rows = lease.rows[blocks]
+        entry = self._state.catalog.entry_of(int(rows[0]))
+        outside = (chunks < 0) | (chunks >= entry.layout.chunk_count)
+        if outside.any():
+            raise InvalidRequest(
+                f"chunk {chunks[outside.argmax()]} is outside of 0..{entry.layout.chunk_count - 1}"
+            )
+        return rows, entry
+
+    def _plan(
+        self, rows: NDArray[np.int32], entry: NamespaceEntry, chunks: NDArray[np.int32]
+    ) -> tuple[BatchParts, NDArray[np.bool_]]:
+        """(the batch, which of its items are dead). Needs the lock; all rows are pinned. Raises
+        Overloaded. Cuts the batch where the read buffers end."""
+        table, layout = self._state.table, entry.layout
+        bits = np.left_shift(np.uint64(1), chunks.astype(np.uint64))
+        dead = table.state[rows] != RowState.PRESENT
+        needed = ~dead & ((table.filled[rows] & bits) == 0)
+        if self._state.config.promote:
+            for row in np.unique(rows[needed & (table.dram[rows] < 0)]).tolist():
+                self._promote(row)
+        slots = table.dram[rows]
+        buffered = needed & ((slots < 0) | ((table.reading[rows] & bits) != 0))
+        buffered |= needed & _repeated(rows, chunks)
+        reads = plan_reads(layout, rows, chunks, needed, buffered)
+        slotted = needed & ~buffered
+        # Marked before the wait for a buffer, in which others plan too.
+        np.bitwise_or.at(table.reading, rows[slotted], bits[slotted])
+        try:
+            buffers = self._take_buffers(reads, buffered)
+        except BaseException:
+            np.bitwise_and.at(table.reading, rows[slotted], ~bits[slotted])
+            raise
+        if len(buffers) < len(reads):
+            items = int(reads.first[len(buffers)])
+            cut = slotted[items:]
+            np.bitwise_and.at(table.reading, rows[items:][cut], ~bits[items:][cut])
+            reads = reads.cut(len(buffers), items)
+            rows, chunks, slots = rows[:items], chunks[:items], slots[:items]
+            dead, needed, buffered = dead[:items], needed[:items], buffered[:items]
+        inside, nbytes = extents(layout, chunks)
+        offsets = np.where(dead, -1, slots + inside)
+        of_buffered = reads.of_item[buffered]
+        offsets[buffered] = (
+            buffers[of_buffered] + inside[buffered] - inside[reads.first[of_buffered]]
+        )
+        in_dram = int(nbytes[~dead & ~needed].sum())
+        self._state.counters.read_bytes[Tier.DRAM] += in_dram
+        expected = entry.pool.pick(table.checksum_row[rows], chunks)
+        return BatchParts(rows, chunks, offsets, nbytes, expected, needed, reads, buffers), dead
+
+    def _take_buffers(self, reads: ChunkReads, buffered: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The read buffer of each read, -1 where it goes to a slot; fewer than reads if there are
+        no more. Waits only when not even the first item would be served."""
+        pool = self._state.dram.buffers
+        buffers = np.full(len(reads), -1, np.int64)
+        for read in np.flatnonzero(buffered[reads.first]).tolist():
+            nbytes = int(reads.nbytes[read])
+            offset = pool.take(nbytes)
+            if offset < 0 and reads.first[read] > 0:
+                return buffers[:read]
+            buffers[read] = offset if offset >= 0 else self._await_buffer(nbytes)
+        return buffers
+
+    def _await_buffer(self, nbytes: int) -> int:
+        state = self._state
+        deadline = time.monotonic() + state.config.read_buffer_wait_s
+        while (offset := state.dram.buffers.take(nbytes)) < 0:
+            left = deadline - time.monotonic()
+            if left <= 0 or not state.room.wait(left):
+                raise Overloaded(
+                    f"no read buffer within {state.config.read_buffer_wait_s} s; release fetched "
+                    "chunks or raise read_buffers_bytes",
+                    retry_after_s=0.1,
+                )
+        return offset
+
+    def _transfers(self, parts: BatchParts) -> TransferBatch | None:
+        """The reads of a batch; needs the lock."""
+        reads = parts.reads
+        if not len(reads):
+            return None
+        state, rows = self._state, parts.rows[reads.first]
+        entry = state.catalog.entry_of(int(rows[0]))
+        inside, _ = extents(entry.layout, parts.chunks[reads.first])
+        files, file, offset = state.ssd.locate(
+            state.table.segment[rows], state.table.slot[rows], inside
+        )
+        memory = state.dram.region.view
+        return TransferBatch(files, file, offset, memory, parts.offsets[reads.first], reads.nbytes)
 
     def _promote(self, row: int) -> None:
         """Give a block on SSD a DRAM slot if one is free or a colder block can leave it."""
@@ -157,68 +228,10 @@ class ChunkFetcher:
         else:
             table.dram[row] = offset
 
-    def _buffer(self, nbytes: int) -> int:
-        """A read buffer, waiting for one if all are in use. Raises Overloaded."""
-        state = self._state
-        deadline = time.monotonic() + state.config.read_buffer_wait_s
-        while (offset := state.dram.buffers.take(nbytes)) < 0:
-            left = deadline - time.monotonic()
-            if left <= 0 or not state.room.wait(left):
-                raise Overloaded(
-                    f"no read buffer within {state.config.read_buffer_wait_s} s; release fetched "
-                    "chunks or raise read_buffers_bytes",
-                    retry_after_s=0.1,
-                )
-        return offset
 
-    def _read(self, target: _Target, chunk: int) -> None:
-        """Read a chunk from SSD to its target. Raises Corrupt; the block is then dropped."""
-        state = self._state
-        view = state.dram.view(target.offset, _aligned(target.nbytes))
-        row = target.row
-        try:
-            layout = state.catalog.entry_of(row).layout
-            state.ssd.read(*target.place, chunk * layout.chunk_bytes, view)
-        except OSError as error:
-            with state.lock:
-                self._drop(row)
-                state.residency.unpin(row)
-            if target.buffer >= 0:
-                self._give(target.buffer)
-            raise Corrupt(
-                f"the SSD tier could not read a chunk ({error}); block dropped"
-            ) from error
-        if target.buffer < 0:
-            with state.lock:
-                self._note_chunk(row, chunk)
-
-    def _note_chunk(self, row: int, chunk: int) -> None:
-        table = self._state.table
-        filled = int(table.filled[row]) | 1 << chunk
-        table.filled[row] = filled
-        chunks = self._state.catalog.entry_of(row).layout.chunk_count
-        table.resident[row] = filled == (1 << chunks) - 1
-
-    def _forget_chunk(self, row: int, chunk: int) -> None:
-        """The copy in DRAM is bad and the one on SSD good: the next fetch reads it again."""
-        table = self._state.table
-        table.filled[row] = int(table.filled[row]) & ~(1 << chunk)
-        table.resident[row] = False
-
-    def _drop(self, row: int) -> None:
-        if self._state.table.state[row] == RowState.PRESENT:
-            self._state.residency.drop(row, MissReason.CORRUPT)
-
-    def _unpin(self, row: int) -> None:
-        with self._state.lock:
-            self._state.residency.unpin(row)
-            self._state.room.notify_all()
-
-    def _give(self, buffer: int) -> None:
-        with self._state.lock:
-            self._state.dram.buffers.give(buffer)
-            self._state.room.notify_all()
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+def _repeated(rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which items name a chunk that an earlier item names too."""
+    keys = rows.astype(np.int64) * CHUNKS_PER_BLOCK_MAX + chunks
+    repeated = np.ones(len(keys), np.bool_)
+    repeated[np.unique(keys, return_index=True)[1]] = False
+    return repeated

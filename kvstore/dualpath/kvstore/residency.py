@@ -167,6 +167,13 @@ class Residency:
         for row in rows[self._table.state[rows] == RowState.DEAD].tolist():
             self.collect(row)
 
+    def unpin_many(self, rows: NDArray[np.int32]) -> None:
+        """`unpin` each; a row may occur more than once."""
+        table = self._table
+        np.subtract.at(table.pins, rows, 1)
+        for row in np.unique(rows[table.state[rows] == RowState.DEAD]).tolist():
+            self.collect(row)
+
     def take_dram(self, slot_bytes: int, *, for_write: bool) -> int:
         """Offset of a DRAM slot, demoting clean blocks (for a write also leased ones: they stay
         readable from SSD); -1 if there is none."""

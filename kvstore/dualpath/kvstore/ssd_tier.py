@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 from dualpath.kvstore import segment as segments
 from dualpath.kvstore.device import Device, DeviceFile
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import SegmentGeometry
 from dualpath.kvstore.slot_allocator import SlotAllocator
+from numpy.typing import NDArray
 
 _PREFIX = "segment-"
 
@@ -157,6 +159,17 @@ class SsdTier:
         """Fill `view` from bytes of a slot. Raises OSError."""
         start = self._geometry[segment].slot_offset(slot) + offset
         self._files[segment].read(start, [view])
+
+    def locate(
+        self, segments: NDArray[np.int32], slots: NDArray[np.int32], inside: NDArray[np.int64]
+    ) -> tuple[list[DeviceFile], NDArray[np.int32], NDArray[np.int64]]:
+        """(files, the file of each place, its offset there) of places `inside` slots."""
+        known, index = np.unique(segments, return_inverse=True)
+        geometry = [self._geometry[segment] for segment in known.tolist()]
+        starts = np.array([g.data_offset for g in geometry], np.int64)[index]
+        sizes = np.array([g.slot_bytes for g in geometry], np.int64)[index]
+        files = [self._files[segment] for segment in known.tolist()]
+        return files, index.astype(np.int32), starts + slots * sizes + inside
 
     def write_slots(self, segment: int, first: int, views: Sequence[memoryview]) -> None:
         """Write whole slots, one after another. Raises OSError."""

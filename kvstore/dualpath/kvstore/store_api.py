@@ -21,12 +21,13 @@ from typing import Protocol, Self
 
 import numpy as np
 from dualpath.kvstore.checksum import Buffer
+from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_health import StoreHealth
 from dualpath.transfer.region import Region
 from dualpath.transfer.slices import Slices
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 HASH_BYTES_MIN = 16
 HASH_BYTES_MAX = 32
@@ -277,6 +278,26 @@ class Store(Protocol):
         Zero-copy when the block is in DRAM, else read from SSD into a bounded read buffer.
         Raises LeaseExpired, InvalidRequest (indices), Overloaded (no read buffer within 1 s),
         Corrupt (the medium failed: the block is dropped).
+        """
+
+    def fetch_batch(
+        self,
+        lease_id: int,
+        blocks: ArrayLike,
+        chunks: ArrayLike,
+        *,
+        verify: bool = False,
+        wait: bool = True,
+    ) -> FetchedBatch:
+        """Bring chunk `chunks[i]` of the lease's block `blocks[i]` into memory, for each i, with
+        the reads at the device's depth; the fast way to fetch.
+
+        The answer may hold fewer chunks than asked, the leading ones: as many as there are read
+        buffers for (never none). With `verify` each chunk is checked against its checksum as it
+        arrives, and a wrong one put right from the SSD or its block dropped. Returns when all
+        have arrived, or without `wait` once the reads have started: drive it by
+        `FetchedBatch.arrived`. Raises as `fetch` does, but what becomes of a chunk is in
+        `FetchedBatch.status`.
         """
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:

@@ -16,7 +16,8 @@ class StoreConfig:
     `dram_bytes` the arena's slots, `read_buffers_bytes` the buffers for chunks that are read past
     them. `direct` asks for O_DIRECT. `shared_arena` makes the arena a sealed memfd, for
     peers that map it. `promote` keeps blocks that were read from SSD in DRAM. A seal that is not
-    durable waits while `write_back_bytes_max` (0: half of `dram_bytes`) wait to be written.
+    durable waits while `write_back_bytes_max` (0: half of `dram_bytes`) wait to be written. A batch
+    of chunks waits `read_wait_s` for the SSD; what has not come by then is given up.
     """
 
     disk_bytes: int = 4 << 30
@@ -39,6 +40,7 @@ class StoreConfig:
     """Events that a reader of the log may be behind before it loses some; 0: none are kept."""
     reserve_wait_s: float = 1.0
     read_buffer_wait_s: float = 1.0
+    read_wait_s: float = 10.0
     commit_wait_s: float = 60.0
 
     def __post_init__(self) -> None:

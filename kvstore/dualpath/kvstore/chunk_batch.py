@@ -1,0 +1,290 @@
+"""A batch of chunks on their way into memory: drives the reads, checks the bytes, gives back.
+
+Each chunk holds a pin on its row until it is released, so that neither the end of its lease nor
+eviction can touch its slots. A read that the medium does not answer keeps its memory and its
+pins until the device has let go of them (`settle`).
+The store's lock is taken a batch, not a chunk.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from dualpath.kvstore import checksum
+from dualpath.kvstore.block_table import RowState
+from dualpath.kvstore.chunk_plan import ChunkReads
+from dualpath.kvstore.fetched_batch import FetchStatus
+from dualpath.kvstore.store_api import MissReason, Tier
+from dualpath.kvstore.store_state import StoreState
+from dualpath.kvstore.transfer_batch import UNDER_WAY, BatchProgress
+from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.region import Region
+from numpy.typing import NDArray
+
+_log = logging.getLogger(__name__)
+
+_TRANSIENT = frozenset((errno.ECANCELED, errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ETIMEDOUT))
+"""Errors that say nothing about the block's bytes."""
+_CANCEL_S = 1.0
+"""How long a batch that is given up is waited for, so that it rarely outlives its caller."""
+
+
+@dataclass(slots=True)
+class BatchParts:
+    """What a batch is made of. Item arrays: `rows`, `chunks`, `offsets` (in the arena), `nbytes`,
+    `expected` (checksums), `needed` (has to be read). `buffers`: of each read, the read buffer
+    that it goes to, or -1 for the blocks' own slots."""
+
+    rows: NDArray[np.int32]
+    chunks: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    expected: NDArray[np.uint64]
+    needed: NDArray[np.bool_]
+    reads: ChunkReads
+    buffers: NDArray[np.int64]
+
+
+Recheck = Callable[[int, int, int, int], bool]
+"""(row, chunk, arena offset, expected checksum): bytes were wrong; True if they are right now, else
+the block was dropped."""
+
+
+class ChunkBatch:
+    """See FetchedBatch."""
+
+    def __init__(
+        self,
+        state: StoreState,
+        parts: BatchParts,
+        progress: BatchProgress | None,
+        *,
+        dead: NDArray[np.bool_],
+        recheck: Recheck | None,
+        adopt: Callable[[ChunkBatch], None],
+    ) -> None:
+        """Takes over the pins and buffers of `parts`. `dead` items were dropped earlier. With
+        `recheck` every chunk is verified as it arrives. `adopt` is called with this when something
+        was released that the device still holds: call `settle` until it is True."""
+        self._state = state
+        self._parts = parts
+        self._progress = progress
+        self._recheck = recheck
+        self._deadline = time.monotonic() + state.config.read_wait_s
+        self._adopt = adopt
+        self._releasing = threading.Lock()
+        self._all = np.arange(len(parts.rows), dtype=np.int32)
+        self._held = np.ones(len(parts.rows), np.bool_)
+        self._owed = np.zeros(len(parts.rows), np.bool_)
+        self._run_held = parts.reads.count.copy()
+        self._noted = ~parts.needed
+        self.status = np.zeros(len(parts.rows), np.uint8)
+        self.status[parts.needed] = FetchStatus.UNDER_WAY
+        self.status[dead] = FetchStatus.CORRUPT
+        self._fresh: NDArray[np.int32] | None = np.flatnonzero(~parts.needed).astype(np.int32)
+        self._given_up = False
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    @property
+    def region(self) -> Region:
+        """See FetchedBatch."""
+        return self._state.dram.region
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """See FetchedBatch."""
+        return self._parts.offsets
+
+    @property
+    def nbytes(self) -> NDArray[np.int64]:
+        """See FetchedBatch."""
+        return self._parts.nbytes
+
+    @property
+    def ok(self) -> bool:
+        """See FetchedBatch."""
+        return not self.status.any()
+
+    def arrived(self, timeout_s: float) -> NDArray[np.int32]:
+        """See FetchedBatch."""
+        if self._fresh is not None:
+            fresh, self._fresh = self._fresh, None
+            if len(fresh):
+                self._verify(fresh[self.status[fresh] == FetchStatus.OK])
+                return fresh
+        progress = self._progress
+        if progress is None or progress.pending == 0 or self._given_up:
+            return np.empty(0, np.int32)
+        left = self._deadline - time.monotonic()
+        reads = progress.wait(min(timeout_s, max(left, 0.0)))
+        items = self._take(reads)
+        if progress.pending == 0:
+            self._note()
+        elif not len(reads) and left <= timeout_s:
+            return self._give_up(_CANCEL_S)
+        return items
+
+    def finish(self) -> None:
+        """See FetchedBatch."""
+        while self._fresh is not None or self._under_way:
+            self.arrived(self._state.config.read_wait_s)
+
+    @property
+    def _under_way(self) -> bool:
+        return self._progress is not None and self._progress.pending > 0 and not self._given_up
+
+    def _take(self, reads: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Some reads have ended: set the status of their items, verified, and return these."""
+        assert self._progress is not None
+        plan = self._parts.reads
+        arrived: list[NDArray[np.int32]] = []
+        for read in reads.tolist():
+            first = int(plan.first[read])
+            items = np.arange(first, first + int(plan.count[read]), dtype=np.int32)
+            error = int(self._progress.errors[read])
+            if error == 0:
+                self.status[items] = FetchStatus.OK
+                self._verify(items)
+            elif error in _TRANSIENT:
+                self.status[items] = FetchStatus.UNAVAILABLE
+            else:
+                self.status[items] = FetchStatus.CORRUPT
+                self._drop(int(self._parts.rows[first]), error)
+            arrived.append(items)
+        return np.concatenate(arrived) if arrived else np.empty(0, np.int32)
+
+    def _verify(self, items: NDArray[np.int32]) -> None:
+        recheck, parts = self._recheck, self._parts
+        if recheck is None:
+            return
+        view = self.region.view
+        for item in items.tolist():
+            start = int(parts.offsets[item])
+            expected = int(parts.expected[item])
+            if checksum.xxh3_64(view[start : start + int(parts.nbytes[item])]) != expected and (
+                not recheck(int(parts.rows[item]), int(parts.chunks[item]), start, expected)
+            ):
+                self.status[item] = FetchStatus.CORRUPT
+
+    def _drop(self, row: int, error: int) -> None:
+        _log.warning("a block is dropped: it could not be read: %s", os.strerror(error))
+        with self._state.lock:
+            if self._state.table.state[row] == RowState.PRESENT:
+                self._state.residency.drop(row, MissReason.CORRUPT)
+
+    def _give_up(self, wait_s: float) -> NDArray[np.int32]:
+        """The medium takes too long, or nobody wants the rest. Return the items that this ends;
+        what the device still holds is UNAVAILABLE."""
+        progress = self._progress
+        assert progress is not None
+        progress.cancel()
+        deadline = time.monotonic() + wait_s
+        ended = []
+        while progress.pending and (left := deadline - time.monotonic()) > 0:
+            ended.append(self._take(progress.wait(left)))
+        self._given_up = True
+        if progress.pending == 0:
+            self._note()
+        late = np.flatnonzero(self.status == FetchStatus.UNDER_WAY).astype(np.int32)
+        self.status[late] = FetchStatus.UNAVAILABLE
+        return np.concatenate([*ended, late])
+
+    def _note(self) -> None:
+        """All reads have ended: what is in slots now serves others too."""
+        with self._state.lock:
+            self._note_items(self._all)
+
+    def _note_items(self, items: NDArray[np.int32]) -> None:
+        """The reads of these items have ended. Needs the lock; before their pins go."""
+        items = items[~self._noted[items]]
+        if not len(items):
+            return
+        self._noted[items] = True
+        state, parts, table = self._state, self._parts, self._state.table
+        good = self.status[items] == FetchStatus.OK
+        state.counters.read_bytes[Tier.SSD] += int(parts.nbytes[items[good]].sum())
+        slotted = parts.buffers[parts.reads.of_item[items]] < 0
+        items, good = items[slotted], good[slotted]
+        rows = parts.rows[items]
+        bits = np.left_shift(np.uint64(1), parts.chunks[items].astype(np.uint64))
+        np.bitwise_and.at(table.reading, rows, ~bits)
+        if not good.any():
+            return
+        rows, bits = rows[good], bits[good]
+        np.bitwise_or.at(table.filled, rows, bits)
+        layout = state.catalog.entry_of(int(rows[0])).layout
+        rows = np.unique(rows)
+        table.resident[rows] = table.filled[rows] == np.uint64((1 << layout.chunk_count) - 1)
+
+    def release(self, chunks: NDArray[np.int32] | None = None) -> None:
+        """See FetchedBatch."""
+        if chunks is None:
+            if self._under_way:
+                self._give_up(_CANCEL_S)
+            chunks = self._all
+        elif (self.status[chunks] == FetchStatus.UNDER_WAY).any():
+            raise InvalidRequest("a chunk that is still being read cannot be released by itself")
+        with self._releasing:
+            stuck = self._give_back(chunks[self._held[chunks]])
+        if stuck:
+            self._adopt(self)
+
+    def settle(self) -> bool:
+        """Give back what was released while the device held it. True once that is all."""
+        assert self._progress is not None
+        with self._releasing:
+            self._progress.wait(0)
+            if self._progress.pending == 0:
+                self._note()
+            return not self._give_back(np.flatnonzero(self._owed).astype(np.int32))
+
+    def _give_back(self, items: NDArray[np.int32]) -> bool:
+        """Return whether some are still the device's; those are owed."""
+        if not len(items):
+            return False
+        parts = self._parts
+        reads = parts.reads.of_item[items]
+        stuck = False
+        if self._progress is not None and self._progress.pending:
+            with_device = (reads >= 0) & (self._progress.errors[reads] == UNDER_WAY)
+            self._owed[items] = with_device
+            stuck = bool(with_device.any())
+            items, reads = items[~with_device], reads[~with_device]
+        self._held[items] = False
+        reads = reads[reads >= 0]
+        np.subtract.at(self._run_held, reads, 1)
+        done = np.unique(reads[self._run_held[reads] == 0])
+        buffers = parts.buffers[done]
+        rows = parts.rows[items]
+        state = self._state
+        with state.lock:
+            self._note_items(items)
+            state.residency.unpin_many(rows)
+            for buffer in buffers[buffers >= 0].tolist():
+                state.dram.buffers.give(buffer)
+            state.room.notify_all()
+        return stuck
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release all."""
+        self.release()
