@@ -1,0 +1,1 @@
+"""GPU memory: copies against the limit of the bus, checked and timed."""

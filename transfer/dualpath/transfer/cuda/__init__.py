@@ -1,0 +1,1 @@
+"""GPU memory as source and destination of copies. Importing it needs no GPU and no cupy."""
