@@ -60,15 +60,16 @@ class StoreReport:
 def rows(report: StoreReport) -> Iterator[Row]:
     """A row a figure, in the order of HEADINGS."""
     for section in report.sections:
-        name = section.name
-        for figure, value in report.figures[name].items():
+        figures = report.figures[section.name]
+        title = section.name
+        for figure, value in figures.items():
             target = next((each for each in section.targets if each.figure == figure), None)
-            verdict = ""
+            judgement = ""
             if target is not None and report.judged:
-                verdict = "missed" if target.missed(report.figures[name]) else "holds"
+                judgement = "missed" if target.missed(figures) else "holds"
             bound = "" if target is None else str(target).removeprefix(figure).strip()
-            yield (name, figure, _shown(value), bound, verdict)
-            name = ""
+            yield (title, figure, _shown(value), bound, judgement)
+            title = ""
 
 
 def _shown(value: object) -> str:

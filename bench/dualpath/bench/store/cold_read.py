@@ -1,0 +1,193 @@
+"""Cold reads: blocks from SSD into the arena, verified, against fio over the very same extents.
+
+Ours: an embedded store that keeps nothing in DRAM, read in order through batches. Limit: fio with
+io_uring and O_DIRECT at the same depth, reading the slots of the same segment file into the same
+kind of pages. fio hashes nothing; the cost of the checksum alone is measured beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from dualpath.bench.rounds import Sample, Series, interleave
+from dualpath.bench.stopwatch import Stopwatch
+from dualpath.bench.store.batch_reader import BatchReader
+from dualpath.bench.store.fio import DEPTH, Fio, FioJob
+from dualpath.bench.store.keyed_blocks import KeyedBlocks
+from dualpath.bench.store.memory_copy import hash_blocks
+from dualpath.bench.store.pages import PageKind, kind_of, memory_of
+from dualpath.bench.store.section import SKIPPED, Figures, is_trial
+from dualpath.kvstore.block_store import BlockStore, StoreConfig
+from dualpath.kvstore.fetched_batch import FetchedBatch
+from dualpath.kvstore.segment import SegmentGeometry
+from dualpath.kvstore.store_api import Tier
+from dualpath.transfer.errors import Corrupt, Unavailable
+from numpy.typing import NDArray
+
+TOTAL_BYTES = 1 << 30
+TRIAL_BYTES = 16 << 20
+PASSES = 2
+"""Readings of everything in one round: longer than the noise of a start."""
+BATCH_BYTES = 64 << 20
+LEASE_S = 600.0
+HASHED_BYTES = 256 << 20
+_OWNER = "bench"
+_DRAM_BYTES = 4 << 20
+"""Slots of the store that is read: too few to keep anything."""
+
+
+def measure_1m(scratch: Path, rounds: int, progress: Callable[[str], None]) -> Figures:
+    """Figures of the section `cold_read_1m`."""
+    return _measure(scratch, rounds, progress, 1 << 20)
+
+
+def measure_256k(scratch: Path, rounds: int, progress: Callable[[str], None]) -> Figures:
+    """Figures of the section `cold_read_256k`."""
+    return _measure(scratch, rounds, progress, 256 << 10)
+
+
+def _measure(
+    scratch: Path, rounds: int, progress: Callable[[str], None], block_bytes: int
+) -> Figures:
+    trial = is_trial(rounds)
+    total_bytes = TRIAL_BYTES if trial else TOTAL_BYTES
+    blocks = KeyedBlocks(block_bytes, total_bytes // block_bytes)
+    segment = SegmentGeometry(blocks.layout.slot_bytes, blocks.count)
+    config = store_config(segment.file_bytes)
+    progress(f"writing {blocks.total_bytes >> 20} MiB")
+    with BlockStore.open(scratch / "data", config) as store:
+        blocks.put(store)
+    (file,) = (path for path in (scratch / "data").rglob("*") if is_segment(path, segment))
+    with BlockStore.open(scratch / "data", config) as store:
+        reading = ColdReading(store, blocks)
+        reading.check()
+        pages = kind_of(store.arena.view)
+        device = store.stats().device
+        contestants: dict[str, Callable[[], Sample]] = {
+            "ours": reading.read,
+            "xxh3": Hashing(pages, blocks.layout.chunk_bytes).run,
+        }
+        figures: Figures = {}
+        try:
+            fio = Fio(pages)
+        except Unavailable as error:
+            figures[SKIPPED] = str(error)
+        else:
+            job = FioJob(
+                [file],
+                "read",
+                block_bytes,
+                PASSES * blocks.total_bytes,
+                more=(
+                    "--readonly",
+                    f"--offset={segment.data_offset}",
+                    f"--size={blocks.total_bytes}",
+                ),
+            )
+            contestants["fio"] = lambda: fio.run(job)
+        series = interleave(contestants, rounds, progress)
+        reading.end()
+    figures |= _figures(series)
+    figures |= {"pages": pages.value, "device": device, "depth": DEPTH}
+    return figures
+
+
+def _figures(series: dict[str, Series]) -> Figures:
+    ours, hashing = series["ours"], series["xxh3"]
+    figures: Figures = {
+        "ours_gibs": ours.gibs,
+        "ours_cpu_s_per_gib": ours.cpu_s_per_gib,
+        "xxh3_cpu_s_per_gib": hashing.cpu_s_per_gib,
+        "ours_spread": ours.spread,
+    }
+    if "fio" in series:
+        fio = series["fio"]
+        figures |= {
+            "fio_gibs": fio.gibs,
+            "fio_cpu_s_per_gib": fio.cpu_s_per_gib,
+            "fio_spread": fio.spread,
+            "ratio": ours.ratio_to(fio),
+            "cpu_ratio": (ours.cpu_s_per_gib - hashing.cpu_s_per_gib) / fio.cpu_s_per_gib,
+        }
+    return figures
+
+
+def store_config(segment_bytes: int) -> StoreConfig:
+    """Of a store whose blocks lie in one segment and are always read from it."""
+    return StoreConfig(
+        disk_bytes=segment_bytes,
+        segment_bytes=segment_bytes,
+        dram_bytes=_DRAM_BYTES + BATCH_BYTES,
+        read_buffers_bytes=2 * BATCH_BYTES,
+        promote=False,
+    )
+
+
+def is_segment(path: Path, segment: SegmentGeometry) -> bool:
+    """Whether it is the file of that one segment."""
+    return path.is_file() and path.stat().st_size == segment.file_bytes
+
+
+class Hashing:
+    """The checksum of every chunk, in memory that is larger than the caches."""
+
+    def __init__(self, pages: PageKind, chunk_bytes: int) -> None:
+        self._memory = memoryview(memory_of(pages, HASHED_BYTES))
+        self._chunk_bytes = chunk_bytes
+
+    def run(self) -> Sample:
+        """Hash all of it once."""
+        return hash_blocks(self._memory, self._chunk_bytes)
+
+
+class ColdReading:
+    """Reads all blocks of one lease again and again."""
+
+    def __init__(self, store: BlockStore, blocks: KeyedBlocks) -> None:
+        self._store = store
+        self._blocks = blocks
+        self._reader = BatchReader(store, blocks.layout, BATCH_BYTES)
+        namespace_id = store.open_namespace(blocks.namespace)
+        hit = store.lookup(namespace_id, blocks.hashes, owner=_OWNER, lease_s=LEASE_S)
+        if hit.blocks != blocks.count:
+            raise Unavailable(f"{hit.blocks} of {blocks.count} blocks are there: {hit.detail}")
+        self._lease_id = hit.lease_id
+
+    def read(self) -> Sample:
+        """All blocks, PASSES times. Raises Unavailable if they came from elsewhere than SSD."""
+        before = self._store.stats().read_bytes[Tier.SSD]
+        with Stopwatch() as watch:
+            for _ in range(PASSES):
+                self._reader.read(self._lease_id, self._blocks.count)
+        self._store.renew(self._lease_id, owner=_OWNER, lease_s=LEASE_S)
+        nbytes = PASSES * self._blocks.total_bytes
+        came = self._store.stats().read_bytes[Tier.SSD] - before
+        if came != nbytes:
+            raise Unavailable(f"{came} of {nbytes} bytes came from SSD: the read was not cold")
+        return watch.sample(nbytes)
+
+    def check(self) -> None:
+        """Read all once and compare every byte. Raises Corrupt."""
+        layout, blocks = self._blocks.layout, self._blocks
+        expected = memoryview(bytearray(layout.block_bytes))
+        filled = -1
+
+        def visit(batch: FetchedBatch, first: int, items: NDArray[np.int32]) -> None:
+            nonlocal filled
+            for item in items.tolist():
+                index, chunk = divmod(first + item, layout.chunk_count)
+                if index != filled:
+                    blocks.fill(index, expected, 0)
+                    filled = index
+                offset, nbytes = layout.chunk_extent(chunk)
+                start = int(batch.offsets[item])
+                if batch.region.view[start : start + nbytes] != expected[offset : offset + nbytes]:
+                    raise Corrupt(f"block {index}, chunk {chunk} came back wrong")
+
+        self._reader.read(self._lease_id, blocks.count, visit)
+
+    def end(self) -> None:
+        """Give the lease back."""
+        self._store.release(self._lease_id, owner=_OWNER)
