@@ -526,6 +526,65 @@ class AbandonResponse(google.protobuf.message.Message):
 global___AbandonResponse = AbandonResponse
 
 @typing.final
+class LocateRequest(google.protobuf.message.Message):
+    """Where leased blocks lie in the segment files, for a reader that has them on a mount of its own."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    TICKET_FIELD_NUMBER: builtins.int
+    BLOCK_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
+    lease_id: builtins.int
+    """own lease, or"""
+    ticket: builtins.bytes
+    """a delegated one"""
+    @property
+    def block(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """of the lease"""
+
+    def __init__(
+        self,
+        *,
+        session: builtins.bytes = ...,
+        lease_id: builtins.int = ...,
+        ticket: builtins.bytes = ...,
+        block: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "lease_id", b"lease_id", "session", b"session", "ticket", b"ticket"]) -> None: ...
+
+global___LocateRequest = LocateRequest
+
+@typing.final
+class LocateResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORE_ID_FIELD_NUMBER: builtins.int
+    SEGMENT_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    store_id: builtins.str
+    """of the data directory: the reader's mount must show the same"""
+    @property
+    def segment(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """one a block; -1: not in a file (yet): ask for it by Deliver"""
+
+    @property
+    def offset(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """one a block: bytes from the start of the segment's file"""
+
+    def __init__(
+        self,
+        *,
+        store_id: builtins.str = ...,
+        segment: collections.abc.Iterable[builtins.int] | None = ...,
+        offset: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["offset", b"offset", "segment", b"segment", "store_id", b"store_id"]) -> None: ...
+
+global___LocateResponse = LocateResponse
+
+@typing.final
 class DeliverRequest(google.protobuf.message.Message):
     """One long-lived stream an attachment. The first message carries only `session`."""
 

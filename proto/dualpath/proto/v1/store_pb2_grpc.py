@@ -90,6 +90,11 @@ class StoreStub(object):
                 request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DeliverRequest.SerializeToString,
                 response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DeliverResponse.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/dualpath.v1.Store/Locate',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.LocateRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.LocateResponse.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/dualpath.v1.Store/Read',
                 request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.ReadRequest.SerializeToString,
@@ -191,6 +196,12 @@ class StoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Read(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -285,6 +296,11 @@ def add_StoreServicer_to_server(servicer, server):
                     servicer.Deliver,
                     request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DeliverRequest.FromString,
                     response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DeliverResponse.SerializeToString,
+            ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.LocateRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.LocateResponse.SerializeToString,
             ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
@@ -614,6 +630,33 @@ class Store(object):
             '/dualpath.v1.Store/Deliver',
             dualpath_dot_proto_dot_v1_dot_store__pb2.DeliverRequest.SerializeToString,
             dualpath_dot_proto_dot_v1_dot_store__pb2.DeliverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dualpath.v1.Store/Locate',
+            dualpath_dot_proto_dot_v1_dot_store__pb2.LocateRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_store__pb2.LocateResponse.FromString,
             options,
             channel_credentials,
             insecure,

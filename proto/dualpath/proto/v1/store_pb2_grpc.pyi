@@ -78,6 +78,11 @@ class StoreStub:
         dualpath.proto.v1.store_pb2.DeliverResponse,
     ]
 
+    Locate: grpc.UnaryUnaryMultiCallable[
+        dualpath.proto.v1.store_pb2.LocateRequest,
+        dualpath.proto.v1.store_pb2.LocateResponse,
+    ]
+
     Read: grpc.UnaryStreamMultiCallable[
         dualpath.proto.v1.store_pb2.ReadRequest,
         dualpath.proto.v1.store_pb2.ReadFrame,
@@ -163,6 +168,11 @@ class StoreAsyncStub:
     Deliver: grpc.aio.StreamStreamMultiCallable[
         dualpath.proto.v1.store_pb2.DeliverRequest,
         dualpath.proto.v1.store_pb2.DeliverResponse,
+    ]
+
+    Locate: grpc.aio.UnaryUnaryMultiCallable[
+        dualpath.proto.v1.store_pb2.LocateRequest,
+        dualpath.proto.v1.store_pb2.LocateResponse,
     ]
 
     Read: grpc.aio.UnaryStreamMultiCallable[
@@ -273,6 +283,13 @@ class StoreServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[dualpath.proto.v1.store_pb2.DeliverRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[dualpath.proto.v1.store_pb2.DeliverResponse], collections.abc.AsyncIterator[dualpath.proto.v1.store_pb2.DeliverResponse]]: ...
+
+    @abc.abstractmethod
+    def Locate(
+        self,
+        request: dualpath.proto.v1.store_pb2.LocateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dualpath.proto.v1.store_pb2.LocateResponse, collections.abc.Awaitable[dualpath.proto.v1.store_pb2.LocateResponse]]: ...
 
     @abc.abstractmethod
     def Read(
