@@ -51,36 +51,41 @@ class Fio:
         self._memory, self._environment = _memory_option(pages)
         self.version = _output([found, "--version"]).strip()
 
-    def run(self, job: FioJob) -> Sample:
-        """Run it; the seconds are of the transfer, the processor time too, without fio's start."""
-        argv = [
-            self._program,
-            "--name=limit",
+    def run(self, *jobs: FioJob) -> Sample:
+        """Run them at once; the seconds are of the transfers, the processor time too, without
+        fio's start. `detail` has `read_gibs` and `write_gibs`."""
+        argv = [self._program, "--output-format=json"]
+        for number, job in enumerate(jobs):
+            argv += self._options(f"limit-{number}", job)
+        reports = json.loads(_output(argv, self._environment))["jobs"]
+        nbytes, seconds, cpu_s = 0, 0.0, 0.0
+        detail = {"read_gibs": 0.0, "write_gibs": 0.0}
+        for report in reports:
+            if report["error"]:
+                raise Unavailable(f"fio failed with error {report['error']} ({' '.join(argv)})")
+            # Percentages of the job's run time, so that laying out files is not counted.
+            share = (report["usr_cpu"] + report["sys_cpu"]) / 100
+            cpu_s += share * report["job_runtime"] / 1000
+            for way in ("read", "write"):
+                moved, way_s = report[way]["io_bytes"], report[way]["runtime"] / 1000
+                nbytes += moved
+                seconds = max(seconds, way_s)
+                detail[f"{way}_gibs"] += moved / GIB / way_s if moved else 0.0
+        return Sample(nbytes, seconds, cpu_s, detail)
+
+    def _options(self, name: str, job: FioJob) -> list[str]:
+        return [
+            f"--name={name}",
             "--filename=" + ":".join(str(path).replace(":", r"\:") for path in job.files),
-            "--file_service_type=sequential",
             f"--rw={job.pattern}",
             f"--bs={job.block_bytes}",
             f"--io_size={job.total_bytes}",
             f"--iodepth={job.depth}",
             "--ioengine=io_uring",
             "--direct=1",
-            "--allow_file_create=1",
             f"--mem={self._memory}",
-            "--output-format=json",
             *job.more,
         ]
-        report = json.loads(_output(argv, self._environment))["jobs"][0]
-        if report["error"]:
-            raise Unavailable(f"fio failed with error {report['error']} ({' '.join(argv)})")
-        moved = [report[way] for way in ("read", "write") if report[way]["io_bytes"]]
-        seconds = max(way["runtime"] for way in moved) / 1000
-        # Percentages of the job's run time, so that laying out files is not counted.
-        cpu_s = (report["usr_cpu"] + report["sys_cpu"]) / 100 * report["job_runtime"] / 1000
-        detail = {
-            f"{way}_gibs": report[way]["io_bytes"] / GIB / max(report[way]["runtime"], 1) * 1000
-            for way in ("read", "write")
-        }
-        return Sample(sum(way["io_bytes"] for way in moved), seconds, cpu_s, detail)
 
 
 def _memory_option(pages: PageKind) -> tuple[str, Mapping[str, str]]:
