@@ -81,10 +81,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
     def present(self) -> set[tuple[int, bytes]]:
+        table, catalog = self.store._state.table, self.store._state.catalog
+        spaces = [namespace.id for namespace in NAMESPACES]
         found = set()
-        for space, namespace in enumerate(NAMESPACES):
-            entry = self.store._state.catalog.entry(namespace.id)
-            found |= {(space, block_hash) for block_hash in entry.present}
+        for row in np.flatnonzero(table.state == RowState.PRESENT).tolist():
+            entry, block_hash = catalog.entry_of(row), table.hash_of(row)
+            assert catalog.row_of(entry, block_hash) == row
+            found.add((spaces.index(entry.id), block_hash))
+        assert len(table.index) == len(found)
         return found
 
     @initialize(path=PATHS)

@@ -130,20 +130,19 @@ class BlockWriter:
         self, entry: NamespaceEntry, block: NewBlock, owner: str, ttl_s: float
     ) -> Reservation:
         state = self._state
-        known = entry.present.get(block.hash)
-        if known is not None:
+        known = state.catalog.row_of(entry, block.hash)
+        if known != NO_ROW:
             state.residency.touch(known)
             return Reservation(ReserveStatus.EXISTS)
         if block.hash in entry.pending:
             return Reservation(ReserveStatus.PENDING)
         parent = NO_ROW
         if block.parent:
-            above = entry.present.get(block.parent)
-            if above is None:
-                above = entry.pending.get(block.parent)
-                if above is None or state.residency.owners.get(above) != owner:
+            parent = state.catalog.row_of(entry, block.parent)
+            if parent == NO_ROW:
+                parent = entry.pending.get(block.parent, NO_ROW)
+                if parent == NO_ROW or state.residency.owners.get(parent) != owner:
                     return Reservation(ReserveStatus.NO_PARENT)
-            parent = above
         if state.reservations.is_full:
             return Reservation(ReserveStatus.FULL)
         row = state.residency.reserve(entry, block.hash, parent, owner)

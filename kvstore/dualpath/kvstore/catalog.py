@@ -1,7 +1,7 @@
 """The catalog: which namespaces exist, which of their blocks are present, and why one is not.
 
-Owns the dictionaries from hash to row and the small memory of recent removals. Needs the
-store's lock. Presence is a dict of bytes to int: nothing that the garbage collector has to walk.
+Owns the namespaces and the small memory of recent removals; which block is present is kept by the
+table's key index, without an object a block. Needs the store's lock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from dualpath.kvstore.block_table import BlockTable, ChecksumPool
+from dualpath.kvstore.block_table import NO_ROW, BlockTable, ChecksumPool
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
@@ -19,22 +19,20 @@ from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BY
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from numpy.typing import NDArray
 
-_LOOKED_UP_AT_ONCE = 256
-"""Blocks between two looks whether one is absent: the loop in between is not Python's."""
 _COMPARED_MAX = 256
 """Most other namespaces that a miss is compared with."""
 
 
 @dataclass(slots=True)
 class NamespaceEntry:
-    """A namespace and its blocks: hash -> row, for present ones and for reserved ones."""
+    """A namespace: how many blocks of it are present, and the rows of reserved ones by hash."""
 
     index: int
     id: bytes
     namespace: Namespace
     layout: KVLayout
     pool: ChecksumPool
-    present: dict[bytes, int] = field(default_factory=dict)
+    blocks: int = 0
     pending: dict[bytes, int] = field(default_factory=dict)
     ever_stored: bool = False
 
@@ -57,7 +55,7 @@ class Catalog:
     @property
     def blocks(self) -> int:
         """Present blocks of all namespaces."""
-        return sum(len(entry.present) for entry in self._entries)
+        return len(self._table.index)
 
     def open(self, namespace: Namespace) -> NamespaceEntry:
         """Make known. Idempotent. Raises Overloaded."""
@@ -99,21 +97,27 @@ class Catalog:
         """The store key of a row: namespace id, then hash."""
         return self.entry_of(row).id + self._table.hash_of(row)
 
-    def prefix(self, entry: NamespaceEntry, packed: PackedHashes) -> NDArray[np.int32]:
+    def row_of(self, entry: NamespaceEntry, block_hash: bytes) -> int:
+        """Row of a present block; NO_ROW if it is not."""
+        return self._table.index.get(entry.index, block_hash)
+
+    def prefix(self, entry: NamespaceEntry, hashes: PackedHashes) -> NDArray[np.int32]:
         """Rows of the longest leading run that is present and is one chain."""
-        hashes = [packed[i] for i in range(len(packed))]
-        found: list[int | None] = []
-        for start in range(0, len(hashes), _LOOKED_UP_AT_ONCE):
-            found += map(entry.present.get, hashes[start : start + _LOOKED_UP_AT_ONCE])
-            if None in found:
-                del found[found.index(None) :]
-                break
-        rows = np.array(found, np.int32)
-        if len(rows) > 1:
-            linked = self._table.parent[rows[1:]] == rows[:-1]
-            if not linked.all():
-                rows = rows[: int(linked.argmin()) + 1]
-        return rows
+        rows = np.empty(len(hashes), np.int32)
+        found = self._table.index.prefix(entry.index, hashes.data, hashes.hash_bytes, rows)
+        return rows[:found].copy() if found < len(rows) else rows
+
+    def publish(self, row: int) -> None:
+        """The block of a row is present from now on."""
+        self._table.index.put(row)
+        entry = self.entry_of(row)
+        entry.blocks += 1
+        entry.ever_stored = True
+
+    def withdraw(self, row: int) -> None:
+        """The block of a row is not present any more."""
+        self._table.index.remove(row)
+        self.entry_of(row).blocks -= 1
 
     def remember(self, row: int, reason: MissReason) -> None:
         """Keep why a block went, for the next miss."""
@@ -134,7 +138,7 @@ class Catalog:
         if hits == len(hashes):
             return MissReason.NONE, ""
         missed = hashes[hits]
-        if missed in entry.present:
+        if self.row_of(entry, missed) != NO_ROW:
             return (
                 MissReason.ABSENT,
                 f"block {hits} is stored, but not as a child of the one before",
@@ -156,7 +160,7 @@ class Catalog:
         nearest: tuple[str, ...] = ()
         others = False
         for other in self._entries[:_COMPARED_MAX]:
-            if other is entry or not other.present:
+            if other is entry or not other.blocks:
                 continue
             others = True
             if other.namespace.tenant != entry.namespace.tenant:

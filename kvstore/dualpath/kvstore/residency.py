@@ -86,8 +86,7 @@ class Residency:
         block_hash = table.hash_of(row)
         self.hide_pending(row)
         self.owners.pop(row, None)
-        entry.present[block_hash] = row
-        entry.ever_stored = True
+        self._catalog.publish(row)
         table.state[row] = RowState.PRESENT
         table.generation[row] = generation
         table.checksum_row[row] = entry.pool.put(checksums)
@@ -101,8 +100,7 @@ class Residency:
     def restore(self, row: int, generation: int, checksums: tuple[int, ...]) -> None:
         """Like `publish`, for a block that was found on SSD at opening."""
         table, entry = self._table, self._catalog.entry_of(row)
-        entry.present[table.hash_of(row)] = row
-        entry.ever_stored = True
+        self._catalog.publish(row)
         table.state[row] = RowState.PRESENT
         table.generation[row] = generation
         table.checksum_row[row] = entry.pool.put(checksums)
@@ -219,7 +217,7 @@ class Residency:
 
     def _leave(self, row: int, reason: MissReason) -> None:
         table, entry = self._table, self._catalog.entry_of(row)
-        del entry.present[table.hash_of(row)]
+        self._catalog.withdraw(row)
         self._catalog.remember(row, reason)
         self._events.removed(entry.id, table.hash_of(row), self._parent_hash(row), reason)
         if reason is MissReason.CORRUPT:
