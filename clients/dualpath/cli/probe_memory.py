@@ -1,96 +1,70 @@
-"""Huge pages as really obtained, locked memory, and sealed shared memory."""
+"""Huge pages as really obtained, NUMA nodes, locked memory, and sealed shared memory."""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import re
+import os
 import resource
-from pathlib import Path
 
 from dualpath.cli.finding import Finding, Status
 from dualpath.cli.sizes import format_bytes
+from dualpath.kvstore.arena_memory import open_arena_memory
+from dualpath.kvstore.numa import ANY_NODE, memory_nodes, node_of_processors
+from dualpath.transfer.errors import DualPathError
 from dualpath.transfer.region import HUGE_PAGE_BYTES, Region
 
-_THP = Path("/sys/kernel/mm/transparent_hugepage")
 _PROBE_BYTES = 8 * HUGE_PAGE_BYTES
 _MEMLOCK_WANTED = 1 << 30
+_PRIVATE_COST = "reads into 4 KiB pages: about 1.7 times slower where it was measured"
+_SHARED_COST = "the daemon's arena uses 4 KiB pages: reads from SSD into it cost more"
 
 
 def memory_findings() -> list[Finding]:
-    """Private huge pages, shared huge pages, memlock, sealing."""
-    return [_private_huge_pages(), _shared_huge_pages(), _memlock(), _sealed_memory()]
+    """Private huge pages, shared huge pages, NUMA nodes, memlock, sealing."""
+    return [
+        _huge_pages("huge pages, private", shared=False, cost=_PRIVATE_COST),
+        _huge_pages("huge pages, shared", shared=True, cost=_SHARED_COST),
+        _numa(),
+        _memlock(),
+        _sealed_memory(),
+    ]
 
 
-def _choice(name: str) -> str:
-    """The value in brackets of a file such as `always [madvise] never`."""
+def _huge_pages(name: str, *, shared: bool, cost: str) -> Finding:
+    """What an arena gets now: one is opened, on a small scale."""
     try:
-        found = re.search(r"\[(\S+)\]", (_THP / name).read_text())
-    except OSError:
-        return "absent"
-    return found.group(1) if found else "unknown"
-
-
-def _obtained_bytes(field: str, view: memoryview) -> int:
-    """Bytes of huge pages in the mapping that holds `view`, by the kernel's own account."""
-    address = _address(view)
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(match.group(1), 16) <= address < int(match.group(2), 16)
-        elif inside and line.startswith(f"{field}:"):
-            return int(line.split()[1]) << 10
-    return 0
-
-
-def _address(view: memoryview) -> int:
-    # The aligned middle: a mapping may start below a huge page's boundary.
-    return ctypes.addressof(ctypes.c_char.from_buffer(view)) + view.nbytes // 2
-
-
-def _private_huge_pages() -> Finding:
-    obtained = _obtained(Region.anonymous(_PROBE_BYTES), "AnonHugePages")
-    detail = f"{_shown(obtained)} (enabled: {_choice('enabled')})"
-    if obtained:
-        return Finding(name="huge pages, private", status=Status.OK, detail=detail)
+        memory = open_arena_memory("dualpath-doctor", _PROBE_BYTES, shared=shared)
+    except (OSError, DualPathError) as error:
+        return Finding(
+            name=name,
+            status=Status.ABSENT,
+            detail=str(error),
+            cost="no arena can be opened like this",
+            remedy="free memory; for shared memory Linux >= 5.1 with memfd_create",
+        )
+    memory.region.close()
+    if not memory.remedy:
+        return Finding(name=name, status=Status.OK, detail=memory.description)
     return Finding(
-        name="huge pages, private",
-        status=Status.ABSENT,
-        detail=detail,
-        cost="reads into 4 KiB pages: about 1.7 times slower where it was measured",
-        remedy="echo madvise > /sys/kernel/mm/transparent_hugepage/enabled; free memory",
+        name=name, status=Status.ABSENT, detail=memory.description, cost=cost, remedy=memory.remedy
     )
 
 
-def _shared_huge_pages() -> Finding:
-    try:
-        obtained = _obtained(Region.memfd("dualpath-doctor", _PROBE_BYTES), "ShmemPmdMapped")
-    except OSError as error:
-        obtained, refused = 0, f"; no memfd: {error.strerror}"
-    else:
-        refused = ""
-    detail = f"{_shown(obtained)} (shmem_enabled: {_choice('shmem_enabled')}){refused}"
-    if obtained:
-        return Finding(name="huge pages, shared", status=Status.OK, detail=detail)
+def _numa() -> Finding:
+    nodes = memory_nodes()
+    if len(nodes) == 1:
+        return Finding(name="NUMA", status=Status.OK, detail="one node: nothing to bind")
+    own = node_of_processors(os.sched_getaffinity(0))
+    if own != ANY_NODE:
+        detail = f"{len(nodes)} nodes; our processors are of node {own}: arenas are bound to it"
+        return Finding(name="NUMA", status=Status.OK, detail=detail)
     return Finding(
-        name="huge pages, shared",
-        status=Status.ABSENT,
-        detail=detail,
-        cost="memory shared between engines, agent and daemon uses 4 KiB pages",
-        remedy="echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        name="NUMA",
+        status=Status.PARTIAL,
+        detail=f"{len(nodes)} nodes; our processors are of several",
+        cost="memory may lie on another node than the disk, the NIC or the engine that uses it",
+        remedy="one daemon a node, with its numa_node set, or under numactl --cpunodebind=N",
     )
-
-
-def _obtained(region: Region, field: str) -> int:
-    try:
-        region.prefault()
-        return _obtained_bytes(field, region.view)
-    finally:
-        region.close()
-
-
-def _shown(obtained: int) -> str:
-    return f"got {format_bytes(obtained)} of {format_bytes(_PROBE_BYTES)}"
 
 
 def _memlock() -> Finding:

@@ -34,7 +34,7 @@ from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.eviction import Lru
 from dualpath.kvstore.fetched_chunk import ArenaChunk
-from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
 from dualpath.kvstore.lease_table import LeaseTable
 from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.namespace import Namespace
@@ -142,6 +142,10 @@ class BlockStore:
             self._state.check_open()
             return self._state.catalog.open(namespace).id
 
+    def namespace(self, namespace_id: bytes) -> Namespace:
+        """See Store."""
+        return self._state.catalog.entry(namespace_id).namespace
+
     def layout(self, namespace_id: bytes) -> KVLayout:
         """See Store."""
         return self._state.catalog.entry(namespace_id).layout
@@ -213,10 +217,10 @@ class BlockStore:
         return self._writer.reserve(namespace_id, blocks, owner=owner, ttl_s=ttl_s)
 
     def seal(
-        self, requests: Sequence[SealRequest], *, owner: str, durable: bool
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
     ) -> tuple[SealStatus, ...]:
         """See Store."""
-        return self._writer.seal(requests, owner=owner, durable=durable)
+        return self._writer.seal(requests, owner=owner, durable=durable, writer=writer)
 
     def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
         """See Store."""
@@ -281,7 +285,7 @@ class BlockStore:
                 scrub_bad_blocks=counters.scrub_bad_blocks,
                 scrub_passes=counters.scrub_passes,
                 lost_write_backs=counters.lost_write_backs,
-                arena=state.dram.description,
+                arena=state.dram.memory.description,
                 mapped_leases=len(state.mappings),
                 mapped_bytes=state.mappings.nbytes,
             )
@@ -342,10 +346,16 @@ def _open(
 ) -> BlockStore:
     if device is None:
         device = PsyncDevice(directory.segments_path, direct=config.direct)
-    table = BlockTable()
+    table = BlockTable(rows_max=config.disk_bytes // ALIGN_BYTES)
     catalog = Catalog(table, config.namespaces_max, config.removals_remembered_max)
     ssd = SsdTier(device, config.disk_bytes, config.segment_bytes)
-    dram = DramTier(config.dram_bytes, config.read_buffers_bytes, shared=config.shared_arena)
+    dram = DramTier(
+        config.dram_bytes,
+        config.read_buffers_bytes,
+        shared=config.shared_arena,
+        numa_node=config.numa_node,
+        prefault=config.prefault,
+    )
     events = BlockEvents(config.events_remembered_max)
     committers: list[Committer] = []
 

@@ -8,11 +8,12 @@ chunks of blocks that have no slot, and the guard words of mapped leases (`mappi
 
 from __future__ import annotations
 
+from dualpath.kvstore.arena_memory import open_arena_memory
 from dualpath.kvstore.layout import ALIGN_BYTES, CHUNK_BYTES_MAX
 from dualpath.kvstore.mapping_table import GUARDS_BYTES
+from dualpath.kvstore.numa import ANY_NODE
 from dualpath.kvstore.slab_space import SlabSpace
 from dualpath.transfer.errors import InvalidRequest
-from dualpath.transfer.region import Region
 
 ARENA_NAME = "dualpath-arena"
 
@@ -20,7 +21,15 @@ ARENA_NAME = "dualpath-arena"
 class DramTier:
     """See the module docstring. Offsets are bytes in `region`."""
 
-    def __init__(self, dram_bytes: int, read_buffers_bytes: int, *, shared: bool) -> None:
+    def __init__(
+        self,
+        dram_bytes: int,
+        read_buffers_bytes: int,
+        *,
+        shared: bool,
+        numa_node: int = ANY_NODE,
+        prefault: bool = True,
+    ) -> None:
         if dram_bytes < ALIGN_BYTES:
             raise InvalidRequest(f"dram_bytes must be at least {ALIGN_BYTES}, not {dram_bytes}")
         if read_buffers_bytes < CHUNK_BYTES_MAX:
@@ -32,14 +41,16 @@ class DramTier:
         self.buffers = SlabSpace(base, read_buffers_bytes)
         end = base + read_buffers_bytes
         self.guards_offset = -(-end // ALIGN_BYTES) * ALIGN_BYTES
-        nbytes = self.guards_offset + GUARDS_BYTES
-        if shared:
-            self.region = Region.memfd(ARENA_NAME, nbytes)
-            self.region.forbid_new_writers()
-        else:
-            self.region = Region.anonymous(nbytes)
-        self.guards = self.region.view[self.guards_offset :].cast("Q")
-        self.description = "memfd" if shared else "private"
+        self.memory = open_arena_memory(
+            ARENA_NAME,
+            self.guards_offset + GUARDS_BYTES,
+            shared=shared,
+            numa_node=numa_node,
+            prefault=prefault,
+        )
+        self.region = self.memory.region
+        guards = self.region.view[self.guards_offset : self.guards_offset + GUARDS_BYTES]
+        self.guards = guards.cast("Q")
 
     def __repr__(self) -> str:
         return f"<DramTier slots {self.slots!r} buffers {self.buffers!r}>"
@@ -50,7 +61,7 @@ class DramTier:
 
     def close(self) -> bool:
         """Unmap. False if someone still holds a view: the memory then goes with the last one."""
-        self.guards.release()
+        self.guards.release()  # and with it the view it was cast from
         try:
             self.region.close()
         except BufferError:

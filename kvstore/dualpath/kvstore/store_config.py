@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dualpath.kvstore.layout import ALIGN_BYTES
+from dualpath.kvstore.numa import ANY_NODE
 from dualpath.transfer.errors import InvalidRequest
 
 
@@ -26,6 +27,10 @@ class StoreConfig:
     read_buffers_bytes: int = 32 << 20
     direct: bool = True
     shared_arena: bool = False
+    numa_node: int = ANY_NODE
+    """Node that the arena's memory comes from; ANY_NODE: that of our processors, if it is one."""
+    prefault: bool = True
+    """Have all memory of the arena at opening: no read pays for it, and none fails for it."""
     promote: bool = True
     write_back_bytes_max: int = 0
     leases_max: int = 1 << 16

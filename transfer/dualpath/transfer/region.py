@@ -8,6 +8,8 @@ the transports that expose it have revoked its windows.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import itertools
 import mmap
@@ -58,12 +60,18 @@ class Region:
         return Region(memoryview(mapping), mapping=mapping)
 
     @staticmethod
-    def memfd(name: str, nbytes: int) -> Region:
-        """Shareable memory, sealed against shrinking and growing before anyone else sees it.
+    def memfd(name: str, nbytes: int, *, reserved_huge_pages: bool = False) -> Region:
+        """Shareable memory, sealed against shrinking and growing before anyone else sees it; from
+        the kernel's pool of huge pages if asked, `nbytes` being a multiple of HUGE_PAGE_BYTES.
 
         Raises Unavailable (`no_memory`) as `anonymous` does; OSError where there is no memfd.
         """
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if reserved_huge_pages:
+            if nbytes % HUGE_PAGE_BYTES:
+                raise InvalidRequest(f"{nbytes} bytes are not whole pages of {HUGE_PAGE_BYTES}")
+            flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+        fd = os.memfd_create(name, flags)
         try:
             os.ftruncate(fd, _checked(nbytes))
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
@@ -110,12 +118,25 @@ class Region:
         """Seal the memfd so that mappings made from now on are read-only (FUTURE_WRITE)."""
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
 
-    def prefault(self) -> None:
-        """Touch every page now, so that no transfer pays for it."""
+    def ask_huge_pages(self) -> None:
+        """Use huge pages where the kernel grants them on demand; harmless elsewhere."""
+        if self._mmap is not None and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                self._mmap.madvise(mmap.MADV_HUGEPAGE)
+
+    def prefault(self, start: int = 0, nbytes: int = 0) -> None:
+        """Have every page of a range now (0 bytes: up to the end), so that no transfer pays for it.
+        `start` lies on a page. Raises OSError if memory runs out."""
+        nbytes = nbytes or self.nbytes - start
         if self._mmap is not None and hasattr(mmap, "MADV_POPULATE_WRITE"):
-            self._mmap.madvise(mmap.MADV_POPULATE_WRITE)
-            return
-        for offset in range(0, self.nbytes, PAGE_BYTES):
+            try:
+                self._mmap.madvise(mmap.MADV_POPULATE_WRITE, start, nbytes)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # which kernels before 5.14 say
+                    raise
+            else:
+                return
+        for offset in range(start, start + nbytes, PAGE_BYTES):
             self.view[offset] = self.view[offset]
 
     def close(self) -> None:
