@@ -255,6 +255,29 @@ def fences_may_be_set_inside_callbacks(make_pair: MakePair) -> None:
         assert scene.finish(2) == [DONE, REFUSED]
 
 
+def bytes_of_this_process_land_by_the_same_rules(make_pair: MakePair) -> None:
+    """`place` scatters under an armed tag, once, and not after a fence."""
+    with scene_of(make_pair) as scene:
+        target = Region.anonymous(64 * KIB)
+        source = memoryview(bytes(range(256)) * 32)
+        slices = Slices.strided(KIB, 16 * KIB, 2, 4 * KIB)
+        window = scene.reader.expose(target, 0, 64 * KIB, scene.reader_heard.on_arrival)
+        scene.reader.arm(window, [(tag, slices) for tag in (1, 2, 3)])
+        assert scene.reader.place(window, 4, slices, source) == "not_armed"
+        assert scene.reader.place(window, 1, slices.part(0, KIB), source) == "other_slices"
+        assert scene.reader.place(window, 1, slices, source) == ""
+        assert scene.reader.place(window, 1, slices, source) == "not_armed"
+        assert [arrival.tag for arrival in scene.reader_heard.wait_arrivals(1)] == [1]
+        view = target.view
+        assert view[KIB : 5 * KIB] == source[: 4 * KIB]
+        assert view[17 * KIB : 21 * KIB] == source[4 * KIB :]
+        assert not any(view[5 * KIB : 17 * KIB])
+        scene.reader.disarm(window, [2])
+        assert scene.reader.place(window, 2, slices, source) == "not_armed"
+        scene.reader.revoke(window)
+        assert scene.reader.place(window, 3, slices, source) == "no_window"
+
+
 CHECKS = (
     a_write_lands_in_its_slices_only,
     strided_ranges_land_byte_for_byte,
@@ -268,4 +291,5 @@ CHECKS = (
     revoke_fences_what_is_arriving,
     disarm_fences_its_tags_only,
     fences_may_be_set_inside_callbacks,
+    bytes_of_this_process_land_by_the_same_rules,
 )

@@ -117,6 +117,10 @@ class FaultTransport:
         """See Transport.revoke."""
         self._inner.revoke(window)
 
+    def place(self, window: RegionDescriptor, tag: int, target: Slices, source: memoryview) -> str:
+        """See Transport.place."""
+        return self._inner.place(window, tag, target, source)
+
     def traffic(self) -> Sequence[PeerTraffic]:
         """See Transport.traffic; replays count."""
         return self._inner.traffic()

@@ -165,6 +165,10 @@ class MemoryTransport:
         """See Transport.revoke."""
         self._windows.revoke(window)
 
+    def place(self, window: RegionDescriptor, tag: int, target: Slices, source: memoryview) -> str:
+        """See Transport.place."""
+        return self._windows.place(window, tag, target, source)
+
     def write(self, peer: str, write: Write, on_completion: OnCompletion) -> None:
         """See Transport.write."""
         self.write_truncated(peer, write, -1, on_completion)

@@ -180,6 +180,10 @@ class StreamTransport(ABC):
         """See Transport.revoke."""
         self._windows.revoke(window)
 
+    def place(self, window: RegionDescriptor, tag: int, target: Slices, source: memoryview) -> str:
+        """See Transport.place."""
+        return self._windows.place(window, tag, target, source)
+
     # Writes.
 
     def write(self, peer: str, write: Write, on_completion: OnCompletion) -> None:

@@ -167,6 +167,10 @@ class Transport(Protocol):
     def revoke(self, window: RegionDescriptor) -> None:
         """Fence the whole window. Revoking twice is allowed."""
 
+    def place(self, window: RegionDescriptor, tag: int, target: Slices, source: memoryview) -> str:
+        """Land bytes that this process has got by other means, by the same rules as a peer's
+        write: armed, once, fenced, told to `on_arrival`. Return "" or the refusal's reason."""
+
     def write(self, peer: str, write: Write, on_completion: OnCompletion) -> None:
         """Queue a write. Raises InvalidRequest (bounds, sizes), PeerLost, Overloaded."""
 

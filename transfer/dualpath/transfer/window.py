@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slice_copy import copy_slices
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import WRITE_BYTES_MAX, Arrival, OnArrival
 
@@ -26,6 +27,8 @@ WINDOWS_MAX = 1 << 16
 ARMED_TAGS_MAX = 1 << 20
 """Most armed tags of one window."""
 TAG_LIMIT = 1 << 64
+LOCAL_PEER = "local"
+"""Who writes, in the arrival of what was placed by this process."""
 
 _log = logging.getLogger(__name__)
 
@@ -224,6 +227,19 @@ class WindowTable:
         arrival = Arrival(landing.peer, record.descriptor.key, landing.tag, landing.slices)
         if not _tell(record.on_arrival, arrival):
             raise Refused("rejected")
+
+    def place(self, window: RegionDescriptor, tag: int, slices: Slices, source: memoryview) -> str:
+        """Land bytes of this process under a tag; "" once they are in, or why not."""
+        try:
+            landing = self.begin(LOCAL_PEER, window.key, window.generation, tag, slices)
+            with landing.lock:
+                if landing.open:
+                    whole = Slices.contiguous(0, slices.nbytes)
+                    copy_slices(landing.region.view, slices, source, whole)
+            self.land(landing)
+        except Refused as refusal:
+            return refusal.reason
+        return ""
 
     def abandon(self, landing: Landing) -> None:
         """The rest of the bytes will not come: the tag is spent until it is disarmed."""

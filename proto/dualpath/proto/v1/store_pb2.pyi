@@ -563,8 +563,11 @@ class LocateResponse(google.protobuf.message.Message):
     STORE_ID_FIELD_NUMBER: builtins.int
     SEGMENT_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: builtins.int
     store_id: builtins.str
     """of the data directory: the reader's mount must show the same"""
+    chunk_bytes: builtins.int
+    """chunk c of a block begins c * chunk_bytes after it"""
     @property
     def segment(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """one a block; -1: not in a file (yet): ask for it by Deliver"""
@@ -579,8 +582,9 @@ class LocateResponse(google.protobuf.message.Message):
         store_id: builtins.str = ...,
         segment: collections.abc.Iterable[builtins.int] | None = ...,
         offset: collections.abc.Iterable[builtins.int] | None = ...,
+        chunk_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["offset", b"offset", "segment", b"segment", "store_id", b"store_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "offset", b"offset", "segment", b"segment", "store_id", b"store_id"]) -> None: ...
 
 global___LocateResponse = LocateResponse
 
