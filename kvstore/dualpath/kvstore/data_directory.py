@@ -45,8 +45,7 @@ class DataDirectory:
         self._lock = _locked(self.path)
         try:
             self.store_id = self._check_meta()
-            (self.path / "namespaces").mkdir(exist_ok=True)
-            self.index_path.mkdir(exist_ok=True)
+            self._make_folders()
             self.was_clean = self._take_clean()
         except BaseException:
             os.close(self._lock)
@@ -61,6 +60,15 @@ class DataDirectory:
     def segments_path(self) -> Path:
         """Folder of the segment files."""
         return self.path / "segments"
+
+    def _make_folders(self) -> None:
+        """Durably, together with what a killed process may have left in them unsynced: a file
+        that is merely seen may be gone after a loss of power."""
+        folders = (self.path / "namespaces", self.index_path, self.segments_path)
+        for folder in folders:
+            folder.mkdir(exist_ok=True, mode=0o700)
+        for folder in (*folders, self.path, self.path.resolve().parent):
+            sync_directory(folder)
 
     def namespaces(self) -> list[Namespace]:
         """All namespaces that decode; the others are logged, and their blocks will be dropped."""

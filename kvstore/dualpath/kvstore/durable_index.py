@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lmdb
+from dualpath.kvstore.psync_device import sync_directory
 from dualpath.kvstore.record import BlockRecord
 from dualpath.transfer.errors import Corrupt
 
@@ -51,6 +52,9 @@ class DurableIndex:
             )
         except lmdb.Error as error:
             raise Corrupt(f"the index {path} cannot be opened: {error}") from error
+        if not size:
+            # LMDB syncs the content of its file, but not its name.
+            sync_directory(path)
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
         """All (key, value). Raises Corrupt."""

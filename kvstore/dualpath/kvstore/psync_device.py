@@ -91,10 +91,13 @@ def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
 class PsyncDevice:
     """Files under one directory; see Device."""
 
+    in_files = True
+
     def __init__(self, path: str | Path, *, direct: bool = True) -> None:
         self._path = Path(path)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dualpath-psync")
         self._path.mkdir(parents=True, exist_ok=True)
+        sync_directory(self._path.resolve().parent)
         self._flags = os.O_RDWR | os.O_CLOEXEC
         if not direct:
             self._description = "psync, buffered (O_DIRECT is off in the configuration)"
