@@ -16,8 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 from dualpath.kvstore import embedded
 from dualpath.kvstore.block_events import BlockEvents
+from dualpath.kvstore.block_locator import BlockLocator
 from dualpath.kvstore.block_mapper import BlockMapper, check_mapped_lease_s
 from dualpath.kvstore.block_reader import BlockReader
 from dualpath.kvstore.block_table import BlockTable
@@ -45,6 +47,7 @@ from dualpath.kvstore.residency import Residency
 from dualpath.kvstore.scrubber import Scrubber
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import (
+    BlockPlaces,
     MappedPrefix,
     NewBlock,
     PrefixHit,
@@ -59,7 +62,7 @@ from dualpath.kvstore.store_config import StoreConfig
 from dualpath.kvstore.store_health import StoreHealth
 from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.region import Region
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["BlockStore", "StoreConfig"]
 
@@ -83,6 +86,7 @@ class BlockStore:
         self._state = state
         self._reader = BlockReader(state)
         self._mapper = BlockMapper(state)
+        self._locator = BlockLocator(state)
         self._check = ChunkCheck(state)
         self._fetcher = ChunkFetcher(state, self._check)
         self._writer = writer
@@ -205,6 +209,10 @@ class BlockStore:
     ) -> ChunkBatch:
         """See Store."""
         return self._fetcher.fetch_batch(lease_id, blocks, chunks, verify=verify, wait=wait)
+
+    def locate(self, lease_id: int, blocks: NDArray[np.int32]) -> BlockPlaces:
+        """See Store."""
+        return self._locator.locate(lease_id, blocks)
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """See Store."""

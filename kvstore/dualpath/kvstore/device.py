@@ -64,6 +64,10 @@ class Device(Protocol):
     def description(self) -> str:
         """How bytes are moved and, after a fallback, why: `psync, O_DIRECT`, ..."""
 
+    @property
+    def in_files(self) -> bool:
+        """Whether a file of this device is one of a directory, that others may open there."""
+
     def create(self, name: str, nbytes: int) -> DeviceFile:
         """Make a file of `nbytes`, space allocated, all zero."""
 
@@ -129,6 +133,8 @@ class MemoryFile:
 
 class MemoryDevice:
     """Files in memory, for tests. `files` may be looked at and damaged."""
+
+    in_files = False
 
     def __init__(self) -> None:
         self.files: dict[str, bytearray] = {}

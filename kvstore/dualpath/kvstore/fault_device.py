@@ -104,6 +104,11 @@ class FaultDevice:
         self._unsynced: dict[str, dict[int, bytes]] = {}
 
     @property
+    def in_files(self) -> bool:
+        """See Device."""
+        return self._inner.in_files
+
+    @property
     def description(self) -> str:
         """See Device."""
         return f"faulty {self._inner.description}"

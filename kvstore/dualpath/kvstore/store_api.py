@@ -34,6 +34,7 @@ HASH_BYTES_MAX = 32
 BATCH_BLOCKS_MAX = 8192
 """Most blocks of one lookup, reserve or seal."""
 LEASE_S_MAX = 600.0
+NOT_IN_A_FILE = -1
 RESERVATION_S_MAX = 300.0
 
 
@@ -97,6 +98,17 @@ class MappedPrefix:
     offsets: NDArray[np.int64]
     nbytes: int
     guard: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockPlaces:
+    """Answer of `locate`, one place a block: the number of the segment (NOT_IN_A_FILE for a block
+    that is not, or not yet, on disk) and the bytes before it in that segment's file. Chunk c of a
+    block begins `c * chunk_bytes` after it."""
+
+    segment: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    chunk_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +239,10 @@ class Store(Protocol):
     """See the module docstring."""
 
     @property
+    def store_id(self) -> str:
+        """Random id of the data directory, as its META shows it."""
+
+    @property
     def arena(self) -> Region:
         """The memory in which reserved extents lie and fetched chunks may lie."""
 
@@ -300,6 +316,10 @@ class Store(Protocol):
         `FetchedBatch.status`.
         """
 
+    def locate(self, lease_id: int, blocks: NDArray[np.int32]) -> BlockPlaces:
+        """(fast) Where blocks of a lease lie in the segment files, for readers of a mount that
+        holds them. Raises LeaseExpired, InvalidRequest (indices)."""
+
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """A reader saw a wrong checksum. Re-read and check; drop the block and its descendants
         from lookup if it is bad here too. Return whether it was dropped."""
@@ -309,10 +329,14 @@ class Store(Protocol):
     ) -> tuple[Reservation, ...]:
         """Reserve an extent for each block, in order, parents first."""
 
+    def namespace(self, namespace_id: bytes) -> Namespace:
+        """(fast) What was opened under this id. Raises InvalidRequest, reason `namespace`."""
+
     def seal(
-        self, requests: Sequence[SealRequest], *, owner: str, durable: bool
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
     ) -> tuple[SealStatus, ...]:
-        """Checksum the bytes in place, store and publish them. With `durable`, return after
+        """Checksum the bytes in place, store and publish them; they record `writer` as theirs,
+        without it `owner`. With `durable`, return after
         they would survive power loss, and with them all that anybody sealed before: an empty
         durable batch waits for blocks that `reserve` found to exist. A durable batch is one group
         commit. Raises Unavailable if the medium takes too long."""
