@@ -1,26 +1,53 @@
 """Fixed slots by size class inside extents: pure bookkeeping, no memory and no files.
 
-An extent (a segment on SSD, a run of slabs in DRAM) belongs to one size class. Slots are given
-out lowest first while an extent is fresh, so that neighbours share header pages.
+An extent (a segment on SSD, a run of slabs in DRAM) belongs to one size class; a slot in it costs
+one bit. The lowest free slot is given out first, so that neighbours share header pages and writes.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Collection
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SlotNumbers = Sequence[int] | NDArray[np.integer]
+_SOME_FREE = re.compile(rb"[^\0]")
 
 
 class _Extent:
-    __slots__ = ("closed", "free", "slot_bytes", "slots", "taken")
+    """`bits` has a 1 for each free slot, eight slots a byte, the lowest in the lowest bit; there
+    is none before byte `first`."""
 
-    def __init__(self, slot_bytes: int, slots: int, taken: Collection[int]) -> None:
+    __slots__ = ("bits", "closed", "first", "free", "slot_bytes", "slots")
+
+    def __init__(self, slot_bytes: int, slots: int, taken: SlotNumbers) -> None:
         self.slot_bytes = slot_bytes
         self.slots = slots
         self.closed = False
-        self.taken = bytearray(slots)
-        for slot in taken:
-            self.taken[slot] = 1
-        self.free = array("I", (s for s in range(slots - 1, -1, -1) if not self.taken[s]))
+        is_free = np.ones(slots, np.bool_)
+        is_free[np.asarray(taken, np.int64)] = False
+        self.free = int(is_free.sum())
+        self.bits = bytearray(np.packbits(is_free, bitorder="little"))
+        self.first = 0
+
+    def take(self) -> int:
+        found = _SOME_FREE.search(self.bits, self.first)
+        assert found is not None
+        at = self.first = found.start()
+        bit = self.bits[at] & -self.bits[at]
+        self.bits[at] ^= bit
+        self.free -= 1
+        return 8 * at + bit.bit_length() - 1
+
+    def give(self, slot: int) -> None:
+        at, bit = slot >> 3, 1 << (slot & 7)
+        assert 0 <= slot < self.slots, slot
+        assert not self.bits[at] & bit, slot
+        self.bits[at] |= bit
+        self.free += 1
+        self.first = min(self.first, at)
 
 
 class SlotAllocator:
@@ -32,22 +59,22 @@ class SlotAllocator:
         self.used_bytes = 0
 
     def __repr__(self) -> str:
-        taken = sum(e.slots - len(e.free) for e in self._extents.values())
+        taken = sum(e.slots - e.free for e in self._extents.values())
         return f"<SlotAllocator {len(self._extents)} extents, {taken} slots taken>"
 
-    def add(self, extent: int, slot_bytes: int, slots: int, *, taken: Collection[int] = ()) -> None:
+    def add(self, extent: int, slot_bytes: int, slots: int, *, taken: SlotNumbers = ()) -> None:
         """Bring in an extent; some slots may be taken already."""
         assert extent not in self._extents, extent
         added = _Extent(slot_bytes, slots, taken)
         self._extents[extent] = added
-        self.used_bytes += (slots - len(added.free)) * slot_bytes
+        self.used_bytes += (slots - added.free) * slot_bytes
         if added.free:
             self._open.setdefault(slot_bytes, {})[extent] = None
 
     def remove(self, extent: int) -> None:
         """Take an extent out; none of its slots may be taken."""
         gone = self._extents.pop(extent)
-        assert len(gone.free) == gone.slots, extent
+        assert gone.free == gone.slots, extent
         self._open.get(gone.slot_bytes, {}).pop(extent, None)
 
     def close(self, extent: int) -> None:
@@ -63,8 +90,7 @@ class SlotAllocator:
             return None
         number = next(iter(extents))
         extent = self._extents[number]
-        slot = extent.free.pop()
-        extent.taken[slot] = 1
+        slot = extent.take()
         self.used_bytes += slot_bytes
         if not extent.free:
             del extents[number]
@@ -73,16 +99,14 @@ class SlotAllocator:
     def give(self, extent: int, slot: int) -> None:
         """Return a taken slot."""
         found = self._extents[extent]
-        assert found.taken[slot], (extent, slot)
-        found.taken[slot] = 0
-        found.free.append(slot)
+        found.give(slot)
         self.used_bytes -= found.slot_bytes
         if not found.closed:
             self._open.setdefault(found.slot_bytes, {})[extent] = None
 
     def empty_extents(self) -> list[int]:
         """Extents with no slot taken."""
-        return [n for n, extent in self._extents.items() if len(extent.free) == extent.slots]
+        return [n for n, extent in self._extents.items() if extent.free == extent.slots]
 
     def slot_bytes(self, extent: int) -> int:
         """The size class of an extent."""
