@@ -135,27 +135,7 @@ class DataDirectory:
 
     def _check_meta(self) -> str:
         path = self.path / "META"
-        try:
-            meta = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return self._create_meta(path)
-        except (OSError, ValueError) as error:
-            raise Corrupt(
-                f"{path} cannot be read ({error}); restore it, or move the directory away and "
-                "start with an empty one"
-            ) from error
-        if not isinstance(meta, dict) or meta.get("product") != _PRODUCT:
-            raise Corrupt(f"{path} is not that of a dualpath store; choose another directory")
-        version = meta.get("format")
-        if not isinstance(version, int) or version < 1:
-            raise Corrupt(f"{path} names format {version!r}; restore it from a backup")
-        if version > STORE_FORMAT:
-            raise InvalidRequest(
-                f"data directory {self.path} has format {version}, this version reads up to "
-                f"{STORE_FORMAT}; upgrade dualpath or use another directory",
-                reason="newer_format",
-            )
-        return str(meta.get("id", ""))
+        return read_store_id(self.path) if path.exists() else self._create_meta(path)
 
     def _create_meta(self, path: Path) -> str:
         others = sorted(p.name for p in self.path.iterdir() if p.name not in ("LOCK", "META.new"))
@@ -168,6 +148,31 @@ class DataDirectory:
         meta = {"product": _PRODUCT, "format": STORE_FORMAT, "id": store_id}
         _write_durably(path, json.dumps(meta))
         return store_id
+
+
+def read_store_id(path: Path) -> str:
+    """The id in the META of a data directory; also of one that another process uses. Raises
+    Corrupt, or InvalidRequest for a newer format."""
+    meta_path = path / "META"
+    try:
+        meta = json.loads(meta_path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Corrupt(
+            f"{meta_path} cannot be read ({error}); restore it, or move the directory away and "
+            "start with an empty one"
+        ) from error
+    if not isinstance(meta, dict) or meta.get("product") != _PRODUCT:
+        raise Corrupt(f"{meta_path} is not that of a dualpath store; choose another directory")
+    version = meta.get("format")
+    if not isinstance(version, int) or version < 1:
+        raise Corrupt(f"{meta_path} names format {version!r}; restore it from a backup")
+    if version > STORE_FORMAT:
+        raise InvalidRequest(
+            f"data directory {path} has format {version}, this version reads up to "
+            f"{STORE_FORMAT}; upgrade dualpath or use another directory",
+            reason="newer_format",
+        )
+    return str(meta.get("id", ""))
 
 
 def _locked(path: Path) -> int:

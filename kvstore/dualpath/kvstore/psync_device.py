@@ -93,16 +93,21 @@ class PsyncDevice:
 
     in_files = True
 
-    def __init__(self, path: str | Path, *, direct: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, *, direct: bool = True, read_only: bool = False
+    ) -> None:
+        """With `read_only` the directory is another's, and must be there. Raises OSError."""
         self._path = Path(path)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dualpath-psync")
-        self._path.mkdir(parents=True, exist_ok=True)
-        sync_directory(self._path.resolve().parent)
-        self._flags = os.O_RDWR | os.O_CLOEXEC
+        self._flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
+        if read_only:
+            self._path.stat()
+        else:
+            self._path.mkdir(parents=True, exist_ok=True)
         if not direct:
             self._description = "psync, buffered (O_DIRECT is off in the configuration)"
             return
-        refusal = _direct_refusal(self._path)
+        refusal = _reading_refusal(self._path) if read_only else _direct_refusal(self._path)
         if refusal is None:
             self._flags |= os.O_DIRECT
             self._description = "psync, O_DIRECT"
@@ -177,4 +182,16 @@ def _direct_refusal(path: Path) -> str | None:
     finally:
         os.close(fd)
         probe.unlink(missing_ok=True)
+    return None
+
+
+def _reading_refusal(path: Path) -> str | None:
+    """Why files under `path` cannot be opened with O_DIRECT, judged by one that is there."""
+    for entry in os.scandir(path):
+        if entry.is_file():
+            try:
+                os.close(os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+            except OSError as error:
+                return f"open: {error.strerror}"
+            break
     return None
