@@ -12,6 +12,7 @@ from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.conformance_scene import Recorder
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.region import Region
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.stream_frame import MalformedFrame, parse
 from dualpath.transfer.tcp_transport import TcpTransport, parse_address
@@ -35,6 +36,23 @@ def slices(draw: st.DrawFn, nbytes: int | None = None) -> Slices:
 
 
 @st.composite
+def tables(draw: st.DrawFn) -> SliceTable:
+    """Of tuples, as the parser makes them."""
+    length, count = draw(st.integers(1, 1 << 16)), draw(st.integers(1, 64))
+    parts = draw(st.integers(1, 256))
+    rows = [
+        (draw(st.integers(0, 1 << 40)), skip, draw(st.integers(1, length * count - skip)))
+        for skip in draw(st.lists(st.integers(0, length - 1), min_size=parts, max_size=parts))
+    ]
+    bases, skips, sizes = map(tuple, zip(*rows, strict=True))
+    stride = length + draw(st.integers(0, 1 << 16))
+    scale = max(1, -(-sum(sizes) // WRITE_BYTES_MAX))
+    return SliceTable(
+        stride, count, length, bases, skips, tuple(-(-n // (2 * scale)) for n in sizes)
+    )
+
+
+@st.composite
 def encoded(draw: st.DrawFn) -> tuple[bytes, frames.Frame]:
     ident, key, tag = draw(U64), draw(U64), draw(U64)
     lane = draw(st.sampled_from(Lane))
@@ -43,9 +61,13 @@ def encoded(draw: st.DrawFn) -> tuple[bytes, frames.Frame]:
     payload = draw(st.integers(1, min(target.nbytes, frames.FRAGMENT_BYTES_MAX)))
     name, secret = draw(NAMES), draw(st.binary(min_size=16, max_size=16))
     acks = draw(st.lists(st.tuples(U64, st.integers(0, 7)), min_size=1, max_size=20))
+    batch = (ident, key, draw(st.integers(0, (1 << 32) - 1)), tag, int(lane), draw(tables()))
+    codes = bytes(draw(st.lists(st.integers(0, 7), min_size=1, max_size=256)))
     source = Slices.contiguous(draw(st.integers(0, 1 << 40)), target.nbytes)
     cases: list[tuple[bytes, frames.Frame]] = [
         (frames.write(*head, payload), frames.WriteFrame(*head, payload)),
+        (frames.batch(*batch, 1), frames.BatchFrame(*batch, 1)),
+        (frames.results(ident, codes), frames.ResultsFrame(ident, codes)),
         (frames.data(ident, payload), frames.DataFrame(ident, payload)),
         (frames.cancel(ident), frames.CancelFrame(ident)),
         (frames.acks(acks), frames.AckFrame(tuple(acks))),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from dualpath.transfer import conformance_peers, conformance_windows
+from dualpath.transfer import conformance_batches, conformance_peers, conformance_windows
 from dualpath.transfer.conformance_scene import MakePair, TransportPair
 
 __all__ = ["CHECKS", "Check", "MakePair", "TransportPair", "check_transport"]
@@ -17,7 +17,12 @@ __all__ = ["CHECKS", "Check", "MakePair", "TransportPair", "check_transport"]
 Check = Callable[[MakePair], None]
 
 CHECKS: Mapping[str, Check] = {
-    check.__name__: check for check in (*conformance_windows.CHECKS, *conformance_peers.CHECKS)
+    check.__name__: check
+    for check in (
+        *conformance_windows.CHECKS,
+        *conformance_batches.CHECKS,
+        *conformance_peers.CHECKS,
+    )
 }
 """By name, which is a sentence."""
 

@@ -23,16 +23,20 @@ from dualpath.transfer.fault_plan import FaultDice, FaultPlan, Faults
 from dualpath.transfer.outbox import check_write
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_copy import copy_slices
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import (
     Completion,
     OnArrival,
+    OnBatchCompletion,
     OnCompletion,
     PeerTraffic,
     Transport,
     Write,
+    WriteBatch,
     WriteStatus,
 )
+from dualpath.transfer.write_split import write_split
 
 SCRATCH_BYTES_MAX = 256 << 20
 HELD_MAX = 1 << 16
@@ -109,6 +113,10 @@ class FaultTransport:
         """See Transport.arm."""
         self._inner.arm(window, targets)
 
+    def arm_table(self, window: RegionDescriptor, first_tag: int, targets: SliceTable) -> None:
+        """See Transport.arm_table."""
+        self._inner.arm_table(window, first_tag, targets)
+
     def disarm(self, window: RegionDescriptor, tags: Collection[int]) -> frozenset[int]:
         """See Transport.disarm."""
         return self._inner.disarm(window, tags)
@@ -170,6 +178,13 @@ class FaultTransport:
 
         self._count("delay")
         self._hold(due, submit_late)
+
+    def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """See Transport.write_batch; faults strike single writes of it."""
+        if self._plan.is_null:
+            self._inner.write_batch(peer, batch, on_completion)
+        else:
+            write_split(self, peer, batch, on_completion)
 
     def counts(self) -> Mapping[str, int]:
         """Faults injected by kind, `skipped` for want of scratch, and how replays ended, as

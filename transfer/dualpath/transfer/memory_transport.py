@@ -18,16 +18,20 @@ from dualpath.transfer.ledger import Ledger
 from dualpath.transfer.outbox import Outbox, PendingWrite, check_write, deliver
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_copy import copy_slices
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import (
     OnArrival,
+    OnBatchCompletion,
     OnCompletion,
     OnPeerLost,
     PeerTraffic,
     Write,
+    WriteBatch,
     WriteStatus,
 )
 from dualpath.transfer.window import Refused, WindowTable
+from dualpath.transfer.write_split import write_split
 
 QUEUE_BYTES_MAX = 256 << 20
 STEP_BYTES = 1 << 20
@@ -157,6 +161,10 @@ class MemoryTransport:
         """See Transport.arm."""
         self._windows.arm(window, targets)
 
+    def arm_table(self, window: RegionDescriptor, first_tag: int, targets: SliceTable) -> None:
+        """See Transport.arm_table."""
+        self._windows.arm_table(window, first_tag, targets)
+
     def disarm(self, window: RegionDescriptor, tags: Collection[int]) -> frozenset[int]:
         """See Transport.disarm."""
         return self._windows.disarm(window, tags)
@@ -172,6 +180,10 @@ class MemoryTransport:
     def write(self, peer: str, write: Write, on_completion: OnCompletion) -> None:
         """See Transport.write."""
         self.write_truncated(peer, write, -1, on_completion)
+
+    def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """See Transport.write_batch."""
+        write_split(self, peer, batch, on_completion)
 
     def write_truncated(
         self, peer: str, write: Write, nbytes: int, on_completion: OnCompletion
@@ -280,7 +292,7 @@ class MemoryTransport:
         return None
 
     def _carry_out(self, link: _Link, pending: PendingWrite) -> None:
-        write, remote = pending.write, link.remote
+        write, remote = pending.single, link.remote
         known_as = link.back.peer if link.back is not None else self._own_name
         counters = remote._ledger.of(known_as, remote._links)
         status, detail = WriteStatus.DONE, ""

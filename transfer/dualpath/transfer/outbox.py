@@ -10,16 +10,24 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import cast
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.lane_queue import LaneQueue
+from dualpath.transfer.slice_table import TableReader
 from dualpath.transfer.transport import (
+    BATCH_WRITES_MAX,
     WRITE_BYTES_MAX,
+    BatchCompletion,
     Completion,
+    OnBatchCompletion,
     OnCompletion,
     Write,
+    WriteBatch,
     WriteStatus,
 )
 
@@ -28,6 +36,7 @@ RETRY_AFTER_S = 0.05
 _STALE_DEADLINES = 1024
 """Deadlines of completed writes behind one that waits, before they are swept out."""
 _TAG_LIMIT = 1 << 64
+NONE_REFUSED: Mapping[int, str] = MappingProxyType({})
 
 _log = logging.getLogger(__name__)
 
@@ -58,9 +67,36 @@ def check_write(write: Write) -> None:
         raise InvalidRequest(f"a write needs a finite deadline, not {write.deadline_s} s")
 
 
+def check_batch(batch: WriteBatch) -> None:
+    """As `check_write`."""
+    source, target, window = batch.source_table, batch.target_table, batch.target
+    if tuple(source.sizes) != tuple(target.sizes):
+        raise InvalidRequest("the parts of source and target must have as many bytes each")
+    if len(target) > BATCH_WRITES_MAX or min(target.sizes) < 1 or target.nbytes > WRITE_BYTES_MAX:
+        raise InvalidRequest(
+            f"a batch has 1 to {BATCH_WRITES_MAX} writes, none of them empty, and at most "
+            f"{WRITE_BYTES_MAX} bytes, not {len(target)} with {target.nbytes}; split it"
+        )
+    source_end = source.span()[1]
+    if source_end > batch.source.nbytes:
+        raise InvalidRequest(
+            f"source slices end at {source_end}, the region has {batch.source.nbytes} bytes"
+        )
+    start, end = target.span()
+    if start < window.offset or end > window.offset + window.nbytes:
+        raise InvalidRequest(
+            f"target slices [{start}, {end}) are outside of the window "
+            f"[{window.offset}, {window.offset + window.nbytes})"
+        )
+    if batch.first_tag < 0 or batch.first_tag + len(target) > _TAG_LIMIT:
+        raise InvalidRequest(f"tags from {batch.first_tag} on do not fit into 64 bits")
+    if not math.isfinite(batch.deadline_s):
+        raise InvalidRequest(f"a write needs a finite deadline, not {batch.deadline_s} s")
+
+
 class PendingWrite:
-    """A write that has no completion yet. `sent` bytes of it were taken to be sent; once it is
-    `gone`, nothing of its source will be read any more."""
+    """A write, or a batch, that has no completion yet. `sent` bytes of it were taken to be sent;
+    once it is `gone`, nothing of its source will be read any more."""
 
     __slots__ = (
         "deadline",
@@ -68,22 +104,35 @@ class PendingWrite:
         "ident",
         "nbytes",
         "on_completion",
+        "reader",
         "sent",
         "truncate_at",
         "write",
     )
 
     def __init__(
-        self, ident: int, write: Write, on_completion: OnCompletion, deadline: float
+        self,
+        ident: int,
+        write: Write | WriteBatch,
+        nbytes: int,
+        on_completion: OnCompletion | OnBatchCompletion,
+        deadline: float,
     ) -> None:
         self.ident = ident
         self.write = write
         self.on_completion = on_completion
         self.deadline = deadline
-        self.nbytes = write.source_slices.nbytes
+        self.nbytes = nbytes
+        self.reader = TableReader(write.source_table) if isinstance(write, WriteBatch) else None
         self.sent = 0
         self.gone = False
         self.truncate_at = -1
+
+    @property
+    def single(self) -> Write:
+        """The write, which must not be a batch."""
+        assert isinstance(self.write, Write)
+        return self.write
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +163,21 @@ class Outbox:
 
     def add(self, write: Write, on_completion: OnCompletion, now: float) -> PendingWrite:
         """Queue a checked write; raises Overloaded if the peer has too much waiting."""
-        nbytes = write.source_slices.nbytes
+        return self._add(write, write.source_slices.nbytes, on_completion, now)
+
+    def add_batch(
+        self, batch: WriteBatch, on_completion: OnBatchCompletion, now: float
+    ) -> PendingWrite:
+        """As `add`."""
+        return self._add(batch, batch.source_table.nbytes, on_completion, now)
+
+    def _add(
+        self,
+        write: Write | WriteBatch,
+        nbytes: int,
+        on_completion: OnCompletion | OnBatchCompletion,
+        now: float,
+    ) -> PendingWrite:
         if self.queued_bytes + nbytes > self._queue_bytes_max:
             raise Overloaded(
                 f"{self.queued_bytes} bytes wait for {self.peer!r}; {nbytes} more exceed the "
@@ -125,7 +188,8 @@ class Outbox:
             raise Overloaded(
                 f"{QUEUED_WRITES_MAX} writes wait for {self.peer!r}", retry_after_s=RETRY_AFTER_S
             )
-        pending = PendingWrite(self._next_ident, write, on_completion, now + write.deadline_s)
+        deadline = now + write.deadline_s
+        pending = PendingWrite(self._next_ident, write, nbytes, on_completion, deadline)
         self._next_ident += 1
         self._pending[pending.ident] = pending
         self._lanes.push(write.lane, pending)
@@ -201,10 +265,25 @@ class Outbox:
         return len(self._pending)
 
 
-def deliver(peer: str, pending: PendingWrite, status: WriteStatus, detail: str = "") -> None:
-    """Hand the completion of a settled write to its owner."""
-    completion = Completion(peer, pending.write.tag, status, pending.nbytes, detail)
+def deliver(
+    peer: str,
+    pending: PendingWrite,
+    status: WriteStatus,
+    detail: str = "",
+    refused: Mapping[int, str] = NONE_REFUSED,
+) -> None:
+    """Hand the completion of a settled write to its owner. `refused` is a batch's, by tag."""
+    write = pending.write
+    call: Callable[[], None]
+    if isinstance(write, WriteBatch):
+        told = BatchCompletion(peer, write.first_tag, status, refused, detail)
+        call = partial(cast(OnBatchCompletion, pending.on_completion), told)
+        tag = write.first_tag
+    else:
+        single = Completion(peer, write.tag, status, pending.nbytes, detail)
+        call = partial(cast(OnCompletion, pending.on_completion), single)
+        tag = write.tag
     try:
-        pending.on_completion(completion)
+        call()
     except Exception:  # noqa: BLE001 - a callback of others
-        _log.exception("on_completion of tag %d raised", pending.write.tag)
+        _log.exception("on_completion of tag %d raised", tag)

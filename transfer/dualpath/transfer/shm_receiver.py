@@ -108,8 +108,8 @@ class ShmReceiver(StreamReceiver):
             raise MalformedFrame(f"source ends at {source.end} of {region.nbytes}, or is too fine")
         if frame.pledge >= PLEDGES_MAX or PLEDGE_REGION not in self._regions:
             raise MalformedFrame(f"pledge {frame.pledge} does not exist")
-        write = self._begin(frame.write)
-        landing = write.landing
+        write = self._begin_single(frame.write)
+        landing = write.landings[0]
         while landing is not None and write.received < source.nbytes and landing.open:
             nbytes = min(STEP_BYTES, source.nbytes - write.received)
             with landing.lock:
@@ -126,8 +126,9 @@ class ShmReceiver(StreamReceiver):
     def _finish_if_pledged(self, write: OpenWrite, pledge: int) -> None:
         page = self._regions[PLEDGE_REGION].view
         held = PLEDGE.unpack_from(page, pledge * PLEDGE.size)[0]
-        if held == write.ident or write.landing is None:
-            self._finish(write)
+        if held == write.ident or write.landings[0] is None:
+            write.received = write.nbytes
+            self._settle(write)
             return
         self._cancel(write.ident)
-        self._answer(write.ident, frames.REFUSALS.index("cancelled"))
+        self._answer(write.ident, (frames.REFUSALS.index("cancelled"),), write.nbytes)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import socket
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.ledger import PeerCounters
-from dualpath.transfer.outbox import Fragment, Outbox, PendingWrite
+from dualpath.transfer.outbox import NONE_REFUSED, Fragment, Outbox, PendingWrite
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import PAGE_BYTES, Region
 from dualpath.transfer.stream_sender import StreamSender, Truncated
@@ -53,7 +53,13 @@ class ShmSender(StreamSender):
         self._slots: dict[int, int] = {}  # by the write's ident
         self._regions: dict[int, weakref.ref[Region]] = {}  # by serial, least recently used first
 
-    def _complete(self, settled: Sequence[PendingWrite], status: WriteStatus, detail: str) -> None:
+    def _complete(
+        self,
+        settled: Sequence[PendingWrite],
+        status: WriteStatus,
+        detail: str,
+        refused: Mapping[int, str] = NONE_REFUSED,
+    ) -> None:
         with self._changed:
             for pending in settled:
                 slot = self._slots.pop(pending.ident, None)
@@ -62,7 +68,7 @@ class ShmSender(StreamSender):
                     self._free.append(slot)
                     self._inflight_bytes -= pending.nbytes
             self._changed.notify()
-        super()._complete(settled, status, detail)
+        super()._complete(settled, status, detail, refused)
 
     def _next_fragment(self, now: float) -> Fragment | None:
         # What is with the receiver goes in its order; the rest waits here, in the order of lanes.
@@ -80,7 +86,7 @@ class ShmSender(StreamSender):
         return fragment
 
     def _transmit_fragment(self, fragment: Fragment) -> None:
-        pending, write = fragment.pending, fragment.pending.write
+        pending, write = fragment.pending, fragment.pending.single
         with self._changed:
             slot, page = self._slots.get(pending.ident), self._page
         if slot is None or page is None:

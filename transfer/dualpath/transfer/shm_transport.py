@@ -26,7 +26,8 @@ from dualpath.transfer.shm_sender import ShmSender
 from dualpath.transfer.stream_receiver import StreamReceiver
 from dualpath.transfer.stream_sender import StreamSender
 from dualpath.transfer.stream_transport import StreamTransport, seconds_left
-from dualpath.transfer.transport import OnPeerLost
+from dualpath.transfer.transport import OnBatchCompletion, OnPeerLost, WriteBatch
+from dualpath.transfer.write_split import write_split
 
 LISTEN_BACKLOG = 128
 PATH_BYTES_MAX = 107
@@ -82,6 +83,10 @@ class ShmTransport(StreamTransport):
         if self._address:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._address)
+
+    def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """See Transport.write_batch."""
+        write_split(self, peer, batch, on_completion)
 
     def _bind(self, address: str) -> tuple[socket.socket, str]:
         _check_path(address)

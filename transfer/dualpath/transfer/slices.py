@@ -29,9 +29,8 @@ class Slices:
     nbytes: int
 
     def __post_init__(self) -> None:
-        fields = (self.base, self.stride, self.count, self.length, self.skip, self.nbytes)
-        if min(fields) < 0:
-            raise InvalidRequest(f"slices with a negative field: {fields}")
+        if min(self.fields) < 0:
+            raise InvalidRequest(f"slices with a negative field: {self.fields}")
         if self.skip + self.nbytes > self.count * self.length:
             raise InvalidRequest(
                 f"slices cover {self.count * self.length} bytes; bytes "
@@ -41,6 +40,11 @@ class Slices:
             raise InvalidRequest(
                 f"slices overlap: stride {self.stride} is less than length {self.length}"
             )
+
+    @property
+    def fields(self) -> tuple[int, int, int, int, int, int]:
+        """All fields, in order."""
+        return (self.base, self.stride, self.count, self.length, self.skip, self.nbytes)
 
     @staticmethod
     def contiguous(offset: int, nbytes: int) -> Slices:

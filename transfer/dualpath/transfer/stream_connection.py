@@ -16,7 +16,13 @@ from dualpath.transfer.errors import DualPathError
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_receiver import PeerClosed, StreamReceiver
 from dualpath.transfer.stream_sender import StreamSender, Truncated
-from dualpath.transfer.transport import OnCompletion, Write, WriteStatus
+from dualpath.transfer.transport import (
+    OnBatchCompletion,
+    OnCompletion,
+    Write,
+    WriteBatch,
+    WriteStatus,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +67,10 @@ class StreamConnection:
     def submit(self, write: Write, on_completion: OnCompletion, truncate_at: int = -1) -> None:
         """Queue a checked write; see StreamSender.submit."""
         self._sender.submit(write, on_completion, truncate_at)
+
+    def submit_batch(self, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """Queue a checked batch; see StreamSender.submit_batch."""
+        self._sender.submit_batch(batch, on_completion)
 
     def end(self, reason: str, *, closing: bool = False) -> None:
         """End the connection; nothing if it has ended. `closing`: by our own `close`."""

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.invitations import INVITATION_BYTES, PEER_NAME_BYTES_MAX
 from dualpath.transfer.lane import Lane
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
-from dualpath.transfer.transport import WRITE_BYTES_MAX
+from dualpath.transfer.transport import BATCH_WRITES_MAX, WRITE_BYTES_MAX
 
-STREAM_VERSION = 1
+STREAM_VERSION = 2
 FRAGMENT_BYTES_MAX = 1 << 20
 """Most payload bytes of one frame."""
-BODY_BYTES_MAX = 4096
+BODY_BYTES_MAX = 8192
 HEAD_BYTES_MAX = BODY_BYTES_MAX + 8
 ACKS_MAX = 256
 """Most acknowledgements of one frame."""
@@ -31,6 +32,7 @@ PREFIX_BYTES = _PREFIX.size
 _HELLO = struct.Struct("<8sHB16s")
 _WELCOME = struct.Struct("<8sHB")
 _WRITE = struct.Struct("<QQIQB6Q")
+_BATCH = struct.Struct("<QQIQBQQQH")
 _SOURCE = struct.Struct("<HQ6Q")
 _IDENT = struct.Struct("<Q")
 _REGION = struct.Struct("<QQ")
@@ -68,6 +70,8 @@ class FrameType(enum.IntEnum):
     REGION = 8
     FORGET = 9
     WRITE_FROM = 10
+    BATCH = 11
+    RESULTS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +112,22 @@ class WriteFrame:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchFrame:
+    """Opens writes with consecutive tags, whose bytes come one after another under one `ident`;
+    the first `payload` of them follow."""
+
+    ident: int
+    key: int
+    generation: int
+    first_tag: int
+    lane: int
+    table: SliceTable
+    payload: int
+
+
+@dataclass(frozen=True, slots=True)
 class DataFrame:
-    """`payload` further bytes of an open write follow."""
+    """`payload` further bytes of an open write or batch follow."""
 
     ident: int
     payload: int
@@ -117,7 +135,7 @@ class DataFrame:
 
 @dataclass(frozen=True, slots=True)
 class CancelFrame:
-    """No further bytes of this open write will come."""
+    """No further bytes of this open write or batch will come."""
 
     ident: int
 
@@ -127,6 +145,14 @@ class AckFrame:
     """Writes that ended at the receiver: (ident, code in REFUSALS; 0 is done)."""
 
     acks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsFrame:
+    """A batch ended at the receiver, not all alike: a code in REFUSALS for each part."""
+
+    ident: int
+    codes: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +189,11 @@ Frame = (
     | Welcome
     | Deny
     | WriteFrame
+    | BatchFrame
     | DataFrame
     | CancelFrame
     | AckFrame
+    | ResultsFrame
     | RegionFrame
     | ForgetFrame
     | WriteFromFrame
@@ -206,6 +234,37 @@ def write(
     """Encode the head of a WriteFrame; the caller sends the payload behind it."""
     body = _write_body(ident, key, generation, tag, lane, slices)
     return _frame(FrameType.WRITE, body, payload)
+
+
+def batch(
+    ident: int,
+    key: int,
+    generation: int,
+    first_tag: int,
+    lane: int,
+    table: SliceTable,
+    payload: int,
+) -> bytes:
+    """Encode the head of a BatchFrame; the caller sends the payload behind it."""
+    parts = len(table)
+    head = _BATCH.pack(
+        ident,
+        key,
+        generation,
+        first_tag,
+        lane,
+        table.stride,
+        table.count,
+        table.length,
+        parts,
+    )
+    body = struct.pack(f"<{2 * parts}Q{parts}I", *table.bases, *table.skips, *table.sizes)
+    return _frame(FrameType.BATCH, head + body, payload)
+
+
+def results(ident: int, codes: bytes) -> bytes:
+    """Encode ResultsFrame."""
+    return _frame(FrameType.RESULTS, _IDENT.pack(ident) + codes)
 
 
 def write_from(
@@ -263,7 +322,7 @@ def parse(buffer: memoryview) -> tuple[Frame, int] | None:
         raise MalformedFrame(f"unknown frame type {kind}/{zero}")
     if body_bytes > BODY_BYTES_MAX or payload > FRAGMENT_BYTES_MAX:
         raise MalformedFrame(f"frame of {body_bytes} + {payload} bytes is too long")
-    if payload and kind not in (FrameType.WRITE, FrameType.DATA):
+    if payload and kind not in _WITH_PAYLOAD:
         raise MalformedFrame(f"frame type {kind} has no payload, {payload} bytes announced")
     end = _PREFIX.size + body_bytes
     if buffer.nbytes < end:
@@ -275,7 +334,7 @@ def parse(buffer: memoryview) -> tuple[Frame, int] | None:
     return frame, end
 
 
-def head_bytes(buffer: bytes | bytearray) -> int:
+def head_bytes(buffer: bytes | bytearray | memoryview) -> int:
     """Bytes of the head whose prefix `buffer` starts with, not checked."""
     return PREFIX_BYTES + int(_PREFIX.unpack_from(buffer)[2])
 
@@ -365,6 +424,32 @@ def _parse_forget(body: memoryview, payload: int) -> Frame:
     return ForgetFrame(_IDENT.unpack(body)[0])
 
 
+def _parse_batch(body: memoryview, payload: int) -> Frame:
+    ident, key, generation, first_tag, lane, stride, count, length, parts = _BATCH.unpack_from(body)
+    if not 1 <= parts <= BATCH_WRITES_MAX:
+        raise MalformedFrame(f"a batch of {parts} writes")
+    # Raises struct.error unless the sizes agree.
+    numbers = struct.unpack(f"<{2 * parts}Q{parts}I", body[_BATCH.size :])
+    table = SliceTable(
+        stride, count, length, numbers[:parts], numbers[parts : 2 * parts], numbers[2 * parts :]
+    )
+    if min(table.sizes) < 1 or table.nbytes > WRITE_BYTES_MAX:
+        raise MalformedFrame(f"a batch of {table.nbytes} bytes, or with an empty write")
+    if lane not in _LANES:
+        raise MalformedFrame(f"unknown lane {lane}")
+    if not 1 <= payload <= table.nbytes:
+        raise MalformedFrame(f"{payload} bytes begin a batch of {table.nbytes}")
+    return BatchFrame(ident, key, generation, first_tag, lane, table, payload)
+
+
+def _parse_results(body: memoryview, payload: int) -> Frame:
+    codes = bytes(body[_IDENT.size :])
+    if not 1 <= len(codes) <= BATCH_WRITES_MAX or max(codes) >= len(REFUSALS):
+        raise MalformedFrame(f"results of {len(codes)} writes, or of an unknown code")
+    return ResultsFrame(_IDENT.unpack_from(body)[0], codes)
+
+
+_WITH_PAYLOAD = frozenset((FrameType.WRITE, FrameType.BATCH, FrameType.DATA))
 _LANES = frozenset(int(lane) for lane in Lane)
 
 _DECODERS: dict[int, Callable[[memoryview, int], Frame]] = {
@@ -378,8 +463,11 @@ _DECODERS: dict[int, Callable[[memoryview, int], Frame]] = {
     FrameType.REGION: _parse_region,
     FrameType.FORGET: _parse_forget,
     FrameType.WRITE_FROM: _parse_write_from,
+    FrameType.BATCH: _parse_batch,
+    FrameType.RESULTS: _parse_results,
 }
 
 assert _HELLO.size + PEER_NAME_BYTES_MAX <= BODY_BYTES_MAX
 assert _ACK.size * ACKS_MAX <= BODY_BYTES_MAX
+assert _BATCH.size + 20 * BATCH_WRITES_MAX <= BODY_BYTES_MAX
 assert struct.calcsize("16s") == INVITATION_BYTES

@@ -11,25 +11,28 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_sender import StreamSender
-from dualpath.transfer.transport import WriteStatus
-from dualpath.transfer.window import Landing, Refused, WindowTable
+from dualpath.transfer.window import Landing, WindowTable
 
 OPEN_WRITES_MAX = 16
 """Writes of one peer that are half way in; a sender has at most one a lane."""
 LOOKAHEAD_BYTES = 256
 """Bytes read at once where a head is expected; few, since payload among them is copied."""
+DATA_HEAD_BYTES = len(frames.data(0, 1))
+"""As many while a write is open, whose next frame has just this head."""
 BUFFERS_MAX = 64
 SCRATCH_BYTES = 256 << 10
 ACKS_DELAYED_MAX = 16
+ACKED_BYTES_DELAYED_MAX = 1 << 20
 POLL_MS = 1000
 
 _CODES = {reason: code for code, reason in enumerate(frames.REFUSALS)}
@@ -40,16 +43,35 @@ class PeerClosed(Exception):
 
 
 class OpenWrite:
-    """A write whose bytes are arriving; `landing` is None where they are thrown away."""
+    """A write, or a batch of them, whose bytes are arriving.
 
-    __slots__ = ("code", "ident", "landing", "received", "slices")
+    `landings[i]` is None where the bytes of part i are thrown away; `codes[i]` then says why.
+    Parts [0, settled) have come to their end. `lock` is that of all landings.
+    """
 
-    def __init__(self, ident: int, slices: Slices, landing: Landing | None, code: int) -> None:
+    __slots__ = ("codes", "ends", "ident", "landings", "lock", "received", "settled", "table")
+
+    def __init__(self, ident: int, table: SliceTable, landings: Sequence[Landing | str]) -> None:
         self.ident = ident
-        self.slices = slices
-        self.landing = landing
-        self.code = code
+        self.table = table
+        self.ends = table.ends()
+        self.codes = bytearray(len(table))
+        self.landings: list[Landing | None] = []
+        for index, landing in enumerate(landings):
+            if isinstance(landing, str):
+                self.codes[index] = _CODES[landing]
+                self.landings.append(None)
+            else:
+                self.landings.append(landing)
         self.received = 0
+        self.settled = 0
+        begun = next((landing for landing in self.landings if landing is not None), None)
+        self.lock = threading.Lock() if begun is None else begun.lock
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.ends[-1]
 
 
 class StreamReceiver:
@@ -79,6 +101,7 @@ class StreamReceiver:
         self._end = 0
         self._open: dict[int, OpenWrite] = {}
         self._delayed_acks = 0
+        self._delayed_bytes = 0
         self._scratch = memoryview(b"")
 
     def run(self) -> None:
@@ -93,70 +116,89 @@ class StreamReceiver:
                     self._handle(frame)
         finally:
             for write in self._open.values():
-                if write.landing is not None:
-                    self._windows.abandon(write.landing)
+                self._abandon(write)
             self._open.clear()
 
     # Frames.
 
     def _handle(self, frame: frames.Frame) -> None:
-        if isinstance(frame, frames.WriteFrame):
-            write = self._begin(frame)
-            self._payload(write, frame.payload)
-        elif isinstance(frame, frames.DataFrame):
+        if isinstance(frame, frames.DataFrame):
             opened = self._open.get(frame.ident)
             if opened is None:
                 raise MalformedFrame(f"data of write {frame.ident}, which is not open")
-            if opened.received + frame.payload > opened.slices.nbytes:
+            if opened.received + frame.payload > opened.nbytes:
                 raise MalformedFrame(f"more data than write {frame.ident} has")
             self._payload(opened, frame.payload)
+        elif isinstance(frame, frames.BatchFrame):
+            write = self._begin(
+                frame.ident, frame.key, frame.generation, frame.first_tag, frame.table
+            )
+            self._payload(write, frame.payload)
+        elif isinstance(frame, frames.WriteFrame):
+            self._payload(self._begin_single(frame), frame.payload)
         elif isinstance(frame, frames.AckFrame):
             for ident, code in frame.acks:
-                status = WriteStatus.REFUSED if code else WriteStatus.DONE
-                self._sender.settle(ident, status, frames.REFUSALS[code])
+                self._sender.settle(ident, bytes((code,)))
+        elif isinstance(frame, frames.ResultsFrame):
+            self._sender.settle(frame.ident, frame.codes)
         elif isinstance(frame, frames.CancelFrame):
             self._cancel(frame.ident)
         else:
             raise MalformedFrame(f"unexpected {type(frame).__name__}")
 
-    def _begin(self, frame: frames.WriteFrame) -> OpenWrite:
-        if frame.ident in self._open or len(self._open) >= OPEN_WRITES_MAX:
-            raise MalformedFrame(f"write {frame.ident} opened twice or too many open")
-        landing, code = None, 0
-        try:
-            landing = self._windows.begin(
-                self._peer, frame.key, frame.generation, frame.tag, frame.slices
-            )
-        except Refused as refused:
-            code = _CODES[refused.reason]
-        write = OpenWrite(frame.ident, frame.slices, landing, code)
-        self._open[frame.ident] = write
+    def _begin_single(self, frame: frames.WriteFrame) -> OpenWrite:
+        table = SliceTable.of(frame.slices)
+        return self._begin(frame.ident, frame.key, frame.generation, frame.tag, table)
+
+    def _begin(
+        self, ident: int, key: int, generation: int, first_tag: int, table: SliceTable
+    ) -> OpenWrite:
+        if ident in self._open or len(self._open) >= OPEN_WRITES_MAX:
+            raise MalformedFrame(f"write {ident} opened twice or too many open")
+        landings = self._windows.begin_table(self._peer, key, generation, first_tag, table)
+        write = self._open[ident] = OpenWrite(ident, table, landings)
         return write
 
     def _cancel(self, ident: int) -> None:
         # The writer has given up; it may have done so after our answer had crossed its frame.
         write = self._open.pop(ident, None)
-        if write is not None and write.landing is not None:
-            self._windows.abandon(write.landing)
+        if write is not None:
+            self._abandon(write)
 
-    def _finish(self, write: OpenWrite) -> None:
-        del self._open[write.ident]
-        code = write.code
-        if write.landing is not None:
-            try:
-                self._windows.land(write.landing)
-                self._counters.received_bytes += write.slices.nbytes
-                self._counters.received_writes += 1
-            except Refused as refused:
-                code = _CODES[refused.reason]
-        self._answer(write.ident, code)
+    def _abandon(self, write: OpenWrite) -> None:
+        for landing in write.landings[write.settled :]:
+            if landing is not None:
+                self._windows.abandon(landing)
 
-    def _answer(self, ident: int, code: int) -> None:
-        if code:
-            self._counters.refused_writes += 1
-        self._sender.acknowledge(ident, code)
+    def _settle(self, write: OpenWrite) -> None:
+        """Bring the parts that have all of their bytes to their end, and with the last of them
+        the write."""
+        first, last = write.settled, bisect_right(write.ends, write.received)
+        landings = [each for each in write.landings[first:last] if each is not None]
+        if landings:
+            reasons = iter(self._windows.land_all(landings))
+            for index in range(first, last):
+                if write.landings[index] is None:
+                    continue
+                if reason := next(reasons):
+                    write.codes[index] = _CODES[reason]
+                else:
+                    self._counters.received_bytes += write.table.sizes[index]
+                    self._counters.received_writes += 1
+        write.settled = last
+        if last == len(write.ends):
+            del self._open[write.ident]
+            self._answer(write.ident, write.codes, write.nbytes)
+
+    def _answer(self, ident: int, codes: Sequence[int], nbytes: int) -> None:
+        self._counters.refused_writes += sum(code != 0 for code in codes)
+        if len(codes) == 1 or not any(codes):
+            self._sender.acknowledge(ident, codes[0])
+        else:
+            self._sender.acknowledge_each(ident, bytes(codes))
         self._delayed_acks += 1
-        if self._delayed_acks >= ACKS_DELAYED_MAX:
+        self._delayed_bytes += nbytes
+        if self._delayed_acks >= ACKS_DELAYED_MAX or self._delayed_bytes >= ACKED_BYTES_DELAYED_MAX:
             self._flush()
 
     # Bytes.
@@ -176,8 +218,12 @@ class StreamReceiver:
         if self._start:
             self._buffer[:have] = bytes(self._buffer[self._start : self._end])
             self._start, self._end = 0, have
+        if have >= frames.PREFIX_BYTES:  # parsed, so its length is in bounds
+            wanted = frames.head_bytes(self._buffer) - have
+        else:
+            wanted = (DATA_HEAD_BYTES if self._open else LOOKAHEAD_BYTES) - have
         try:
-            got = self._read_head(self._buffer[have : have + LOOKAHEAD_BYTES])
+            got = self._read_head(self._buffer[have : have + wanted])
         except BlockingIOError:
             self._wait_readable()
             return
@@ -191,12 +237,10 @@ class StreamReceiver:
         return self._socket.recv_into(target, 0, socket.MSG_DONTWAIT)
 
     def _payload(self, write: OpenWrite, nbytes: int) -> None:
-        """Receive `nbytes` further bytes of `write`, and finish it with its last."""
+        """Receive `nbytes` further bytes of `write`, and bring to their end what is complete."""
         left = nbytes - self._from_buffer(write, nbytes)
         while left and not self._stop.is_set():
-            left -= self._receive_piece(write, min(left, self._pacer.piece_bytes))
-        if not left and write.received == write.slices.nbytes:
-            self._finish(write)
+            left -= self._receive_piece(write, left)
 
     def _from_buffer(self, write: OpenWrite, nbytes: int) -> int:
         """Move payload that was read together with its head."""
@@ -206,22 +250,24 @@ class StreamReceiver:
             left -= self._move(write, left, self._take_buffered)
         return have
 
-    def _take_buffered(self, targets: list[memoryview]) -> int:
+    def _take_buffered(self, targets: list[memoryview], nbytes: int) -> int:
         start = self._start
         for target in targets:
             target[:] = self._buffer[self._start : self._start + len(target)]
             self._start += len(target)
         return self._start - start
 
-    def _receive_piece(self, write: OpenWrite, nbytes: int) -> int:
-        """Receive up to `nbytes` bytes, as many as the link's limit lets through at once."""
+    def _receive_piece(self, write: OpenWrite, left: int) -> int:
+        """Receive some of the `left` bytes, as many as the link's limit lets through at once."""
+        nbytes = min(left, self._pacer.piece_bytes)
         if self._pacer.limited:
             self._wait_readable()
             if not self._pacer.pass_through(nbytes, self._stop):
                 return 0
         got = 0
+        take = self._take_last if nbytes == left else self._take_received
         try:
-            got = self._move(write, nbytes, self._take_received)
+            got = self._move(write, nbytes, take)
             if got == 0:
                 raise MalformedFrame("the connection ended in the middle of a write")
         except BlockingIOError:
@@ -229,32 +275,60 @@ class StreamReceiver:
         self._pacer.give_back(nbytes - got)
         return got
 
-    def _take_received(self, targets: list[memoryview]) -> int:
+    def _take_received(self, targets: list[memoryview], nbytes: int) -> int:
         if len(targets) == 1:
             return self._socket.recv_into(targets[0], 0, socket.MSG_DONTWAIT)
         return self._socket.recvmsg_into(targets, 0, socket.MSG_DONTWAIT)[0]
 
-    def _move(self, write: OpenWrite, nbytes: int, take: Callable[[list[memoryview]], int]) -> int:
-        """Let `take` fill up to `nbytes` bytes of the write's target; it must not block."""
-        landing = write.landing
-        if landing is None:
-            got = take(self._elsewhere(nbytes))
-        else:
-            with landing.lock:
-                if landing.open:
-                    part = write.slices
-                    if nbytes != part.nbytes:
-                        part = part.part(write.received, nbytes)
-                    got = take(buffers(landing.region.view, part, BUFFERS_MAX))
-                else:
-                    got = take(self._elsewhere(nbytes))
+    def _take_last(self, targets: list[memoryview], nbytes: int) -> int:
+        """As `_take_received`; what comes behind the payload is the next frame's head."""
+        if sum(map(len, targets)) < nbytes:
+            return self._take_received(targets, nbytes)
+        behind = self._buffer[:DATA_HEAD_BYTES]
+        got = self._socket.recvmsg_into([*targets, behind], 0, socket.MSG_DONTWAIT)[0]
+        self._start, self._end = 0, max(0, got - nbytes)  # nothing was left in the buffer
+        return min(got, nbytes)
+
+    def _move(
+        self, write: OpenWrite, nbytes: int, take: Callable[[list[memoryview], int], int]
+    ) -> int:
+        """Let `take` fill up to `nbytes` bytes of the write's targets; it must not block."""
+        with write.lock:
+            got = take(self._targets(write, nbytes), nbytes)
         write.received += got
+        if write.received >= write.ends[write.settled]:
+            self._settle(write)
         return got
 
-    def _elsewhere(self, nbytes: int) -> list[memoryview]:
+    def _targets(self, write: OpenWrite, nbytes: int) -> list[memoryview]:
+        """Where the next `nbytes` bytes go; fewer, if that is in too many places. Under `lock`."""
+        table, ends, index, at = write.table, write.ends, write.settled, write.received
+        solid = table.solid
+        found: list[memoryview] = []
+        while nbytes and len(found) < BUFFERS_MAX:
+            size = table.sizes[index]
+            inside = at - ends[index] + size
+            take = min(size - inside, nbytes)
+            landing = write.landings[index]
+            if landing is None or not landing.open:
+                take = min(take, SCRATCH_BYTES)
+                found.append(self._elsewhere(take))
+            elif solid:
+                start = table.bases[index] + table.skips[index] + inside
+                found.append(landing.region.view[start : start + take])
+            else:
+                part = table.part(index).part(inside, take)
+                found += buffers(landing.region.view, part, BUFFERS_MAX - len(found))
+            at += take
+            nbytes -= take
+            if at == ends[index]:
+                index += 1
+        return found
+
+    def _elsewhere(self, nbytes: int) -> memoryview:
         if not self._scratch:
             self._scratch = memoryview(bytearray(SCRATCH_BYTES))
-        return [self._scratch[:nbytes]]
+        return self._scratch[:nbytes]
 
     def _wait_readable(self) -> None:
         self._flush()
@@ -262,4 +336,5 @@ class StreamReceiver:
 
     def _flush(self) -> None:
         self._delayed_acks = 0
+        self._delayed_bytes = 0
         self._sender.flush_acks()

@@ -13,16 +13,22 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.errors import PeerLost
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.memfd_channel import send_with_fds
-from dualpath.transfer.outbox import Fragment, Outbox, PendingWrite, deliver
+from dualpath.transfer.outbox import NONE_REFUSED, Fragment, Outbox, PendingWrite, deliver
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
-from dualpath.transfer.transport import OnCompletion, Write, WriteStatus
+from dualpath.transfer.transport import (
+    OnBatchCompletion,
+    OnCompletion,
+    Write,
+    WriteBatch,
+    WriteStatus,
+)
 
 UNSENT_ACKS_MAX = 1 << 16
 """A peer that writes on without reading its acknowledgements loses the connection."""
@@ -56,13 +62,15 @@ class StreamSender:
         self._fragment_bytes = min(fragment_bytes, pacer.piece_bytes)
         self._changed = threading.Condition()  # guards what follows
         self._ended = False
-        self._acks: deque[tuple[int, int]] = deque()
+        self._acks: deque[tuple[int, int]] = deque()  # (ident, code)
         self._control: deque[bytes] = deque()
         self._reserved = 0
         self._reserved_until = 0.0
         self._wire = threading.Lock()  # held for each send; guards what follows
         self._carry = b""  # the rest of a frame of acknowledgements
         self._in_frame = False
+        self._poll = select.poll()  # the sending thread's
+        self._poll.register(sock, select.POLLOUT)
 
     @property
     def queued_bytes(self) -> int:
@@ -81,26 +89,57 @@ class StreamSender:
             pending.truncate_at = truncate_at
             self._changed.notify()
 
-    def settle(self, ident: int, status: WriteStatus, detail: str) -> bool:
+    def submit_batch(self, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """Queue a checked batch. Raises as `submit`."""
+        with self._changed:
+            if self._ended:
+                raise PeerLost(f"the connection to {self._outbox.peer!r} has ended")
+            self._outbox.add_batch(batch, on_completion, time.monotonic())
+            self._changed.notify()
+
+    def settle(self, ident: int, codes: bytes) -> bool:
         """End a write as the peer said; False if it has ended before.
 
-        Raises PeerLost if the peer cannot have all of it yet: its source is still being read.
+        `codes` (in REFUSALS) has one for the whole, or one for each write of a batch. Raises
+        PeerLost if the peer cannot have all of it yet: its source is still being read.
         """
         with self._changed:
             pending = self._outbox.find(ident)
-        if pending is not None and not pending.gone:
+        if pending is None:
+            return False
+        if not pending.gone:
             with self._wire:  # the send that has just given the kernel the rest may be under way
                 gone = pending.gone
             if not gone:
                 raise PeerLost(
                     f"{self._outbox.peer!r} answered write {ident} before it had all of it"
                 )
+        status, detail, refused = self._verdict(pending, codes)
         with self._changed:
             pending = self._outbox.settle(ident)
         if pending is None:
             return False
-        self._complete([pending], status, detail)
+        self._complete([pending], status, detail, refused)
         return True
+
+    def _verdict(
+        self, pending: PendingWrite, codes: bytes
+    ) -> tuple[WriteStatus, str, Mapping[int, str]]:
+        write = pending.write
+        count = len(write.target_table) if isinstance(write, WriteBatch) else 1
+        if len(codes) not in (1, count):
+            raise PeerLost(
+                f"{self._outbox.peer!r} answered {len(codes)} of the {count} writes of a batch"
+            )
+        if not any(codes):
+            return WriteStatus.DONE, "", NONE_REFUSED
+        if not isinstance(write, WriteBatch):
+            return WriteStatus.REFUSED, frames.REFUSALS[codes[0]], NONE_REFUSED
+        each = codes if len(codes) == count else codes * count
+        refused = {
+            tag: frames.REFUSALS[code] for tag, code in enumerate(each, write.first_tag) if code
+        }
+        return WriteStatus.DONE, "", refused
 
     def acknowledge(self, ident: int, code: int) -> None:
         """Queue an answer to a write of the peer. Raises PeerLost over the bound."""
@@ -108,6 +147,14 @@ class StreamSender:
             if len(self._acks) >= UNSENT_ACKS_MAX:
                 raise PeerLost(f"{self._outbox.peer!r} does not read its acknowledgements")
             self._acks.append((ident, code))
+
+    def acknowledge_each(self, ident: int, codes: bytes) -> None:
+        """Queue an answer to a batch of the peer that has a code for each of its writes."""
+        with self._changed:
+            if len(self._control) >= UNSENT_ACKS_MAX:
+                raise PeerLost(f"{self._outbox.peer!r} does not read its acknowledgements")
+            self._control.append(frames.results(ident, codes))
+            self._changed.notify()
 
     def flush_acks(self) -> None:
         """Send what `acknowledge` queued: here if the wire is free, else by the thread."""
@@ -165,33 +212,24 @@ class StreamSender:
 
     # What a transport with another way for the bytes overrides.
 
-    def _complete(self, settled: Sequence[PendingWrite], status: WriteStatus, detail: str) -> None:
+    def _complete(
+        self,
+        settled: Sequence[PendingWrite],
+        status: WriteStatus,
+        detail: str,
+        refused: Mapping[int, str] = NONE_REFUSED,
+    ) -> None:
         """Deliver the completions of writes that left the outbox; called without locks."""
         for pending in settled:
-            deliver(self._outbox.peer, pending, status, detail)
+            deliver(self._outbox.peer, pending, status, detail, refused)
 
     def _transmit_fragment(self, fragment: Fragment) -> None:
         pending, offset, nbytes = fragment.pending, fragment.offset, fragment.nbytes
-        write = pending.write
-        if offset == 0:
-            head = frames.write(
-                pending.ident,
-                write.target.key,
-                write.target.generation,
-                write.tag,
-                write.lane,
-                write.target_slices,
-                nbytes,
-            )
-        else:
-            head = frames.data(pending.ident, nbytes)
+        head = frames.data(pending.ident, nbytes) if offset else _opening(pending, nbytes)
         cut = 0 <= pending.truncate_at < offset + nbytes
         if cut:
             nbytes = max(0, pending.truncate_at - offset)
-        part = write.source_slices
-        if nbytes != pending.nbytes:
-            part = part.part(offset, nbytes)
-        payload = buffers(write.source.view, part, nbytes) if nbytes else []
+        payload = _payload(pending, offset, nbytes) if nbytes else []
         self._transmit([head, *payload], pending)
         self._counters.sent_bytes += nbytes
         if cut:
@@ -242,9 +280,7 @@ class StreamSender:
         wait_s = POLL_S_MAX
         if deadline is not None:
             wait_s = min(wait_s, max(0.0, deadline - time.monotonic()))
-        poll = select.poll()
-        poll.register(self._socket, select.POLLOUT)
-        poll.poll(wait_s * 1000)
+        self._poll.poll(wait_s * 1000)
 
     def _expire_while_blocked(
         self, left: Sequence[bytes | memoryview], current: PendingWrite | None
@@ -309,6 +345,42 @@ class StreamSender:
             if moment is not None
         ]
         return max(0.0, min(until) - now) if until else None
+
+
+def _opening(pending: PendingWrite, payload: int) -> bytes:
+    """The head of a write's, or a batch's, first frame."""
+    write, target = pending.write, pending.write.target
+    if isinstance(write, WriteBatch):
+        return frames.batch(
+            pending.ident,
+            target.key,
+            target.generation,
+            write.first_tag,
+            write.lane,
+            write.target_table,
+            payload,
+        )
+    return frames.write(
+        pending.ident,
+        target.key,
+        target.generation,
+        write.tag,
+        write.lane,
+        write.target_slices,
+        payload,
+    )
+
+
+def _payload(pending: PendingWrite, offset: int, nbytes: int) -> list[memoryview]:
+    """Bytes [offset, offset + nbytes) of the source, without a copy."""
+    write, view = pending.write, pending.write.source.view
+    if isinstance(write, WriteBatch):
+        assert pending.reader is not None
+        return pending.reader.buffers(view, offset, nbytes, nbytes)
+    part = write.source_slices
+    if nbytes != pending.nbytes:
+        part = part.part(offset, nbytes)
+    return buffers(view, part, nbytes)
 
 
 def _without(parts: Sequence[bytes | memoryview], sent: int) -> Sequence[bytes | memoryview]:

@@ -27,16 +27,25 @@ from dualpath.transfer.errors import (
 )
 from dualpath.transfer.invitations import INVITATION_BYTES, Invitations, check_peer_name
 from dualpath.transfer.ledger import Ledger, PeerCounters
-from dualpath.transfer.outbox import Outbox, check_write
+from dualpath.transfer.outbox import Outbox, check_batch, check_write
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.stream_connection import StreamConnection
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_handshake import introduce, receive_introduction, send_welcome
 from dualpath.transfer.stream_receiver import StreamReceiver
 from dualpath.transfer.stream_sender import StreamSender
-from dualpath.transfer.transport import OnArrival, OnCompletion, OnPeerLost, PeerTraffic, Write
+from dualpath.transfer.transport import (
+    OnArrival,
+    OnBatchCompletion,
+    OnCompletion,
+    OnPeerLost,
+    PeerTraffic,
+    Write,
+    WriteBatch,
+)
 from dualpath.transfer.window import WindowTable
 
 HANDSHAKES_MAX = 32
@@ -172,6 +181,10 @@ class StreamTransport(ABC):
         """See Transport.arm."""
         self._windows.arm(window, targets)
 
+    def arm_table(self, window: RegionDescriptor, first_tag: int, targets: SliceTable) -> None:
+        """See Transport.arm_table."""
+        self._windows.arm_table(window, first_tag, targets)
+
     def disarm(self, window: RegionDescriptor, tags: Collection[int]) -> frozenset[int]:
         """See Transport.disarm."""
         return self._windows.disarm(window, tags)
@@ -201,11 +214,20 @@ class StreamTransport(ABC):
     ) -> None:
         check_write(write)
         self._check_source(write.source)
+        self._connected(peer).submit(write, on_completion, truncate_at)
+
+    def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """See Transport.write_batch."""
+        check_batch(batch)
+        self._check_source(batch.source)
+        self._connected(peer).submit_batch(batch, on_completion)
+
+    def _connected(self, peer: str) -> StreamConnection:
         with self._lock:
             connection = self._connections.get(peer)
         if connection is None:
             raise PeerLost(f"{peer!r} is not connected")
-        connection.submit(write, on_completion, truncate_at)
+        return connection
 
     def traffic(self) -> Sequence[PeerTraffic]:
         """See Transport.traffic."""

@@ -33,6 +33,10 @@ Order and buffers
     After EXPIRED the transport no longer reads the source (it drops the connection if it must).
     `on_arrival` is called once per landed tag, before the writer's DONE is sent, with all bytes
     in place. If it returns False the receiver answers REFUSED, detail "rejected".
+Batches
+    `arm_table` and `write_batch` are many `arm`s and `write`s at the cost of one: consecutive
+    tags, one table of slices, one completion once all of them have ended. Each part is armed,
+    fenced, refused and told on arrival for itself. Within a batch the parts go in order.
 Threads
     Every method may be called from any thread and never blocks for longer than its deadline;
     `write` blocks not at all: it queues, up to `queue_bytes_max` a peer, and raises Overloaded
@@ -46,17 +50,20 @@ Failure
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slice_table import Fields, SliceTable
 from dualpath.transfer.slices import Slices
 
 INVITATION_TTL_S = 30.0
 WRITE_BYTES_MAX = 64 << 20
-"""Most bytes of a single write."""
+"""Most bytes of a single write, and of a batch."""
+BATCH_WRITES_MAX = 256
+"""Most writes of one batch."""
 
 
 class WriteStatus(enum.Enum):
@@ -87,6 +94,20 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteBatch:
+    """Writes with the tags `first_tag`, `first_tag` + 1, ...: part i of `source_table` goes to
+    part i of `target_table`, which has as many bytes. At most BATCH_WRITES_MAX parts."""
+
+    source: Region
+    source_table: SliceTable
+    target: RegionDescriptor
+    target_table: SliceTable
+    lane: Lane
+    first_tag: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """The end of a write, at the writer. `detail` names the reason unless DONE."""
 
@@ -98,13 +119,40 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchCompletion:
+    """The end of a batch, at the writer. With DONE every part has landed but those in `refused`
+    (reason by tag); with any other status none may be counted on."""
+
+    peer: str
+    first_tag: int
+    status: WriteStatus
+    refused: Mapping[int, str]
+    detail: str = ""
+
+
 class Arrival:
     """A write that landed, at the receiver: its bytes are in `slices` of the window's region."""
 
-    peer: str
-    key: int
-    tag: int
-    slices: Slices
+    __slots__ = ("fields", "key", "peer", "tag")
+
+    def __init__(self, peer: str, key: int, tag: int, fields: Fields) -> None:
+        self.peer = peer
+        self.key = key
+        self.tag = tag
+        self.fields = fields
+
+    @property
+    def slices(self) -> Slices:
+        """Where the bytes are."""
+        return Slices(*self.fields)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes landed."""
+        return self.fields[5]
+
+    def __repr__(self) -> str:
+        return f"Arrival(peer={self.peer!r}, tag={self.tag}, slices={self.slices})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +170,7 @@ class PeerTraffic:
 
 OnArrival = Callable[[Arrival], bool]
 OnCompletion = Callable[[Completion], None]
+OnBatchCompletion = Callable[[BatchCompletion], None]
 OnPeerLost = Callable[[str, str], None]
 """Called with the peer's name and the reason."""
 
@@ -161,6 +210,9 @@ class Transport(Protocol):
         """Allow one write for each (tag, slices). Raises InvalidRequest if out of the window's
         bounds, the tag is armed already or the window is not live."""
 
+    def arm_table(self, window: RegionDescriptor, first_tag: int, targets: SliceTable) -> None:
+        """Allow one write for each part i of the table, with tag `first_tag` + i; as `arm`."""
+
     def disarm(self, window: RegionDescriptor, tags: Collection[int]) -> frozenset[int]:
         """Fence these tags; return those that had not landed."""
 
@@ -173,6 +225,9 @@ class Transport(Protocol):
 
     def write(self, peer: str, write: Write, on_completion: OnCompletion) -> None:
         """Queue a write. Raises InvalidRequest (bounds, sizes), PeerLost, Overloaded."""
+
+    def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """Queue a batch, or nothing of it. Raises as `write`."""
 
     def traffic(self) -> Sequence[PeerTraffic]:
         """Counters for each peer seen."""

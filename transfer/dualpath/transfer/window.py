@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_copy import copy_slices
+from dualpath.transfer.slice_table import Fields, SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import WRITE_BYTES_MAX, Arrival, OnArrival
 
@@ -46,7 +47,7 @@ class _Window:
     descriptor: RegionDescriptor
     region: Region
     on_arrival: OnArrival
-    armed: dict[int, Slices] = field(default_factory=dict)
+    armed: dict[int, Fields] = field(default_factory=dict)
     landings: dict[int, Landing] = field(default_factory=dict)
     spent: set[int] = field(default_factory=set)
     revoked: bool = False
@@ -69,22 +70,30 @@ class Landing:
     """One accepted write on its way into a region.
 
     The transport writes only while it holds `lock` and `open` is true, in steps that never
-    block; so whoever takes the lock and closes the landing knows that no byte follows. `landed`
-    says that all bytes came before that. A landing stays in its window's table until it was
-    closed, so that everybody who fences the tag waits for that lock.
+    block; so whoever takes the lock and closes the landing knows that no byte follows. The
+    landings of one batch share their lock. `landed` says that all bytes came before that. A
+    landing stays in its window's table until it was closed, so that everybody who fences the tag
+    waits for that lock.
     """
 
-    __slots__ = ("_window", "landed", "lock", "open", "peer", "region", "slices", "tag")
+    __slots__ = ("_window", "fields", "landed", "lock", "open", "peer", "region", "tag")
 
-    def __init__(self, window: _Window, peer: str, tag: int, slices: Slices) -> None:
+    def __init__(
+        self, window: _Window, peer: str, tag: int, fields: Fields, lock: threading.Lock
+    ) -> None:
         self._window = window
-        self.lock = threading.Lock()
+        self.lock = lock
         self.open = True
         self.landed = False
         self.peer = peer
         self.region = window.region
         self.tag = tag
-        self.slices = slices
+        self.fields = fields
+
+    @property
+    def slices(self) -> Slices:
+        """Where the bytes go."""
+        return Slices(*self.fields)
 
     def close(self, *, landed: bool = False) -> bool:
         """Let nothing more in; say whether it was still open. `landed`: all bytes are in."""
@@ -131,16 +140,31 @@ class WindowTable:
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """Allow one write for each (tag, slices); all of them or, if it raises, none."""
-        fresh: dict[int, Slices] = {}
+        fresh: dict[int, Fields] = {}
         for tag, slices in targets:
-            _check_target(window, tag, slices)
+            if not 1 <= slices.nbytes <= WRITE_BYTES_MAX:
+                raise _wrong_size(slices.nbytes)
+            _check_target(window, tag, tag, (slices.start, slices.end))
             if tag in fresh:
                 raise InvalidRequest(f"tag {tag} is given twice")
-            fresh[tag] = slices
+            fresh[tag] = slices.fields
+        self._arm(window, fresh)
+
+    def arm_table(self, window: RegionDescriptor, first_tag: int, targets: SliceTable) -> None:
+        """As `arm`: part i of the table under tag `first_tag` + i."""
+        if min(targets.sizes) < 1 or max(targets.sizes) > WRITE_BYTES_MAX:
+            raise _wrong_size(min(targets.sizes) or max(targets.sizes))
+        last_tag = first_tag + len(targets) - 1
+        _check_target(window, first_tag, last_tag, targets.span())
+        tags = range(first_tag, last_tag + 1)
+        self._arm(window, dict(zip(tags, targets.fields(), strict=True)))
+
+    def _arm(self, window: RegionDescriptor, fresh: dict[int, Fields]) -> None:
         with self._lock:
             record = self._live(window)
-            for tag in fresh:
-                if tag in record.armed or tag in record.landings or tag in record.spent:
+            for known in (record.armed, record.landings, record.spent):
+                if known and not fresh.keys().isdisjoint(known):
+                    tag = min(fresh.keys() & set(known))
                     raise InvalidRequest(f"tag {tag} is armed already; disarm it first")
             if len(record.armed) + len(fresh) > ARMED_TAGS_MAX:
                 raise Overloaded(
@@ -201,32 +225,73 @@ class WindowTable:
     def begin(self, peer: str, key: int, generation: int, tag: int, slices: Slices) -> Landing:
         """Accept a write of `peer`, or raise Refused. It ends by `land` or `abandon`."""
         with self._lock:
-            record = self._windows.get(key)
-            if record is None or record.revoked or record.descriptor.generation != generation:
-                raise Refused("no_window")
-            armed = record.armed.get(tag)
-            if armed is None:
-                raise Refused("not_armed")
-            if armed != slices:
-                raise Refused("other_slices")
-            del record.armed[tag]
-            landing = Landing(record, peer, tag, slices)
-            record.landings[tag] = landing
-            return landing
+            landing = self._begin(
+                self._record(key, generation), peer, tag, slices.fields, threading.Lock()
+            )
+        if isinstance(landing, str):
+            raise Refused(landing)
+        return landing
+
+    def begin_table(
+        self, peer: str, key: int, generation: int, first_tag: int, targets: SliceTable
+    ) -> list[Landing | str]:
+        """Accept the writes of a batch: a landing each, or the reason of its refusal."""
+        lock = threading.Lock()
+        with self._lock:
+            record = self._record(key, generation)
+            return [
+                self._begin(record, peer, tag, fields, lock)
+                for tag, fields in enumerate(targets.fields(), first_tag)
+            ]
+
+    def _record(self, key: int, generation: int) -> _Window | None:
+        record = self._windows.get(key)
+        if record is None or record.revoked or record.descriptor.generation != generation:
+            return None
+        return record
+
+    def _begin(
+        self, record: _Window | None, peer: str, tag: int, fields: Fields, lock: threading.Lock
+    ) -> Landing | str:
+        if record is None:
+            return "no_window"
+        armed = record.armed.get(tag)
+        if armed is None:
+            return "not_armed"
+        if armed != fields:
+            return "other_slices"
+        del record.armed[tag]
+        landing = record.landings[tag] = Landing(record, peer, tag, fields, lock)
+        return landing
 
     def land(self, landing: Landing) -> None:
         """All bytes are in place: count the tag as landed and tell the window's owner.
 
         Raises Refused if it was fenced before, or if the owner rejects the bytes.
         """
-        if not landing.close(landed=True):
-            raise Refused("fenced")
-        record = landing._window
+        reason = self.land_all([landing])[0]
+        if reason:
+            raise Refused(reason)
+
+    def land_all(self, landings: Sequence[Landing]) -> list[str]:
+        """As `land`, for landings of one batch, at least one: the reason of each refusal, or ""."""
+        with landings[0].lock:
+            reasons = ["" if each.open else "fenced" for each in landings]
+            for each in landings:
+                each.landed = each.landed or each.open
+                each.open = False
+        record = landings[0]._window
         with self._lock:
-            record.remove(landing)
-        arrival = Arrival(landing.peer, record.descriptor.key, landing.tag, landing.slices)
-        if not _tell(record.on_arrival, arrival):
-            raise Refused("rejected")
+            for each, reason in zip(landings, reasons, strict=True):
+                if not reason:
+                    record.remove(each)
+        key = record.descriptor.key
+        for index, each in enumerate(landings):
+            if not reasons[index] and not _tell(
+                record.on_arrival, Arrival(each.peer, key, each.tag, each.fields)
+            ):
+                reasons[index] = "rejected"
+        return reasons
 
     def place(self, window: RegionDescriptor, tag: int, slices: Slices, source: memoryview) -> str:
         """Land bytes of this process under a tag; "" once they are in, or why not."""
@@ -264,18 +329,21 @@ class WindowTable:
         return record
 
 
-def _check_target(window: RegionDescriptor, tag: int, slices: Slices) -> None:
-    if not 0 <= tag < TAG_LIMIT:
-        raise InvalidRequest(f"tag {tag} does not fit into 64 bits")
-    if not 1 <= slices.nbytes <= WRITE_BYTES_MAX:
+def _check_target(
+    window: RegionDescriptor, first_tag: int, last_tag: int, span: tuple[int, int]
+) -> None:
+    if first_tag < 0 or last_tag >= TAG_LIMIT:
+        raise InvalidRequest(f"tag {first_tag if first_tag < 0 else last_tag} is not of 64 bits")
+    start, end = span
+    if start < window.offset or end > window.offset + window.nbytes:
         raise InvalidRequest(
-            f"a write has 1 to {WRITE_BYTES_MAX} bytes, not {slices.nbytes}; split it"
-        )
-    if slices.start < window.offset or slices.end > window.offset + window.nbytes:
-        raise InvalidRequest(
-            f"slices [{slices.start}, {slices.end}) are outside of the window "
+            f"slices [{start}, {end}) are outside of the window "
             f"[{window.offset}, {window.offset + window.nbytes})"
         )
+
+
+def _wrong_size(nbytes: int) -> InvalidRequest:
+    return InvalidRequest(f"a write has 1 to {WRITE_BYTES_MAX} bytes, not {nbytes}; split it")
 
 
 def _tell(on_arrival: Callable[[Arrival], bool], arrival: Arrival) -> bool:
