@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from dualpath.kvstore.service.access_rules import AccessRules
 from dualpath.kvstore.service.auth import Auth
 from dualpath.kvstore.service.config import DaemonConfig
 from dualpath.kvstore.service.lease_owners import LeaseOwners
@@ -56,12 +57,12 @@ def test_a_ticket_for_nobody_or_for_too_long_is_not_issued(peer: str, ttl_s: flo
     ("tokens", "header", "local", "principal"),
     [
         ((), "", False, "open"),
-        ((), "", True, "unix"),
+        ((), "", True, "uid:"),
         ((), "Bearer whatever", False, "open"),
         ((TOKEN,), f"Bearer {TOKEN}", False, "token:"),
         ((TOKEN,), f"Bearer {TOKEN}", True, "token:"),
         (("x" * 20, TOKEN), f"Bearer {TOKEN}", False, "token:"),
-        ((TOKEN,), "", True, "unix"),
+        ((TOKEN,), "", True, "uid:"),
         ((TOKEN,), "", False, None),
         ((TOKEN,), f"Basic {TOKEN}", False, None),
         ((TOKEN,), f"Bearer {TOKEN}x", False, None),
@@ -73,7 +74,7 @@ def test_a_ticket_for_nobody_or_for_too_long_is_not_issued(peer: str, ttl_s: flo
 def test_the_caller_is_admitted_by_token_or_by_the_unix_socket(
     tokens: tuple[str, ...], header: str, local: bool, principal: str | None
 ) -> None:
-    auth = Auth(tokens)
+    auth = Auth(lambda: AccessRules().with_tokens(tokens))
     if principal is None:
         with pytest.raises(PermissionDenied) as caught:
             auth.admit(header, local_socket=local)
@@ -103,7 +104,7 @@ def test_beyond_loopback_a_daemon_needs_tokens_or_an_explicit_insecure(
     if allowed:
         DaemonConfig(data="d", listen=listen, tokens=tokens, insecure=insecure)
         return
-    with pytest.raises(InvalidRequest, match="Set tokens") as caught:
+    with pytest.raises(InvalidRequest, match="Set one of them") as caught:
         DaemonConfig(data="d", listen=listen, tokens=tokens, insecure=insecure)
     assert caught.value.reason == "insecure"
 

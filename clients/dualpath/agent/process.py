@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -20,8 +21,10 @@ from dualpath.agent.config import AgentConfig
 from dualpath.agent.metrics import AgentCollector, AgentSnapshot, snapshot_of
 from dualpath.agent.network import MakeTransport
 from dualpath.agent.region_socket import RegionSocket
+from dualpath.kvstore.service.access_rules import AccessRules
 from dualpath.kvstore.service.auth import Auth, AuthInterceptor
-from dualpath.kvstore.service.metrics import MetricsServer
+from dualpath.kvstore.service.metrics_server import MetricsServer
+from dualpath.kvstore.service.readiness import Phase, Readiness
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc
@@ -53,6 +56,7 @@ class AgentServer:
         self.config = config
         self.agent = Agent(config, make_storage=make_storage, make_compute=make_compute)
         self.metrics_address = ""
+        self.readiness = Readiness(time.monotonic)
         self._stack = contextlib.AsyncExitStack()
 
     async def start(self) -> Mapping[str, object]:
@@ -80,6 +84,8 @@ class AgentServer:
             sockets.start()
             stack.push_async_callback(sockets.close)
         await self.agent.settled(SETTLE_S_MAX)
+        self.readiness.enter(Phase.SERVING)
+        stack.callback(self.readiness.enter, Phase.STOPPING)
         return {
             "name": config.name,
             "listen": listen,
@@ -100,14 +106,16 @@ class AgentServer:
 
             return asyncio.run_coroutine_threadsafe(take(), loop).result(SNAPSHOT_S_MAX)
 
-        server = MetricsServer(self.config.metrics_listen, AgentCollector(snapshot))
+        probes = {"/healthz": self.readiness.alive, "/readyz": self.readiness.ready}
+        server = MetricsServer(self.config.metrics_listen, AgentCollector(snapshot), probes)
         self._stack.push_async_callback(partial(loop.run_in_executor, None, server.close))
         return server.address
 
     async def _serve_calls(self) -> str:
         config = self.config
+        rules = AccessRules().with_tokens(config.tokens)
         server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(), AuthInterceptor(Auth(config.tokens))),
+            interceptors=(ErrorInterceptor(), AuthInterceptor(Auth(lambda: rules))),
             options=server_options(),
             maximum_concurrent_rpcs=CALLS_MAX,
         )

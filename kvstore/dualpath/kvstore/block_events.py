@@ -109,7 +109,7 @@ class BlockEvents:
             end = min(self._last, first + limit - 1)
             size = _RECORD.size
             slots = [(number - 1) % self._capacity for number in range(first, end + 1)]
-            raw = [(bytes(self._ring[slot * size : (slot + 1) * size])) for slot in slots]
+            raw = [bytes(self._ring[slot * size : (slot + 1) * size]) for slot in slots]
         events = tuple(
             event
             for number, record in enumerate(raw, first)
@@ -125,6 +125,11 @@ class BlockEvents:
                 self._waiting.append(callback)
                 return
         callback()
+
+    def forget_callback(self, callback: Callable[[], None]) -> None:
+        """Do not call it any more."""
+        with self._lock:
+            self._waiting = [each for each in self._waiting if each is not callback]
 
     def _note(
         self,

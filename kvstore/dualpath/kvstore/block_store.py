@@ -36,6 +36,7 @@ from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.eviction import Lru
 from dualpath.kvstore.fetched_chunk import ArenaChunk
+from dualpath.kvstore.invalidator import Invalidator
 from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
 from dualpath.kvstore.lease_table import LeaseTable
 from dualpath.kvstore.mapping_table import MappingTable
@@ -48,6 +49,8 @@ from dualpath.kvstore.scrubber import Scrubber
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import (
     BlockPlaces,
+    Invalidation,
+    InvalidationScope,
     MappedPrefix,
     NewBlock,
     PrefixHit,
@@ -91,6 +94,7 @@ class BlockStore:
         self._fetcher = ChunkFetcher(state, self._check)
         self._writer = writer
         self._committer = committer
+        self._invalidator = Invalidator(state, writer, committer, index)
         self._closing = threading.Lock()
         self._scrubber = Scrubber(state)
         self._scrubbing = threading.Lock()
@@ -243,6 +247,10 @@ class BlockStore:
         """What became present and what left since the store was opened; bounded."""
         return self._state.events
 
+    def invalidate(self, scope: InvalidationScope, *, dry_run: bool = False) -> Invalidation:
+        """See Store."""
+        return self._invalidator.run(scope, dry_run=dry_run)
+
     def put(
         self,
         namespace_id: bytes,
@@ -367,9 +375,9 @@ def _open(
     events = BlockEvents(config.events_remembered_max)
     committers: list[Committer] = []
 
-    def on_delete(key: bytes, generation: int, place: tuple[int, int]) -> None:
+    def on_delete(key: bytes, generation: int, place: tuple[int, int], erase: bool) -> None:
         # Tied late: the committer needs the writer, which needs the residency.
-        committers[0].delete(key, generation, place)
+        committers[0].delete(key, generation, place, erase=erase)
 
     residency = Residency(table, catalog, dram, ssd, Lru(), on_delete, events)
     owner_bytes_max, bytes_max = config.mapped_limits

@@ -176,7 +176,7 @@ class BlockWriter:
     # Seal
 
     def seal(
-        self, requests: Sequence[SealRequest], *, owner: str, durable: bool
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
     ) -> tuple[SealStatus, ...]:
         """See Store."""
         if len(requests) > BATCH_BLOCKS_MAX:
@@ -185,7 +185,7 @@ class BlockWriter:
         for sealing in sealings:
             if sealing.status is None:
                 self._hash(sealing)
-        batch = self._enqueue(sealings, owner, durable)
+        batch = self._enqueue(sealings, writer or owner, durable)
         if not batch.done.wait(self._state.config.commit_wait_s):
             raise self._too_slow()
         if durable:
@@ -236,7 +236,7 @@ class BlockWriter:
         if given and given != sealing.checksums:
             sealing.status = SealStatus.CORRUPT
 
-    def _enqueue(self, sealings: Sequence[_Sealing], owner: str, durable: bool) -> _Batch:
+    def _enqueue(self, sealings: Sequence[_Sealing], writer: str, durable: bool) -> _Batch:
         """Publish or queue each block, in order. The batch is done when all are decided."""
         state = self._state
         with state.lock:
@@ -248,7 +248,7 @@ class BlockWriter:
                     if sealing.status is SealStatus.CORRUPT:
                         self._give_up(sealing.row)
                     elif sealing.status is None:
-                        self._enqueue_one(sealing, owner, durable, batch, jobs)
+                        self._enqueue_one(sealing, writer, durable, batch, jobs)
                 self._submit(jobs)
                 state.room.notify_all()
         with state.lock:
@@ -256,7 +256,7 @@ class BlockWriter:
         return batch
 
     def _enqueue_one(
-        self, sealing: _Sealing, owner: str, durable: bool, batch: _Batch, jobs: list[CommitJob]
+        self, sealing: _Sealing, writer: str, durable: bool, batch: _Batch, jobs: list[CommitJob]
     ) -> None:
         state, row = self._state, sealing.row
         self._await_parent(row, jobs)
@@ -268,7 +268,7 @@ class BlockWriter:
             self._give_up(row)
             return
         state.generation += 1
-        jobs.append(self._job(sealing, owner))
+        jobs.append(self._job(sealing, writer))
         self._queued.add(row)
         if not durable and (parent < 0 or state.table.state[parent] == RowState.PRESENT):
             self._publish(jobs[-1], dirty=True)
@@ -276,6 +276,13 @@ class BlockWriter:
         else:
             batch.waiting += 1
             self._waiters[row] = (batch, sealing)
+
+    def flush(self) -> None:
+        """Wait until all that was sealed before is on the SSD, or was given up. Raises
+        Unavailable."""
+        with self._state.lock:
+            jobs = self._submitted
+        self._await_settled(jobs)
 
     def _await_settled(self, jobs: int) -> None:
         """Wait until the first `jobs` jobs ever are settled: a durable caller may count on blocks
@@ -337,7 +344,7 @@ class BlockWriter:
             self._submitted += len(jobs)
             jobs.clear()
 
-    def _job(self, sealing: _Sealing, owner: str) -> CommitJob:
+    def _job(self, sealing: _Sealing, writer: str) -> CommitJob:
         state, table, row = self._state, self._state.table, sealing.row
         assert sealing.entry is not None
         parent = int(table.parent[row])
@@ -350,7 +357,7 @@ class BlockWriter:
             slot=int(table.slot[row]),
             generation=state.generation,
             checksums=sealing.checksums,
-            writer=owner,
+            writer=writer,
             sealed_unix_s=time.time(),
         )
         data = self._slot_view(row, sealing.entry.layout.slot_bytes)
@@ -423,7 +430,8 @@ class BlockWriter:
         if stored:
             # It left while it was being written: the record must go again.
             assert self._committer is not None
-            self._committer.delete(job.record.key, job.record.generation, job.place)
+            record = job.record
+            self._committer.delete(record.key, record.generation, job.place, erase=True)
             return SealStatus.EXPIRED
         return SealStatus.FAILED
 

@@ -57,6 +57,7 @@ class _Delete:
     key: bytes
     generation: int
     place: tuple[int, int]
+    erase: bool
 
 
 class CommitHost(Protocol):
@@ -91,6 +92,10 @@ class Committer:
         self._wake = threading.Condition()
         self._jobs: deque[CommitJob] = deque()
         self._deletes: list[_Delete] = []
+        # Deletes so far: told, and committed, in the order in which they were told.
+        self._queued_deletes = 0
+        self._done_deletes = 0
+        self._erase_troubles = 0
         self._held: set[tuple[int, int]] = set()
         self._saved: set[Namespace] = set()
         self._closing = False
@@ -108,12 +113,28 @@ class Committer:
             self._jobs.extend(jobs)
             self._wake.notify()
 
-    def delete(self, key: bytes, generation: int, place: tuple[int, int]) -> None:
-        """A block has left: delete its record before `place` is written again."""
+    def delete(
+        self, key: bytes, generation: int, place: tuple[int, int], *, erase: bool = False
+    ) -> None:
+        """A block has left: delete its record before `place` is written again. With `erase` its
+        header goes as well, so that a rebuilt index would not name it."""
         with self._wake:
-            self._deletes.append(_Delete(key, generation, place))
+            self._deletes.append(_Delete(key, generation, place, erase))
+            self._queued_deletes += 1
             self._held.add(place)
             self._wake.notify()
+
+    def await_deletes(self, wait_s: float) -> str:
+        """Wait until all deletes so far have committed. Why one of them may not last, else ""."""
+        with self._wake:
+            wanted = self._queued_deletes
+            troubles = self._erase_troubles
+            done = self._wake.wait_for(lambda: self._done_deletes >= wanted, wait_s)
+            if not done:
+                return f"the index has not taken the deletes within {wait_s:g} s"
+            if self._erase_troubles > troubles:
+                return "a header could not be erased"
+            return ""
 
     def call(self) -> None:
         """Have the host's chores done soon."""
@@ -249,6 +270,7 @@ class Committer:
 
     def _apply(self, deletes: list[_Delete], jobs: list[CommitJob]) -> str:
         """One transaction. Return why it failed, or ""; failed deletes are queued again."""
+        self._erase(deletes)
         try:
             self._index.apply(
                 [(delete.key, delete.generation) for delete in deletes],
@@ -263,7 +285,25 @@ class Committer:
         with self._wake:
             later = {delete.place for delete in self._deletes}
             self._held -= {delete.place for delete in deletes} - later
+            self._done_deletes += len(deletes)
+            self._wake.notify_all()
         return ""
+
+    def _erase(self, deletes: list[_Delete]) -> None:
+        """Blank the headers of what was invalidated, before the index forgets it: should one of
+        the two be lost, the other still says that the block is gone, or that it must go again."""
+        segments: dict[int, list[int]] = {}
+        for delete in deletes:
+            if delete.erase:
+                segment, slot = delete.place
+                segments.setdefault(segment, []).append(slot)
+        for segment, slots in segments.items():
+            try:
+                self._ssd.erase_headers(segment, slots)
+            except OSError as error:
+                _log.warning("%d headers of segment %d stay: %s", len(slots), segment, error)
+                with self._wake:
+                    self._erase_troubles += 1
 
 
 def _by_segment(group: Sequence[CommitJob]) -> dict[int, list[CommitJob]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class DurableIndex:
         data = path / "data.mdb"
         size = data.stat().st_size if data.exists() else 0
         self._map_bytes = max(_MAP_BYTES_MIN, 2 * size)
+        self._turn = threading.Lock()
         try:
             self._env = lmdb.open(
                 str(path), map_size=self._map_bytes, lock=False, max_dbs=0, mode=0o600
@@ -64,6 +66,22 @@ class DurableIndex:
         except lmdb.Error as error:
             raise Corrupt(f"the index cannot be read: {error}") from error
 
+    def page(self, start: bytes, most: int) -> list[tuple[bytes, bytes]]:
+        """At most `most` (key, value) from key `start` on, in order; beside the thread that writes.
+        Raises Corrupt."""
+        found: list[tuple[bytes, bytes]] = []
+        try:
+            # Without LMDB's own locks a writer may reuse pages under a reader.
+            with self._turn, self._env.begin() as txn, txn.cursor() as cursor:
+                if cursor.set_range(start):
+                    for key, value in cursor:
+                        found.append((key, value))
+                        if len(found) == most:
+                            break
+        except lmdb.Error as error:
+            raise Corrupt(f"the index cannot be read: {error}") from error
+        return found
+
     def apply(
         self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
     ) -> None:
@@ -76,7 +94,8 @@ class DurableIndex:
                 if self._map_bytes >= _MAP_BYTES_MAX:
                     raise IndexFailure(f"the index is full: {error}") from error
                 self._map_bytes *= 2
-                self._env.set_mapsize(self._map_bytes)
+                with self._turn:
+                    self._env.set_mapsize(self._map_bytes)
             except lmdb.Error as error:
                 raise IndexFailure(f"the index refused a transaction: {error}") from error
             else:
@@ -85,7 +104,7 @@ class DurableIndex:
     def _apply(
         self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
     ) -> None:
-        with self._env.begin(write=True) as txn:
+        with self._turn, self._env.begin(write=True) as txn:
             for key, generation in deletes:
                 value = txn.get(key)
                 if value is not None and _goes(value, generation):

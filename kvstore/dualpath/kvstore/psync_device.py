@@ -93,9 +93,7 @@ class PsyncDevice:
 
     in_files = True
 
-    def __init__(
-        self, path: str | Path, *, direct: bool = True, read_only: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, *, direct: bool = True, read_only: bool = False) -> None:
         """With `read_only` the directory is another's, and must be there. Raises OSError."""
         self._path = Path(path)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dualpath-psync")

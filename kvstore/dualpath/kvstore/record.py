@@ -29,6 +29,11 @@ assert (
 )
 
 
+def recorded_writer(writer: str) -> str:
+    """What a record keeps of a writer's name."""
+    return writer.encode()[:WRITER_BYTES_MAX].decode(errors="ignore")
+
+
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
     """Where a sealed block lies and what its bytes are.
@@ -55,7 +60,7 @@ class BlockRecord:
 
     def to_bytes(self) -> bytes:
         """The encoding, with its CRC."""
-        writer = self.writer.encode()[:WRITER_BYTES_MAX]
+        writer = recorded_writer(self.writer).encode()
         body = b"".join(
             (
                 _FIXED.pack(

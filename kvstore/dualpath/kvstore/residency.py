@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 _FOREIGN_EVICTIONS_MAX = 4096
 """Most blocks of other size classes that one allocation may evict."""
 
-OnDelete = Callable[[bytes, int, tuple[int, int]], None]
-"""(key, generation, place): the durable record must go before the place is written again."""
+OnDelete = Callable[[bytes, int, tuple[int, int], bool], None]
+"""(key, generation, place, erase): the durable record must go before the place is written again;
+with `erase` the header beside the data, too."""
 
 
 class Residency:
@@ -129,8 +130,9 @@ class Residency:
         if pending.get(block_hash) == row:
             del pending[block_hash]
 
-    def drop(self, row: int, reason: MissReason) -> int:
-        """A present block leaves with its descendants. Return how many left."""
+    def drop(self, row: int, reason: MissReason, *, told_until: int = -1) -> int:
+        """A present block leaves with its descendants. Return how many left. Those of a generation
+        up to `told_until` have no event of their own: all were told at once."""
         order = [row]
         for at in order:
             for child in list(self._table.children(at)):
@@ -139,7 +141,7 @@ class Residency:
                 else:
                     self._table.unlink(child, GONE)
         for gone in reversed(order):
-            self._leave(gone, reason)
+            self._leave(gone, reason, told=int(self._table.generation[gone]) <= told_until)
         return len(order)
 
     def collect(self, row: int) -> None:
@@ -215,17 +217,19 @@ class Residency:
             for queue in (self._ssd_queue(size), self._ssd_queue(0)):
                 queue.offer(parent, self._table.used)
 
-    def _leave(self, row: int, reason: MissReason) -> None:
+    def _leave(self, row: int, reason: MissReason, *, told: bool = False) -> None:
         table, entry = self._table, self._catalog.entry_of(row)
         self._catalog.withdraw(row)
         self._catalog.remember(row, reason)
-        self._events.removed(entry.id, table.hash_of(row), self._parent_hash(row), reason)
+        if not told:
+            self._events.removed(entry.id, table.hash_of(row), self._parent_hash(row), reason)
         if reason is MissReason.CORRUPT:
             self.corrupt_blocks += 1
         table.unlink(row)
         if not table.dirty[row]:
             place = int(table.segment[row]), int(table.slot[row])
-            self._on_delete(self._catalog.key_of(row), int(table.generation[row]), place)
+            erase = reason is MissReason.INVALIDATED
+            self._on_delete(self._catalog.key_of(row), int(table.generation[row]), place, erase)
         self.set_dirty(row, False)
         table.state[row] = RowState.DEAD
         self.collect(row)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
@@ -131,6 +131,17 @@ def write_headers(
 ) -> None:
     """Write headers by slot; neighbours in the same 4 KiB page are kept. One thread a segment.
     Neighbouring pages are written at once."""
+    _write_headers(file, geometry, {slot: headers[slot].to_header() for slot in headers})
+
+
+def erase_headers(file: DeviceFile, geometry: SegmentGeometry, slots: Collection[int]) -> None:
+    """Blank the headers of slots; otherwise as `write_headers`."""
+    _write_headers(file, geometry, dict.fromkeys(slots, bytes(HEADER_BYTES)))
+
+
+def _write_headers(
+    file: DeviceFile, geometry: SegmentGeometry, headers: Mapping[int, bytes]
+) -> None:
     pages: dict[int, list[int]] = {}
     for slot in sorted(headers):
         pages.setdefault(slot // HEADERS_PER_PAGE, []).append(slot)
@@ -143,7 +154,7 @@ def write_headers(
         for slot in slots:
             page, inside = geometry.header_page(slot)
             at = page - start + inside
-            buffer[at : at + HEADER_BYTES] = headers[slot].to_header()
+            buffer[at : at + HEADER_BYTES] = headers[slot]
         file.write(start, [buffer])
 
 

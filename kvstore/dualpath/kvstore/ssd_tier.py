@@ -180,6 +180,14 @@ class SsdTier:
         """Write headers by slot. Raises OSError."""
         segments.write_headers(self._files[segment], self._geometry[segment], headers)
 
+    def erase_headers(self, segment: int, slots: Collection[int]) -> None:
+        """Blank headers, durably. A segment that has retired takes its headers along. Raises
+        OSError."""
+        file, geometry = self._files.get(segment), self._geometry.get(segment)
+        if file is not None and geometry is not None:
+            segments.erase_headers(file, geometry, slots)
+            file.sync()
+
     def sync(self, segment: int) -> None:
         """Make what was written to a segment durable. Raises OSError."""
         self._files[segment].sync()

@@ -25,6 +25,7 @@ from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_health import StoreHealth
+from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.region import Region
 from dualpath.transfer.slices import Slices
 from numpy.typing import ArrayLike, NDArray
@@ -160,6 +161,31 @@ class SealRequest:
 
     reservation_id: int
     checksums: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidationScope:
+    """What is to leave: all of a namespace; or of it the block `hash` and what builds on it; or
+    what `writer` has sealed, in a namespace or (b"") everywhere."""
+
+    namespace_id: bytes = b""
+    hash: bytes = b""
+    writer: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.namespace_id or self.writer):
+            raise InvalidRequest("name a namespace_id, or a writer: all of a store never leaves")
+        if self.hash and (self.writer or not self.namespace_id):
+            raise InvalidRequest("hash: needs a namespace_id, and excludes a writer")
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """What left, or would: blocks, their payload bytes, and how many of them were in use."""
+
+    blocks: int
+    nbytes: int
+    leased_blocks: int
 
 
 class FetchedChunk(Protocol):
@@ -346,6 +372,11 @@ class Store(Protocol):
 
     def forget_owner(self, owner: str) -> None:
         """(fast) The owner's connection ended: drop its leases and reservations."""
+
+    def invalidate(self, scope: InvalidationScope, *, dry_run: bool = False) -> Invalidation:
+        """Blocks leave, with their descendants, at once for lookups and for good on return: they
+        do not come back after a crash. Memory that is in use stays as it is until released. With
+        `dry_run` they are only counted. Raises Unavailable if the medium takes too long."""
 
     def stats(self) -> StoreStats:
         """(fast) A snapshot."""

@@ -19,6 +19,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from dualpath.kvstore.service.auth import Caller
+from dualpath.kvstore.service.gate import Held
 from dualpath.kvstore.service.incoming import IncomingBlocks
 from dualpath.kvstore.store_api import Store
 from dualpath.transfer.errors import InvalidRequest, Overloaded, PeerLost, PermissionDenied
@@ -106,13 +107,28 @@ class Attachments:
             peer_id = f"{clean}-{secrets.token_hex(4)}"
         session = secrets.token_bytes(SESSION_BYTES)
         invitation = plane.transport.invite(peer_id)
-        incoming = IncomingBlocks(self._store, plane.transport, peer_id)
+        incoming = IncomingBlocks(self._store, plane.transport, peer_id, caller.principal)
         attachment = Attachment(peer_id, caller.principal, plane, incoming, now, name=clean)
         digest = _digest(session)
         self._by_session[digest] = attachment
         self._sessions[peer_id] = digest
         self._by_peer[peer_id] = self._unfenced[peer_id] = attachment
         return attachment, session, invitation
+
+    def held(self) -> Mapping[str, Held]:
+        """What each principal holds. From any thread."""
+        found: dict[str, list[int]] = {}
+        for attachment in list(self._by_peer.values()):
+            sums = found.setdefault(attachment.principal, [0, 0, 0])
+            for index, more in enumerate((*attachment.incoming.held, 1)):
+                sums[index] += more
+        return {principal: Held(*sums) for principal, sums in found.items()}
+
+    def drop_principals(self, gone: Callable[[str], bool], reason: str) -> None:
+        """End the attachments whose principal is `gone`."""
+        for attachment in self:
+            if gone(attachment.principal):
+                self.drop(attachment.peer_id, reason)
 
     def of_session(self, session: bytes, caller: Caller) -> Attachment:
         """The attachment of a session. Raises PermissionDenied, reason `session`."""

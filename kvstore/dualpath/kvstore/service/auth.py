@@ -1,21 +1,30 @@
-"""Who may call: bearer tokens over TCP, the file's permissions on a Unix socket.
+"""Who calls: bearer tokens and client certificates over TCP, the file's mode on a Unix socket.
 
-Guarantees that a handler runs only for an admitted caller, and that tokens are compared in
-constant time. It does not bind callers to namespaces and does not encrypt.
+Guarantees that a handler runs only for an admitted caller, whom it finds in `caller_of_call`;
+that tokens are compared by their digests, in constant time, and stand in no log or message. It
+does not say what a caller may do: that is `access`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
-from dualpath.proto.handlers import around
+from dualpath.kvstore.service.access_rules import AccessRules
+from dualpath.kvstore.service.principal import (
+    OPEN,
+    principal_of_certificate,
+    principal_of_uid,
+)
+from dualpath.proto.handlers import Around, around
 from dualpath.proto.status import Context
 from dualpath.transfer.errors import PermissionDenied
 
@@ -33,15 +42,34 @@ class Caller:
     local_socket: bool
 
 
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+def caller_of_call() -> Caller:
+    """Who made the call that is being handled."""
+    return _caller.get()
+
+
+def principal_of_call() -> str:
+    """His name; "" outside of calls: the daemon itself."""
+    caller = _caller.get(None)
+    return "" if caller is None else caller.principal
+
+
 class Auth:
     """Decides from a call's metadata and peer who calls.
 
-    With tokens, TCP callers need one of them; callers of the Unix socket may omit it, since its
-    file admits only the daemon's user, but a wrong one is refused there too.
+    With tokens, TCP callers need one of them or a certificate; callers of the Unix socket may omit
+    it, since its file admits only the daemon's user, but a wrong one is refused there too.
+    `certificates`: the TLS handshake demands a client certificate. `rules` is asked at each call,
+    so that tokens come and go without a restart.
     """
 
-    def __init__(self, tokens: tuple[str, ...]) -> None:
-        self._digests = tuple(hashlib.sha256(token.encode()).digest() for token in tokens)
+    def __init__(self, rules: Callable[[], AccessRules], *, certificates: bool = False) -> None:
+        self._rules = rules
+        self._certificates = certificates
+        # gRPC does not tell a Unix peer's credentials; but the socket admits nobody else.
+        self._local_principal = principal_of_uid(os.geteuid())
 
     def caller(self, context: Context) -> Caller:
         """The caller of a call. Raises PermissionDenied, reason `token`."""
@@ -49,34 +77,59 @@ class Auth:
         for key, value in context.invocation_metadata() or ():
             if key == TOKEN_KEY:
                 header = value if isinstance(value, str) else value.decode("latin-1")
-        return self.admit(header, local_socket=context.peer().startswith("unix:"))
+        local = context.peer().startswith("unix:")
+        certificate = _subject(context) if self._certificates and not local else ""
+        return self.admit(header, local_socket=local, certificate=certificate)
 
-    def admit(self, header: str, *, local_socket: bool) -> Caller:
-        """The caller that shows this `authorization` header ("" for none)."""
-        if not self._digests:
-            return Caller("unix" if local_socket else "open", local_socket)
-        if not header:
-            if local_socket:
-                return Caller("unix", local_socket)
+    def admit(self, header: str, *, local_socket: bool, certificate: str = "") -> Caller:
+        """The caller that shows this `authorization` header ("" for none) and whose certificate
+        names this subject."""
+        tokens = self._rules().tokens
+        if header and tokens:
+            return Caller(_principal_of_header(header, tokens), local_socket)
+        if local_socket:
+            return Caller(self._local_principal, local_socket)
+        if certificate:
+            return Caller(principal_of_certificate(certificate), local_socket)
+        if tokens:
             raise PermissionDenied(
                 "this daemon asks for a token: send metadata 'authorization: Bearer <token>'",
                 reason="token",
             )
-        if not header.startswith(_SCHEME):
-            raise PermissionDenied("authorization must read 'Bearer <token>'", reason="token")
-        shown = hashlib.sha256(header.removeprefix(_SCHEME).encode("latin-1", "replace")).digest()
-        # All are compared, so that the time does not tell which one was close.
-        matches = [hmac.compare_digest(shown, digest) for digest in self._digests]
-        if not any(matches):
-            raise PermissionDenied("the token is not one of this daemon's", reason="token")
-        return Caller(f"token:{shown[:6].hex()}", local_socket)
+        return Caller(OPEN, local_socket)
+
+
+def _principal_of_header(header: str, tokens: Mapping[bytes, str]) -> str:
+    if not header.startswith(_SCHEME):
+        raise PermissionDenied("authorization must read 'Bearer <token>'", reason="token")
+    shown = hashlib.sha256(header.removeprefix(_SCHEME).encode("latin-1", "replace")).digest()
+    # All are compared, so that the time does not tell which one was close.
+    matches = [name for digest, name in tokens.items() if hmac.compare_digest(shown, digest)]
+    if not matches:
+        raise PermissionDenied("the token is not one of this daemon's", reason="token")
+    return matches[0]
+
+
+def _subject(context: Context) -> str:
+    """What a verified client certificate calls its owner: its common name, else its first
+    alternative name; "" without one."""
+    properties = context.auth_context()
+    for name in ("x509_common_name", "x509_subject_alternative_name"):
+        for value in properties.get(name, ()):
+            text = bytes(value).decode(errors="replace")
+            if text:
+                return text
+    return ""
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Admits callers before any handler runs. Health checks are open to everybody."""
+    """Admits callers before any handler runs, and lets `enter(caller)` of `within` run around it.
+    Health checks are open to everybody."""
 
-    def __init__(self, auth: Auth) -> None:
+    def __init__(self, auth: Auth, within: Callable[[Caller], Any] | None = None) -> None:
         self._auth = auth
+        self._within = within or (lambda _: nullcontext())
+        self._around: Around = self._admitted
 
     async def intercept_service(
         self, continuation: Any, handler_call_details: grpc.HandlerCallDetails
@@ -85,9 +138,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method in _OPEN_METHODS:
             return handler
-        return around(handler, self._admitted)
+        return around(handler, self._around)
 
     @asynccontextmanager
     async def _admitted(self, context: Context) -> AsyncIterator[None]:
-        self._auth.caller(context)
-        yield
+        caller = self._auth.caller(context)
+        # Each call has a task of its own, and with it its own value.
+        _caller.set(caller)
+        with self._within(caller):
+            yield

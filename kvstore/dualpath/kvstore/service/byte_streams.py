@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from dualpath.kvstore.checksum import xxh3_64
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX, KVLayout
+from dualpath.kvstore.service.auth import Caller
+from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.messages import (
     checked_checksums,
     checked_hashes,
@@ -25,6 +27,7 @@ from dualpath.kvstore.service.messages import (
     hit_message,
     seal_statuses,
 )
+from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.store_api import (
     BATCH_BLOCKS_MAX,
     RESERVATION_S_MAX,
@@ -70,19 +73,30 @@ class _OpenBlock:
 class ByteStreams:
     """Handlers of Read and Write."""
 
-    def __init__(self, store: Store, executor: Executor, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, gate: Gate, executor: Executor, clock: Callable[[], float]
+    ) -> None:
         self._store = store
+        self._gate = gate
         self._executor = executor
         self.clock = clock
         self._ids = itertools.count(1)
         self._running = 0
 
+    @property
+    def running(self) -> int:
+        """Streams that run."""
+        return self._running
+
     async def read(
-        self, request: store_pb2.ReadRequest, send: Callable[[store_pb2.ReadFrame], Awaitable[None]]
+        self,
+        request: store_pb2.ReadRequest,
+        caller: Caller,
+        send: Callable[[store_pb2.ReadFrame], Awaitable[None]],
     ) -> None:
         """See store.proto: the prefix's blocks, a frame a chunk."""
         # A client that does not read must not keep its place among the streams.
-        async with contextlib.aclosing(self._reading(request)) as frames:
+        async with contextlib.aclosing(self._reading(request, caller)) as frames:
             async for frame in frames:
                 try:
                     await asyncio.wait_for(send(frame), FRAME_WAIT_S_MAX)
@@ -91,13 +105,18 @@ class ByteStreams:
                         f"no frame was taken within {FRAME_WAIT_S_MAX:.1f} s: read the stream"
                     ) from None
 
-    async def _reading(self, request: store_pb2.ReadRequest) -> AsyncGenerator[store_pb2.ReadFrame]:
+    async def _reading(
+        self, request: store_pb2.ReadRequest, caller: Caller
+    ) -> AsyncGenerator[store_pb2.ReadFrame]:
         namespace_id = checked_namespace_id(request.namespace_id)
         checked_hashes("hash", request.hash)
         layout = self._store.layout(namespace_id)
         checked_checksums(len(request.hash), layout)
-        with self._counted() as owner:
+        self._gate.admit_lookup(caller.principal, namespace_id, leased=True)
+        with self._counted(caller) as owner:
             hit = self._store.lookup(namespace_id, request.hash, owner=owner, lease_s=LEASE_S)
+            misses = len(request.hash) - hit.blocks
+            self._gate.quotas.looked_up(caller.principal, namespace_id, hit.blocks, misses)
             try:
                 message = hit_message(hit)
                 message.lease_id = message.lease_ms = 0
@@ -134,10 +153,13 @@ class ByteStreams:
                 for start, nbytes in fetched.slices.pieces()
             )
 
-    async def write(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> store_pb2.WriteResponse:
+    async def write(
+        self, frames: AsyncIterator[store_pb2.WriteFrame], caller: Caller
+    ) -> store_pb2.WriteResponse:
         """See store.proto."""
-        with self._counted() as owner:
-            intake = _Intake(self, owner)
+        self._gate.readiness.check_admits()
+        with self._counted(caller) as owner:
+            intake = _Intake(self, owner, caller.principal)
             try:
                 return await intake.run(frames)
             finally:
@@ -163,12 +185,20 @@ class ByteStreams:
             outcomes.add_done_callback(lambda _: self._store.forget_owner(owner))
             raise
 
-    async def seal(self, ids: list[int], owner: str, durable: bool) -> tuple[SealStatus, ...]:
+    async def seal(
+        self, ids: list[int], owner: str, writer: str, durable: bool
+    ) -> tuple[SealStatus, ...]:
         """Seal blocks of a Write."""
         requests = [SealRequest(reservation) for reservation in ids]
-        return await self._blocking(
-            lambda: self._store.seal(requests, owner=owner, durable=durable)
+        statuses = await self._blocking(
+            lambda: self._store.seal(requests, owner=owner, durable=durable, writer=writer)
         )
+        self._gate.quotas.sealed(writer, statuses.count(SealStatus.SEALED))
+        return statuses
+
+    def check_writer(self, writer: str, namespace_id: bytes) -> None:
+        """Raises PermissionDenied unless the principal may write there."""
+        self._gate.access.require(writer, namespace_id, Rights.WRITE)
 
     @property
     def store(self) -> Store:
@@ -176,7 +206,7 @@ class ByteStreams:
         return self._store
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[str]:
+    def _counted(self, caller: Caller) -> Iterator[str]:
         if self._running >= STREAMS_MAX:
             raise Overloaded(
                 f"{self._running} Read and Write streams run, {STREAMS_MAX} at most",
@@ -184,7 +214,8 @@ class ByteStreams:
             )
         self._running += 1
         try:
-            yield f"stream:{next(self._ids)}"
+            with self._gate.quotas.stream(caller.principal):
+                yield f"stream:{next(self._ids)}"
         finally:
             self._running -= 1
 
@@ -192,9 +223,10 @@ class ByteStreams:
 class _Intake:
     """One Write: the state between its frames."""
 
-    def __init__(self, streams: ByteStreams, owner: str) -> None:
+    def __init__(self, streams: ByteStreams, owner: str, writer: str) -> None:
         self._streams = streams
         self._owner = owner
+        self._writer = writer
         self._namespace_id = b""
         self._layout: KVLayout | None = None
         self._durable = False
@@ -229,6 +261,7 @@ class _Intake:
         if number == 0:
             self._namespace_id = checked_namespace_id(frame.namespace_id)
             self._layout = self._streams.store.layout(self._namespace_id)
+            self._streams.check_writer(self._writer, self._namespace_id)
             self._durable = frame.durable
         elif frame.namespace_id not in (b"", self._namespace_id):
             raise InvalidRequest(f"frame {number}: another namespace_id than the first frame's")
@@ -305,6 +338,6 @@ class _Intake:
     async def _seal(self) -> None:
         unsealed, self._unsealed = self._unsealed, []
         ids = [reservation for _, reservation in unsealed]
-        sealed = await self._streams.seal(ids, self._owner, self._durable)
+        sealed = await self._streams.seal(ids, self._owner, self._writer, self._durable)
         for (index, _), status in zip(unsealed, seal_statuses(sealed), strict=True):
             self._answer.status[index] = status

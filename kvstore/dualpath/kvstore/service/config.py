@@ -10,11 +10,35 @@ import ipaddress
 from dataclasses import dataclass, field
 
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX
+from dualpath.kvstore.service.access_rules import Limits, check_tokens
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.unix_path import UNIX_PATH_CHARS_MAX
 
-TOKEN_CHARS_MIN = 16
 READERS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFiles:
+    """Paths of PEM files: our certificate chain, its key, who signs clients ("": none asked)."""
+
+    cert: str
+    key: str
+    client_ca: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.cert) != bool(self.key):
+            given, missing = ("tls_cert", "tls_key") if self.cert else ("tls_key", "tls_cert")
+            raise InvalidRequest(f"{given} is set and {missing} is not: give both PEM files")
+        if self.client_ca and not self.cert:
+            raise InvalidRequest(
+                "tls_client_ca is set and tls_cert is not: clients show certificates only to a "
+                "server with one"
+            )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Those that are given."""
+        return tuple(filter(None, (self.cert, self.key, self.client_ca)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +59,17 @@ class DaemonConfig:
     `attachment_inflight_bytes`, `inflight_bytes`: chunks read and not yet acknowledged, for one
     attachment and for all. `send_limit_bytes_per_s`: paces what is sent over TCP, 0 for no limit.
     `drain_s`: how long a stop waits for deliveries.
+    `access_file`: TOML file of named tokens, rights and limits. `tls_cert`, `tls_key`: PEM files,
+    with which TCP callers of gRPC must speak TLS. `tls_client_ca`: PEM file; every TCP caller must
+    show a certificate signed by it. These four files are read again when they change, and on
+    SIGHUP.
+    `principal_calls_max`: outstanding calls of one principal. `principal_lookups_per_s`: its
+    look-ups a second, 0 for no limit. `principal_leases_max`, `principal_reservations_max`: its
+    live ones. `principal_reserved_bytes`: slots of its reservations, 0 for three quarters of
+    `dram_bytes`. `principal_queue_bytes`: bytes granted to it and not landed, 0 for no limit.
+    `principal_attachments_max`, `principal_streams_max`: its joined receivers, and its Read, Write
+    and Events streams, 0 for no limit of its own. The access file can set others for some.
+    `events_max`: events of blocks that are remembered for readers of the event stream.
     """
 
     data: str
@@ -54,6 +89,19 @@ class DaemonConfig:
     inflight_bytes: int = 64 << 20
     send_limit_bytes_per_s: float = 0
     drain_s: float = 5.0
+    access_file: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    principal_calls_max: int = 2048
+    principal_lookups_per_s: int = 0
+    principal_leases_max: int = 48 << 10
+    principal_reservations_max: int = 48 << 10
+    principal_reserved_bytes: int = 0
+    principal_queue_bytes: int = 0
+    principal_attachments_max: int = 0
+    principal_streams_max: int = 0
+    events_max: int = 1 << 16
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -87,22 +135,42 @@ class DaemonConfig:
                 raise InvalidRequest(f"{name} must not be negative, not {getattr(self, name)}")
 
     def _check_access(self) -> None:
-        short = [token for token in self.tokens if len(token) < TOKEN_CHARS_MIN]
-        if short:
-            raise InvalidRequest(
-                f"{len(short)} of {len(self.tokens)} tokens have fewer than {TOKEN_CHARS_MIN} "
-                "chars; make one with `python -c 'import secrets; print(secrets.token_hex())'`"
-            )
-        if not all(token.isascii() and token.isprintable() for token in self.tokens):
-            raise InvalidRequest("tokens must be printable ASCII: they travel in gRPC metadata")
-        for name in ("listen", "data_listen"):
-            check_reach(name, getattr(self, name), tokens=bool(self.tokens), insecure=self.insecure)
+        check_tokens(self.tokens)
+        _ = self.server_files  # raises what does not go together
+        # What the access file holds is seen at the start; see `check_guarded`.
+        self.check_guarded(tokens=bool(self.tokens or self.access_file))
         host, _ = split_address(self.data_address, "data_listen")
         if is_wildcard(host) and not self.advertise_host:
             raise InvalidRequest(
                 f"data_listen {self.data_address!r} is no address that others can dial: give "
                 "data_listen a host of this machine, or set advertise_host"
             )
+
+    def check_guarded(self, *, tokens: bool) -> None:
+        """Raises InvalidRequest if others could reach an address that nothing guards."""
+        guarded = tokens or bool(self.tls_client_ca)
+        for name in ("listen", "data_listen"):
+            check_reach(name, getattr(self, name), guarded=guarded, insecure=self.insecure)
+
+    @property
+    def server_files(self) -> ServerFiles | None:
+        """The files of TLS, None without."""
+        files = ServerFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
+        return files if files.cert else None
+
+    @property
+    def limits(self) -> Limits:
+        """What one principal may hold, unless the access file says otherwise."""
+        return Limits(
+            calls=self.principal_calls_max,
+            lookups_per_s=self.principal_lookups_per_s,
+            leases=self.principal_leases_max,
+            reservations=self.principal_reservations_max,
+            reserved_bytes=self.principal_reserved_bytes or self.dram_bytes * 3 // 4,
+            queue_bytes=self.principal_queue_bytes,
+            attachments=self.principal_attachments_max,
+            streams=self.principal_streams_max,
+        )
 
     @property
     def data_address(self) -> str:
@@ -128,15 +196,16 @@ def split_address(address: str, field: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def check_reach(field: str, address: str, *, tokens: bool, insecure: bool) -> None:
-    """Refuse an address beyond loopback unless tokens guard it or `insecure` was asked for."""
-    if not address or tokens or insecure:
+def check_reach(field: str, address: str, *, guarded: bool, insecure: bool) -> None:
+    """Refuse an address beyond loopback unless it is guarded or `insecure` was asked for."""
+    if not address or guarded or insecure:
         return
     host, _ = split_address(address, field)
     if not is_loopback(host):
         raise InvalidRequest(
-            f"{field}: {address!r} is reachable from other machines and no token is set: anybody "
-            "could read and write blocks. Set tokens, listen on 127.0.0.1, or pass insecure",
+            f"{field}: {address!r} is reachable from other machines and neither tokens nor "
+            "tls_client_ca are set: anybody could read and write blocks. Set one of them, listen "
+            "on 127.0.0.1, or pass insecure",
             reason="insecure",
         )
 

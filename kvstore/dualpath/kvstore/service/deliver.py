@@ -75,8 +75,9 @@ class DeliveryConfig:
 class DeliveryStats:
     """Counters since start; `pending_bytes` are granted and have neither landed nor failed.
 
-    `peer_bytes` are by the receiver's name. Of chunks that landed: `read_s` is the time to bring
-    one into memory, `delivery_s` the time from there to the receiver's acknowledgement as well.
+    `peer_bytes` are by the receiver's name, `principal_bytes` by its principal. Of chunks that
+    landed: `read_s` is the time to bring one into memory, `delivery_s` the time from there to the
+    receiver's acknowledgement as well.
     """
 
     delivered_bytes: int
@@ -84,6 +85,7 @@ class DeliveryStats:
     failures: Mapping[ChunkFailure, int]
     pending_bytes: int
     peer_bytes: Mapping[str, int]
+    principal_bytes: Mapping[str, int]
     lane_bytes: Mapping[Lane, int]
     lane_chunks: Mapping[Lane, int]
     read_s: Buckets
@@ -93,15 +95,18 @@ class DeliveryStats:
 @dataclass(frozen=True, slots=True)
 class _Receiver:
     name: str
+    principal: str
     transport: Transport
     on_report: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """A chunk on its way: the receiver's name, and when it was picked and read, in seconds."""
+    """A chunk on its way: the receiver's name and principal; when it was picked and read, in
+    seconds."""
 
     name: str
+    principal: str
     picked_at: float
     read_at: float
 
@@ -135,6 +140,7 @@ class DeliveryEngine:
         self._closed = False
         self._draining = False
         self._peer_bytes = NamedCounts()
+        self._principal_bytes = NamedCounts()
         self._lane_bytes: Counter[Lane] = Counter()
         self._lane_chunks: Counter[Lane] = Counter()
         self._read_s = Histogram()
@@ -147,14 +153,20 @@ class DeliveryEngine:
             thread.start()
 
     def open(
-        self, peer: str, transport: Transport, on_report: Callable[[], None], *, name: str = ""
+        self,
+        peer: str,
+        transport: Transport,
+        on_report: Callable[[], None],
+        *,
+        name: str = "",
+        principal: str = "",
     ) -> None:
         """Take grants of `peer`, written over `transport`. `on_report` is called from any thread
-        when `reports` has news. Counts bytes under `name`, by default the peer's. Raises
-        InvalidRequest if the peer is open already."""
+        when `reports` has news. Counts bytes under `name`, by default the peer's; `principal`
+        shares the reading fairly with the others. Raises InvalidRequest if it is open already."""
         with self._wake:
-            self._queue.open(peer)
-            self._receivers[peer] = _Receiver(name or peer, transport, on_report)
+            self._queue.open(peer, principal)
+            self._receivers[peer] = _Receiver(name or peer, principal, transport, on_report)
 
     def close_peer(self, peer: str) -> None:
         """Drop what waits for `peer`; writes in flight end unreported."""
@@ -212,6 +224,7 @@ class DeliveryEngine:
                 failures=dict(self._queue.failures),
                 pending_bytes=self._queue.pending_bytes,
                 peer_bytes=self._peer_bytes.snapshot(),
+                principal_bytes=self._principal_bytes.snapshot(),
                 lane_bytes=dict(self._lane_bytes),
                 lane_chunks=dict(self._lane_chunks),
                 read_s=self._read_s.snapshot(),
@@ -223,6 +236,11 @@ class DeliveryEngine:
         """Granted, and neither landed nor failed."""
         with self._wake:
             return self._queue.pending_bytes
+
+    def principal_pending_bytes(self, principal: str) -> int:
+        """Granted to a principal, and neither landed nor failed."""
+        with self._wake:
+            return self._queue.principal_bytes(principal)
 
     def drain(self, deadline_s: float) -> bool:
         """Refuse new grants and wait until nothing is pending; False if the time ran out."""
@@ -289,7 +307,7 @@ class DeliveryEngine:
                     f"chunk {job.chunk.chunk} has {fetched.slices.nbytes} bytes, its target "
                     f"{target.nbytes}"
                 )
-            sending = _Sending(receiver.name, picked_at, self._clock())
+            sending = _Sending(receiver.name, receiver.principal, picked_at, self._clock())
             left_s = max(1e-3, job.deadline_at - sending.read_at)
             write = Write(
                 fetched.region,
@@ -329,6 +347,7 @@ class DeliveryEngine:
         nbytes, now = job.chunk.target.nbytes, self._clock()
         with self._wake:
             self._peer_bytes.add(sending.name, nbytes)
+            self._principal_bytes.add(sending.principal, nbytes)
             self._lane_bytes[job.lane] += nbytes
             self._lane_chunks[job.lane] += 1
             self._read_s.observe(sending.read_at - sending.picked_at)

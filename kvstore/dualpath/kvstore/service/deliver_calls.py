@@ -17,6 +17,7 @@ from dualpath.kvstore.service.attachments import Attachment, Attachments, check_
 from dualpath.kvstore.service.auth import Caller
 from dualpath.kvstore.service.deliver import DeliveryEngine
 from dualpath.kvstore.service.delivery_queue import GRANT_CHUNKS_MAX, ChunkFailure
+from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.lease_owners import LeaseOwners
 from dualpath.kvstore.service.messages import checked_session, grant_of, progress_message
 from dualpath.kvstore.service.ticket import TicketMint
@@ -54,6 +55,7 @@ class DeliverCalls:
         engine: DeliveryEngine,
         owners: LeaseOwners,
         mint: TicketMint,
+        gate: Gate,
         server_id: str,
         clock: Callable[[], float],
     ) -> None:
@@ -61,6 +63,7 @@ class DeliverCalls:
         self._engine = engine
         self._owners = owners
         self._mint = mint
+        self._gate = gate
         self._server_id = server_id
         self._clock = clock
         self._streams: dict[str, _Stream] = {}
@@ -72,6 +75,7 @@ class DeliverCalls:
         """See common.proto."""
         if self._stopping:
             raise Unavailable("the daemon is stopping: use another", reason="draining")
+        self._gate.admit_attach(caller.principal)
         attachment, session, invitation = self._attachments.attach(
             request.name, request.transports, caller, now=self._clock()
         )
@@ -126,7 +130,7 @@ class DeliverCalls:
         """The stream of `peer` ended."""
         self._streams.pop(peer, None)
 
-    def take(self, peer: str, request: store_pb2.DeliverRequest) -> None:
+    def take(self, peer: str, principal: str, request: store_pb2.DeliverRequest) -> None:
         """Act on one message of `peer`. Raises what ends its stream."""
         if len(request.cancel_grant_id) > CANCELS_MAX:
             raise InvalidRequest(
@@ -143,25 +147,35 @@ class DeliverCalls:
                 f"grant {message.grant_id}: {len(message.tag)} chunks; {GRANT_CHUNKS_MAX} at most"
             )
         try:
-            lease_id = self._lease_of(peer, request)
-            self._engine.submit(peer, grant_of(message, lease_id, now=self._clock()))
+            lease_id = self.lease_of(peer, request.lease_id, request.ticket)
+            grant = grant_of(message, lease_id, now=self._clock())
+            self._gate.quotas.check(
+                principal,
+                "queue_bytes",
+                self._engine.principal_pending_bytes(principal),
+                sum(chunk.target.nbytes for chunk in grant.chunks),
+                "bytes to be delivered",
+            )
+            self._engine.submit(peer, grant)
         except DualPathError as error:
             failure = _refusal_of(error)
             if failure is None:
                 raise
             self._engine.refuse(peer, message.grant_id, list(message.tag), failure, str(error))
 
-    def _lease_of(self, peer: str, request: store_pb2.DeliverRequest) -> int:
-        if request.ticket:
-            lease_id = self._mint.lease_of(request.ticket, peer, now=self._clock())
-            if request.lease_id not in (0, lease_id):
+    def lease_of(self, peer: str, lease_id: int, ticket: bytes) -> int:
+        """The lease under which `peer` may read: its own, or one that was delegated to it.
+        Raises PermissionDenied, LeaseExpired."""
+        if ticket:
+            delegated = self._mint.lease_of(ticket, peer, now=self._clock())
+            if lease_id not in (0, delegated):
                 raise PermissionDenied(
-                    f"the ticket is for lease {lease_id}, not {request.lease_id}",
+                    f"the ticket is for lease {delegated}, not {lease_id}",
                     reason="ticket_foreign",
                 )
-            return lease_id
-        self._owners.check(request.lease_id, peer)
-        return request.lease_id
+            return delegated
+        self._owners.check(lease_id, peer)
+        return lease_id
 
     @property
     def engine(self) -> DeliveryEngine:
@@ -188,13 +202,17 @@ class _Stream:
         self.reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         calls.engine.open(
-            attachment.peer_id, attachment.plane.transport, self._news, name=attachment.name
+            attachment.peer_id,
+            attachment.plane.transport,
+            self._news,
+            name=attachment.name,
+            principal=attachment.principal,
         )
         attachment.on_lost = self.wake.set
 
     def take(self, request: store_pb2.DeliverRequest) -> None:
         """Act on one message."""
-        self._calls.take(self._attachment.peer_id, request)
+        self._calls.take(self._attachment.peer_id, self._attachment.principal, request)
 
     async def read(self, requests: AsyncIterator[store_pb2.DeliverRequest]) -> None:
         """Act on all messages to come; returns at the client's half-close."""

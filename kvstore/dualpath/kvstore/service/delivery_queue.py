@@ -2,9 +2,10 @@
 
 Owns the order and the accounting of deliveries: loads before saves before background, with
 `SAVE_FLOOR` of the bytes kept for the lower lanes; inside a lane round robin by chunk between
-attachments, and between the grants of an attachment. Bounds the bytes in flight of one attachment
-and of all; near the total bound the share of one shrinks, so that receivers who do not read
-cannot take all of it. The caller holds a lock around every method.
+principals, between the attachments of a principal, and between the grants of an attachment.
+Bounds the bytes in flight of one attachment and of all; near the total bound the share of one
+shrinks, so that receivers who do not read cannot take all of it. The caller holds a lock around
+every method.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -96,6 +97,7 @@ class _OpenGrant:
 @dataclass(slots=True, eq=False)
 class _Peer:
     name: str
+    principal: str
     inflight_bytes: int = 0
     queued_bytes: int = 0
     queued_chunks: int = 0
@@ -131,8 +133,11 @@ class DeliveryQueue:
         self._peer_limit = peer_inflight_bytes
         self._limit = inflight_bytes
         self._peers: dict[str, _Peer] = {}
-        # Rings of attachments with waiting chunks, by lane.
-        self._rings: dict[Lane, deque[_Peer]] = {lane: deque() for lane in Lane}
+        # Rings of principals with waiting chunks, by lane; of each the ring of its attachments.
+        self._rings: dict[Lane, OrderedDict[str, deque[_Peer]]] = {
+            lane: OrderedDict() for lane in Lane
+        }
+        self._principal_bytes: Counter[str] = Counter()
         self._deadlines: list[tuple[float, int, _Peer, _OpenGrant]] = []
         self._deadlines_max = _STALE_DEADLINES
         self._order = itertools.count()
@@ -146,11 +151,15 @@ class DeliveryQueue:
         """Bytes granted and not yet landed or failed, of all attachments."""
         return self.inflight_bytes + self.queued_bytes
 
-    def open(self, name: str) -> None:
+    def principal_bytes(self, principal: str) -> int:
+        """Bytes granted to a principal and not yet landed or failed."""
+        return self._principal_bytes[principal]
+
+    def open(self, name: str, principal: str = "") -> None:
         """Begin to take grants of an attachment. Raises InvalidRequest if it is open already."""
         if name in self._peers:
             raise InvalidRequest(f"attachment {name!r} has a Deliver stream already; use that one")
-        self._peers[name] = _Peer(name)
+        self._peers[name] = _Peer(name, principal)
 
     def close(self, name: str) -> None:
         """Forget an attachment: what waits is dropped, what is in flight ends unreported."""
@@ -191,8 +200,9 @@ class DeliveryQueue:
         peer.queued_bytes += nbytes
         peer.queued_chunks += len(grant.chunks)
         self.queued_bytes += nbytes
+        self._principal_bytes[peer.principal] += nbytes
         if not peer.rings[grant.lane]:
-            self._rings[grant.lane].append(peer)
+            self._rings[grant.lane].setdefault(peer.principal, deque()).append(peer)
         peer.rings[grant.lane].append(opened)
         heapq.heappush(self._deadlines, (grant.deadline_at, next(self._order), peer, opened))
         if len(self._deadlines) > self._deadlines_max:
@@ -253,6 +263,7 @@ class DeliveryQueue:
         peer, grant = job._owner, job._grant
         peer.inflight_bytes -= nbytes
         self.inflight_bytes -= nbytes
+        self._owe(peer.principal, nbytes)
         grant.inflight -= 1
         if failure is not None:
             self.failures[failure] += 1
@@ -304,7 +315,17 @@ class DeliveryQueue:
         return 0 if peer is None else len(peer.grants) + len(peer.reports.keys() - peer.grants)
 
     def _pick(self, lane: Lane, now: float) -> Delivery | None:
-        ring = self._rings[lane]
+        principals = self._rings[lane]
+        for _ in range(len(principals)):
+            principal = next(iter(principals))
+            principals.move_to_end(principal)
+            picked = self._pick_of(principals[principal], lane)
+            if picked is not None:
+                return picked
+        return None
+
+    def _pick_of(self, ring: deque[_Peer], lane: Lane) -> Delivery | None:
+        """The next chunk of one principal, if one of its attachments may have one."""
         for _ in range(len(ring)):
             peer = ring[0]
             ring.rotate(-1)
@@ -361,6 +382,7 @@ class DeliveryQueue:
             peer.unread_failures += len(grant.waiting)
             peer.queued_bytes -= nbytes
             self.queued_bytes -= nbytes
+            self._owe(peer.principal, nbytes)
             grant.waiting.clear()
             self._unring(peer, grant)
         if grant.failures or grant.done:
@@ -369,8 +391,20 @@ class DeliveryQueue:
     def _unring(self, peer: _Peer, grant: _OpenGrant) -> None:
         lane = grant.grant.lane
         peer.rings[lane].remove(grant)
-        if not peer.rings[lane]:
-            self._rings[lane].remove(peer)
+        if peer.rings[lane]:
+            return
+        ring = self._rings[lane][peer.principal]
+        ring.remove(peer)
+        if not ring:
+            del self._rings[lane][peer.principal]
+
+    def _owe(self, principal: str, nbytes: int) -> None:
+        """So much less is pending for a principal."""
+        left = self._principal_bytes[principal] - nbytes
+        if left:
+            self._principal_bytes[principal] = left
+        else:
+            del self._principal_bytes[principal]
 
 
 _NO_WINDOW = RegionDescriptor(0, 0, 0, 0)

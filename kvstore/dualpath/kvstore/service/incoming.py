@@ -49,6 +49,7 @@ class _Incoming:
     reservation_id: int
     first_tag: int
     chunks: int
+    slot_bytes: int
     expires_at: float
     missing: int
     phase: _Phase = _Phase.WRITING
@@ -71,12 +72,14 @@ class ReservedBlock:
 
 
 class IncomingBlocks:
-    """One attachment's writes. Thread-safe; all methods may block on the store."""
+    """One attachment's writes. Thread-safe; all methods may block on the store. `writer` is what
+    the blocks record as theirs."""
 
-    def __init__(self, store: Store, transport: Transport, owner: str) -> None:
+    def __init__(self, store: Store, transport: Transport, owner: str, writer: str = "") -> None:
         self._store = store
         self._transport = transport
         self._owner = owner
+        self._writer = writer or owner
         self._lock = threading.Lock()
         self._blocks: dict[int, _Incoming] = {}
         # By tag // CHUNKS_PER_BLOCK_MAX: tags of a block share it, as they start at a multiple.
@@ -86,6 +89,13 @@ class IncomingBlocks:
         self._closed = False
         self._first_expiry = math.inf
         self.received_bytes = 0
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Blocks that are being written, and bytes of their slots."""
+        with self._lock:
+            blocks = self._blocks.values()
+            return len(blocks), sum(block.slot_bytes for block in blocks)
 
     @property
     def window(self) -> bytes:
@@ -113,7 +123,14 @@ class IncomingBlocks:
             base = outcome.extent.start
             chunks = layout.chunk_count
             added.append(
-                _Incoming(outcome.reservation_id, first_tag, chunks, expires_at, missing=chunks)
+                _Incoming(
+                    outcome.reservation_id,
+                    first_tag,
+                    chunks,
+                    layout.slot_bytes,
+                    expires_at,
+                    missing=chunks,
+                )
             )
             targets.extend(_targets(layout, base, first_tag))
             answers.append(ReservedBlock(outcome.status, outcome.reservation_id, base, first_tag))
@@ -164,7 +181,9 @@ class IncomingBlocks:
             requests = [
                 SealRequest(block.reservation_id, per_block[index]) for index, block in ready
             ]
-            sealed = self._store.seal(requests, owner=self._owner, durable=durable)
+            sealed = self._store.seal(
+                requests, owner=self._owner, durable=durable, writer=self._writer
+            )
         except BaseException:
             with self._lock:
                 self._forget([block for _, block in ready])

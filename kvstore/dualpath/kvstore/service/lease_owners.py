@@ -8,34 +8,41 @@ leases that ended by expiry are pruned. Used from the event loop only.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 from dualpath.transfer.errors import LeaseExpired, PermissionDenied
 
 
 class LeaseOwners:
-    """Owner and expiry of each lease that this daemon has given out."""
+    """Owner, expiry and principal of each lease that this daemon has given out. `on_change` hears
+    of each lease that a principal gets (1) and loses (-1)."""
 
-    def __init__(self) -> None:
-        self._leases: dict[int, tuple[str, float]] = {}
+    def __init__(self, on_change: Callable[[str, int], None] = lambda *_: None) -> None:
+        self._on_change = on_change
+        self._leases: dict[int, tuple[str, float, str]] = {}
         self._expiries: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
         return len(self._leases)
 
-    def put(self, lease_id: int, owner: str, expires_at: float) -> None:
+    def put(self, lease_id: int, owner: str, expires_at: float, principal: str = "") -> None:
         """Record a new or renewed lease. `expires_at` in seconds, monotonic."""
-        self._leases[lease_id] = (owner, expires_at)
+        if lease_id not in self._leases:
+            self._on_change(principal, 1)
+        self._leases[lease_id] = (owner, expires_at, principal)
         heapq.heappush(self._expiries, (expires_at, lease_id))
 
     def remove(self, lease_id: int) -> None:
         """The lease was released; unknown ones are ignored."""
-        self._leases.pop(lease_id, None)
+        record = self._leases.pop(lease_id, None)
+        if record is not None:
+            self._on_change(record[2], -1)
 
     def forget_owner(self, owner: str) -> None:
         """The owner's attachment is gone, and its leases with it."""
-        gone = [lease for lease, (holder, _) in self._leases.items() if holder == owner]
+        gone = [lease for lease, (holder, *_) in self._leases.items() if holder == owner]
         for lease in gone:
-            del self._leases[lease]
+            self.remove(lease)
 
     def check(self, lease_id: int, owner: str) -> None:
         """Raises LeaseExpired (unknown or over), PermissionDenied (another's)."""
@@ -53,7 +60,7 @@ class LeaseOwners:
             _, lease_id = heapq.heappop(self._expiries)
             record = self._leases.get(lease_id)
             if record is not None and record[1] <= now:
-                del self._leases[lease_id]
+                self.remove(lease_id)
         if len(self._expiries) > 2 * len(self._leases) + 64:
             # Renewals and releases leave stale entries behind: bound them.
             self._expiries = [(record[1], lease) for lease, record in self._leases.items()]

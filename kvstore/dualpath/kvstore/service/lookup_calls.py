@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.attachments import Attachments
 from dualpath.kvstore.service.auth import Caller
+from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.lease_owners import LeaseOwners
 from dualpath.kvstore.service.messages import (
     DELEGATES_MAX,
@@ -40,10 +41,12 @@ class LookupCalls:
         attachments: Attachments,
         owners: LeaseOwners,
         mint: TicketMint,
+        gate: Gate,
         executor: Executor,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
+        self._gate = gate
         self._attachments = attachments
         self._owners = owners
         self._mint = mint
@@ -57,27 +60,34 @@ class LookupCalls:
         return self._attachments.of_session(checked_session(session), caller).peer_id
 
     async def open_namespace(
-        self, request: store_pb2.OpenNamespaceRequest
+        self, request: store_pb2.OpenNamespaceRequest, caller: Caller
     ) -> store_pb2.OpenNamespaceResponse:
         """See store.proto."""
         namespace = namespace_of(request.namespace)
+        self._gate.access.require_any(caller.principal, namespace)
         loop = asyncio.get_running_loop()
         opened = await loop.run_in_executor(self._executor, self._store.open_namespace, namespace)
         return store_pb2.OpenNamespaceResponse(namespace_id=opened)
 
-    def lookup(self, request: store_pb2.LookupRequest, caller: Caller) -> store_pb2.LookupResponse:
+    async def lookup(
+        self, request: store_pb2.LookupRequest, caller: Caller
+    ) -> store_pb2.LookupResponse:
         """See store.proto."""
+        gate, principal = self._gate, caller.principal
+        await gate.turns.turn(principal)
         namespace_id = checked_namespace_id(request.namespace_id)
         hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
         checked_batch("hashes", len(hashes))
         checked_checksums(len(hashes), self._store.layout(namespace_id))
         lease_s = lease_s_of(request.lease_ms, zero=True)
         owner = self.owner_of(request.session, caller)
+        gate.admit_lookup(principal, namespace_id, leased=lease_s > 0)
         hit = self._store.lookup_packed(
             namespace_id, hashes.data, hashes.hash_bytes, owner=owner, lease_s=lease_s
         )
         if hit.lease_id:
-            self._owners.put(hit.lease_id, owner, self._clock() + hit.lease_s)
+            self._owners.put(hit.lease_id, owner, self._clock() + hit.lease_s, principal)
+        gate.quotas.looked_up(principal, namespace_id, hit.blocks, len(hashes) - hit.blocks)
         return hit_message(hit)
 
     def renew(self, request: store_pb2.RenewRequest, caller: Caller) -> store_pb2.RenewResponse:
@@ -92,7 +102,7 @@ class LookupCalls:
             except LeaseExpired:
                 expired.append(lease_id)
             else:
-                self._owners.put(lease_id, owner, self._clock() + lease_s)
+                self._owners.put(lease_id, owner, self._clock() + lease_s, caller.principal)
         return store_pb2.RenewResponse(expired_lease_id=expired)
 
     def release(

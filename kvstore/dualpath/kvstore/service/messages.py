@@ -151,6 +151,11 @@ def new_blocks_of(request: store_pb2.ReserveRequest) -> list[NewBlock]:
     return [NewBlock(*pair) for pair in zip(request.hash, request.parent, strict=True)]
 
 
+def miss_number(reason: MissReason) -> store_pb2.MissReason.ValueType:
+    """The protocol's number of a reason."""
+    return _MISS[reason]
+
+
 def hit_message(hit: PrefixHit) -> store_pb2.LookupResponse:
     """Answer of a look-up."""
     return store_pb2.LookupResponse(

@@ -5,17 +5,16 @@ Owns the names. Nothing is counted twice: the collector holds no counter of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-from dualpath.kvstore.service.config import split_address
 from dualpath.kvstore.service.deliver import DeliveryStats
 from dualpath.kvstore.service.histogram import Buckets
+from dualpath.kvstore.service.key_reload import KeyReload
+from dualpath.kvstore.service.quotas import Usage
+from dualpath.kvstore.service.readiness import Readiness
 from dualpath.kvstore.store_api import MissReason, StoreStats, Tier
-from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.lane import Lane
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -25,60 +24,82 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-JOIN_S_MAX = 5.0
+
+@dataclass(frozen=True, slots=True)
+class ServiceSnapshot:
+    """What a scrape shows of a daemon that has started."""
+
+    store: StoreStats
+    deliveries: DeliveryStats
+    attachments: int
+    principals: Mapping[str, Usage]
+    quota_refusals: int
+    last_sequence: int
 
 
 class StoreCollector(Collector):
-    """Turns snapshots into metric families."""
+    """Turns snapshots into metric families. `snapshot` gives None while the daemon starts."""
 
     def __init__(
         self,
-        store: Callable[[], StoreStats],
-        deliveries: Callable[[], DeliveryStats],
-        attachments: Callable[[], int],
+        readiness: Readiness,
+        reload: KeyReload,
+        snapshot: Callable[[], ServiceSnapshot | None],
     ) -> None:
-        self._store = store
-        self._deliveries = deliveries
-        self._attachments = attachments
+        self._readiness = readiness
+        self._reload = reload
+        self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
-        stats = self._store()
+        yield from _state(self._readiness, self._reload)
+        snapshot = self._snapshot()
+        if snapshot is None:
+            return
+        stats = snapshot.store
         yield from _gauges(stats)
-        yield _gauge("dualpath_attachments", "Joined receivers", self._attachments())
+        yield _gauge("dualpath_attachments", "Joined receivers", snapshot.attachments)
         yield from _counters(stats)
         yield from _by_tier(stats)
-        yield from _delivery(self._deliveries())
+        yield from _delivery(snapshot.deliveries)
+        yield from _principals(snapshot)
+        yield CounterMetricFamily("dualpath_events", "Events of blocks", snapshot.last_sequence)
         info = InfoMetricFamily("dualpath_device", "How the SSD tier is read")
         info.add_metric([], {"device": stats.device})
         yield info
 
 
-class MetricsServer:
-    """The HTTP endpoint of a registry, on its own thread."""
+def _state(readiness: Readiness, reload: KeyReload) -> Iterator[Metric]:
+    yield _gauge("dualpath_ready", "Whether new work is taken", readiness.ready().good)
+    degraded = GaugeMetricFamily("dualpath_degraded", "What is degraded", labels=["reason"])
+    for word in readiness.troubles():
+        degraded.add_metric([word], 1)
+    yield degraded
+    yield CounterMetricFamily("dualpath_key_reloads", "Files of keys read again", reload.reloads)
+    yield CounterMetricFamily(
+        "dualpath_key_reload_failures", "Files of keys that could not be used", reload.failures
+    )
 
-    def __init__(self, address: str, collector: Collector) -> None:
-        """Listen at host:port. Raises Unavailable if the port is in use."""
-        host, port = split_address(address, "metrics_listen")
-        registry = CollectorRegistry()
-        registry.register(collector)
-        try:
-            self._server: WSGIServer
-            self._thread: Thread
-            self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
-            raise Unavailable(
-                f"metrics_listen: {address}: {error.strerror or error}; choose another port",
-                reason="address_in_use",
-            ) from error
-        bracketed = f"[{host}]" if ":" in host else host
-        self.address = f"{bracketed}:{self._server.server_port}"
 
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(JOIN_S_MAX)
+def _principals(snapshot: ServiceSnapshot) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "dualpath_quota_refusals", "Calls over a principal's limit", snapshot.quota_refusals
+    )
+    calls = CounterMetricFamily("dualpath_principal_calls", "Calls", labels=["principal"])
+    refused = CounterMetricFamily(
+        "dualpath_principal_refusals", "Calls over the limit", labels=["principal"]
+    )
+    for principal, usage in snapshot.principals.items():
+        calls.add_metric([principal], usage.calls)
+        refused.add_metric([principal], usage.refusals)
+    yield calls
+    yield refused
+    landed = CounterMetricFamily(
+        "dualpath_principal_delivered_bytes", "Payload that landed", labels=["principal"]
+    )
+    for principal, count in snapshot.deliveries.principal_bytes.items():
+        landed.add_metric([principal], count)
+    yield landed
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -15,20 +15,29 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import grpc
 import grpc.aio
 from dualpath.kvstore.block_store import BlockStore
+from dualpath.kvstore.service.access import Access
+from dualpath.kvstore.service.access_rules import AccessRules, parse_access
 from dualpath.kvstore.service.attachments import ATTACHMENTS_MAX, Plane
-from dualpath.kvstore.service.auth import Auth, AuthInterceptor
+from dualpath.kvstore.service.auth import Auth, AuthInterceptor, principal_of_call
 from dualpath.kvstore.service.config import DaemonConfig, split_address
 from dualpath.kvstore.service.deliver import DeliveryConfig, DeliveryEngine
-from dualpath.kvstore.service.metrics import MetricsServer, StoreCollector
+from dualpath.kvstore.service.fair_executor import FairExecutor
+from dualpath.kvstore.service.key_reload import KeyReload
+from dualpath.kvstore.service.metrics import ServiceSnapshot, StoreCollector
+from dualpath.kvstore.service.metrics_server import MetricsServer
+from dualpath.kvstore.service.quotas import Quotas
+from dualpath.kvstore.service.readiness import Phase, Readiness
+from dualpath.kvstore.service.server_tls import ServerTls
 from dualpath.kvstore.service.store_service import StoreService
 from dualpath.kvstore.store_config import StoreConfig
 from dualpath.proto.channel import server_options
+from dualpath.proto.dial import read_pem
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.v1 import store_pb2, store_pb2_grpc
 from dualpath.transfer.errors import Unavailable
@@ -43,6 +52,10 @@ CALLS_MAX = 4096
 """Most calls at once, streams included; more are refused with RESOURCE_EXHAUSTED."""
 CONTROL_THREADS = 16
 """Threads for calls that may touch a medium."""
+CONTROL_SHARE = 12
+"""Most of them that work for one principal."""
+RELOAD_PERIOD_S = 1.0
+"""How often it is looked whether files of keys have changed."""
 STOP_S_MAX = 5.0
 SERVICE = store_pb2.DESCRIPTOR.services_by_name["Store"].full_name
 
@@ -62,6 +75,13 @@ class Daemon:
         self._clock = clock
         self._stack = contextlib.AsyncExitStack()
         self._service: StoreService | None = None
+        self._health: Any = None
+        self._telling: set[asyncio.Future[None]] = set()
+        self._tls: ServerTls | None = None
+        self.readiness = Readiness(time.monotonic)
+        self.reload = KeyReload()
+        self.stop_asked = asyncio.Event()
+        """Set when an operator asks for the end of the process."""
 
     async def start(self) -> Mapping[str, object]:
         """Serve; return where. Raises the store's errors, Unavailable for an address in use."""
@@ -78,7 +98,11 @@ class Daemon:
     async def _start(self) -> Mapping[str, object]:
         config, stack = self.config, self._stack
         loop = asyncio.get_running_loop()
-        executor = ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control")
+        rules = self._read_rules()
+        self._tls = self._open_tls()
+        # First of all, so that probes see it start: recovery may take a while.
+        metrics = self._open_metrics()
+        executor = FairExecutor(CONTROL_THREADS, CONTROL_SHARE, principal_of_call, "control")
         stack.callback(executor.shutdown)
         store = await loop.run_in_executor(
             executor,
@@ -92,22 +116,29 @@ class Daemon:
         )
         stack.push_async_callback(_in_thread, _close_engine, engine)
         planes = self._open_planes()
-        auth = Auth(config.tokens)
+        access = Access(rules, store.namespace)
+        quotas = Quotas(
+            lambda principal: access.rules.limits_of(principal, config.limits), self._clock
+        )
         service = StoreService(
             store=store,
             planes=planes,
             engine=engine,
-            auth=auth,
+            events=store.events,
+            access=access,
+            quotas=quotas,
+            readiness=self.readiness,
             executor=executor,
+            on_stop=self.stop_asked.set,
             clock=self._clock,
         )
+        self._watch(service, access)
         self._service = service
         store.set_on_expired(service.attachments.fence_expired)
         stack.push_async_callback(service.attachments.close, STOP_S_MAX)
         duties = asyncio.create_task(service.do_duties(), name="duties")
         stack.push_async_callback(_cancelled, duties)
-        metrics = self._open_metrics(service)
-        listen = await self._serve(service, engine, auth)
+        listen = await self._serve(service, engine, access, quotas)
         _log.info("serving %s at %s", config.data, listen or config.unix)
         return {
             "data": config.data,
@@ -138,25 +169,77 @@ class Daemon:
             )
         return planes
 
-    def _open_metrics(self, service: StoreService) -> str:
+    def _read_rules(self) -> AccessRules:
+        """The access file as it is now. Raises InvalidRequest, Unavailable."""
+        config = self.config
+        rules = AccessRules()
+        if config.access_file:
+            text = read_pem("access_file", config.access_file).decode(errors="replace")
+            rules = parse_access(text, config.access_file)
+        rules = rules.with_tokens(config.tokens)
+        config.check_guarded(tokens=bool(rules.tokens))
+        return rules
+
+    def _open_tls(self) -> ServerTls | None:
+        files = self.config.server_files
+        return None if files is None else ServerTls(files)
+
+    def _watch(self, service: StoreService, access: Access) -> None:
+        """Read keys again when their files change."""
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def apply() -> None:
+            rules = self._read_rules()
+            access.replace(rules)
+            known = set(rules.tokens.values())
+            loop.call_soon_threadsafe(
+                service.attachments.drop_principals,
+                lambda name: name.startswith("token:") and name not in known,
+                "its token is not valid any more",
+            )
+
+        if config.access_file:
+            self.reload.watch("access file", [config.access_file], apply)
+        if self._tls is not None and config.server_files is not None:
+            self.reload.watch("certificate", config.server_files.paths, self._tls.reload)
+        polling = asyncio.create_task(self._poll_keys(), name="key reload")
+        self._stack.push_async_callback(_cancelled, polling)
+
+    async def _poll_keys(self) -> None:
+        while True:
+            await asyncio.sleep(RELOAD_PERIOD_S)
+            await _in_thread(self.reload.poll)
+
+    async def reload_keys(self) -> None:
+        """Read tokens, rules and certificates again, changed or not."""
+        await _in_thread(partial(self.reload.poll, force=True))
+
+    def _open_metrics(self) -> str:
         if not self.config.metrics_listen:
             return ""
-        collector = StoreCollector(
-            service.store_stats, service.delivery_stats, lambda: len(service.attachments)
-        )
-        server = MetricsServer(self.config.metrics_listen, collector)
+
+        def snapshot() -> ServiceSnapshot | None:
+            return None if self._service is None else self._service.snapshot()
+
+        probes = {"/healthz": self.readiness.alive, "/readyz": self.readiness.ready}
+        collector = StoreCollector(self.readiness, self.reload, snapshot)
+        server = MetricsServer(self.config.metrics_listen, collector, probes)
         self._stack.push_async_callback(_in_thread, server.close)
         return server.address
 
-    async def _serve(self, service: StoreService, engine: DeliveryEngine, auth: Auth) -> str:
+    async def _serve(
+        self, service: StoreService, engine: DeliveryEngine, access: Access, quotas: Quotas
+    ) -> str:
         """Start gRPC; return the bound host:port, "" if there is none."""
+        auth = Auth(lambda: access.rules, certificates=bool(self.config.tls_client_ca))
+        within = AuthInterceptor(auth, lambda caller: quotas.call(caller.principal))
         server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(), AuthInterceptor(auth)),
+            interceptors=(ErrorInterceptor(), within),
             options=server_options(),
             maximum_concurrent_rpcs=CALLS_MAX,
         )
         store_pb2_grpc.add_StoreServicer_to_server(service, server)
-        state = health.aio.HealthServicer()
+        state = self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(state, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -164,13 +247,39 @@ class Daemon:
         if self.config.listen:
             host, port = split_address(self.config.listen, "listen")
             bracketed = f"[{host}]" if ":" in host else host
-            listen = f"{bracketed}:{_bind(server, 'listen', f'{bracketed}:{port}')}"
+            listen = f"{bracketed}:{self._bind_tcp(server, f'{bracketed}:{port}')}"
         if self.config.unix:
             self._bind_unix(server, self.config.unix)
         await server.start()
         self._stack.push_async_callback(self._end_calls, server, state, service, engine)
-        await state.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        self.readiness.on_change = self._tell_health
+        self.readiness.watch(self._troubles)
+        self.readiness.enter(Phase.SERVING)
+        await self._set_health(Phase.SERVING)
         return listen
+
+    def _troubles(self) -> Mapping[str, str]:
+        """What is degraded: of the store, and of the keys."""
+        assert self._service is not None
+        found = self._service.store_troubles()
+        for name, text in self.reload.troubles().items():
+            found[name.replace(" ", "_")] = text
+        return found
+
+    def _tell_health(self, phase: Phase) -> None:
+        task = asyncio.ensure_future(self._set_health(phase))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _set_health(self, phase: Phase) -> None:
+        """Health checks of the whole server ("") and of our service say the same."""
+        serving = phase is Phase.SERVING
+        state = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE):
+            await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
+
+    def _bind_tcp(self, server: grpc.aio.Server, address: str) -> int:
+        return _bind(server, "listen", address, self._tls.credentials if self._tls else None)
 
     async def _end_calls(
         self,
@@ -179,6 +288,7 @@ class Daemon:
         service: StoreService,
         engine: DeliveryEngine,
     ) -> None:
+        self.readiness.enter(Phase.STOPPING)
         await state.enter_graceful_shutdown()
         if not await _in_thread(engine.drain, self.config.drain_s):
             _log.warning("deliveries did not drain within %g s", self.config.drain_s)
@@ -215,6 +325,15 @@ async def run_daemon(
         loop.add_signal_handler(number, signalled)
     try:
         daemon = Daemon(config)
+        daemon.stop_asked = stopping
+        reloads: set[asyncio.Future[None]] = set()
+
+        def reload() -> None:
+            task = asyncio.ensure_future(daemon.reload_keys())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
         where = await daemon.start()
         try:
             on_ready(where)
@@ -230,7 +349,7 @@ async def run_daemon(
                 os._exit(130)
             await stop
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
 
@@ -243,6 +362,7 @@ def _store_config(config: DaemonConfig) -> StoreConfig:
         read_buffers_bytes=config.inflight_bytes + (16 << 20),
         direct=config.direct,
         shared_arena=bool(config.unix),
+        events_remembered_max=config.events_max,
     )
 
 
@@ -255,9 +375,17 @@ def _listening(transport: Transport, field: str, address: str) -> str:
         ) from error
 
 
-def _bind(server: grpc.aio.Server, field: str, address: str) -> int:
+def _bind(
+    server: grpc.aio.Server,
+    field: str,
+    address: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         port = 0
         _log.debug("gRPC cannot bind %s: %s", address, error)

@@ -13,19 +13,30 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from dualpath.kvstore.block_events import BlockEvents
+from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.attachments import Attachments, Plane
-from dualpath.kvstore.service.auth import Auth
+from dualpath.kvstore.service.auth import caller_of_call
 from dualpath.kvstore.service.byte_streams import ByteStreams
-from dualpath.kvstore.service.deliver import DeliveryEngine, DeliveryStats
+from dualpath.kvstore.service.deliver import DeliveryEngine
 from dualpath.kvstore.service.deliver_calls import DeliverCalls
+from dualpath.kvstore.service.drain import Drain, Left
+from dualpath.kvstore.service.event_calls import EventCalls
+from dualpath.kvstore.service.fair_turns import FairTurns
+from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.lease_owners import LeaseOwners
+from dualpath.kvstore.service.locate_calls import LocateCalls
 from dualpath.kvstore.service.lookup_calls import LookupCalls
+from dualpath.kvstore.service.metrics import ServiceSnapshot
+from dualpath.kvstore.service.operator_calls import OperatorCalls
+from dualpath.kvstore.service.quotas import Quotas
+from dualpath.kvstore.service.readiness import Readiness
+from dualpath.kvstore.service.stats_report import StatsReport
 from dualpath.kvstore.service.ticket import TicketMint
 from dualpath.kvstore.service.write_calls import WriteCalls
-from dualpath.kvstore.store_api import Store, StoreStats, Tier
+from dualpath.kvstore.store_api import Store
 from dualpath.proto.status import Context
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
 
@@ -34,16 +45,9 @@ DUTY_PERIOD_S = 0.5
 _log = logging.getLogger(__name__)
 
 
-def package_version() -> str:
-    """The installed version, "0" in a tree that is not installed."""
-    try:
-        return version("dualpath")
-    except PackageNotFoundError:
-        return "0"
-
-
 class StoreService(store_pb2_grpc.StoreServicer):
-    """See the module docstring. Made inside of the running loop."""
+    """See the module docstring. Made inside of the running loop. `on_stop` is called when an
+    operator asks for the end of the process."""
 
     def __init__(
         self,
@@ -51,38 +55,53 @@ class StoreService(store_pb2_grpc.StoreServicer):
         store: Store,
         planes: Mapping[str, Plane],
         engine: DeliveryEngine,
-        auth: Auth,
+        events: BlockEvents,
+        access: Access,
+        quotas: Quotas,
+        readiness: Readiness,
         executor: Executor,
+        on_stop: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server_id = secrets.token_hex(8)
         self._store = store
         self._engine = engine
-        self._auth = auth
         self._executor = executor
         self._clock = clock
-        self._started_at = clock()
-        self._owners = LeaseOwners()
+        self._readiness = readiness
+        self._quotas = quotas
+        self._block_events = events
+        self._owners = LeaseOwners(quotas.lease)
         mint = TicketMint()
         self.attachments = Attachments(store, planes, executor, self._dropped)
+        gate = Gate(readiness, access, quotas, FairTurns(), self.attachments.held)
         self._lookups = LookupCalls(
             store=store,
             attachments=self.attachments,
             owners=self._owners,
             mint=mint,
+            gate=gate,
             executor=executor,
             clock=clock,
         )
-        self._writes = WriteCalls(self.attachments, executor, clock)
+        self._writes = WriteCalls(self.attachments, store, gate, executor, clock)
         self._delivers = DeliverCalls(
             attachments=self.attachments,
             engine=engine,
             owners=self._owners,
             mint=mint,
+            gate=gate,
             server_id=self.server_id,
             clock=clock,
         )
-        self._streams = ByteStreams(store, executor, clock)
+        self._locates = LocateCalls(store, self.attachments, self._delivers.lease_of)
+        self._streams = ByteStreams(store, gate, executor, clock)
+        self._events = EventCalls(events, access, quotas, self.server_id)
+        drain = Drain(readiness, self._left, store, executor, clock)
+        self._operators = OperatorCalls(store, access, drain, executor, on_stop)
+        self._report = StatsReport(
+            self.server_id, store, engine, events, self.attachments, gate, clock
+        )
 
     async def do_duties(self) -> None:
         """Run the periodic duties until cancelled."""
@@ -90,6 +109,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
         while True:
             await asyncio.sleep(DUTY_PERIOD_S)
             try:
+                self._readiness.beat()
                 now = self._clock()
                 self._owners.prune(now)
                 self.attachments.reap(now)
@@ -101,130 +121,138 @@ class StoreService(store_pb2_grpc.StoreServicer):
 
     async def stop_streams(self) -> None:
         """End the Deliver streams and refuse new attachments."""
+        self._events.stop()
         await self._delivers.stop()
 
-    def delivery_stats(self) -> DeliveryStats:
-        """Counters of deliveries, for metrics."""
-        return self._engine.stats()
+    def snapshot(self) -> ServiceSnapshot:
+        """What metrics show. From any thread."""
+        return ServiceSnapshot(
+            store=self._store.stats(),
+            deliveries=self._engine.stats(),
+            attachments=len(self.attachments),
+            principals=self._quotas.snapshot()[0],
+            quota_refusals=self._quotas.refusals,
+            last_sequence=self._block_events.last,
+        )
 
-    def store_stats(self) -> StoreStats:
-        """Counters of the store, for metrics."""
-        return self._store.stats()
+    def store_troubles(self) -> dict[str, str]:
+        """Why the store is degraded: word -> sentence. From any thread."""
+        return {word.value: text for word, text in self._store.health().troubles.items()}
 
     async def OpenNamespace(
         self, request: store_pb2.OpenNamespaceRequest, context: Context
     ) -> store_pb2.OpenNamespaceResponse:
         """See store.proto."""
-        return await self._lookups.open_namespace(request)
+        return await self._lookups.open_namespace(request, caller_of_call())
 
     async def Lookup(
         self, request: store_pb2.LookupRequest, context: Context
     ) -> store_pb2.LookupResponse:
         """See store.proto."""
-        return self._lookups.lookup(request, self._auth.caller(context))
+        return await self._lookups.lookup(request, caller_of_call())
 
     async def Renew(
         self, request: store_pb2.RenewRequest, context: Context
     ) -> store_pb2.RenewResponse:
         """See store.proto."""
-        return self._lookups.renew(request, self._auth.caller(context))
+        return self._lookups.renew(request, caller_of_call())
 
     async def Release(
         self, request: store_pb2.ReleaseRequest, context: Context
     ) -> store_pb2.ReleaseResponse:
         """See store.proto."""
-        return self._lookups.release(request, self._auth.caller(context))
+        return self._lookups.release(request, caller_of_call())
 
     async def Delegate(
         self, request: store_pb2.DelegateRequest, context: Context
     ) -> store_pb2.DelegateResponse:
         """See store.proto."""
-        return self._lookups.delegate(request, self._auth.caller(context))
+        return self._lookups.delegate(request, caller_of_call())
 
     async def ReportCorrupt(
         self, request: store_pb2.ReportCorruptRequest, context: Context
     ) -> store_pb2.ReportCorruptResponse:
         """See store.proto."""
-        return await self._lookups.report_corrupt(request, self._auth.caller(context))
+        return await self._lookups.report_corrupt(request, caller_of_call())
 
     async def Reserve(
         self, request: store_pb2.ReserveRequest, context: Context
     ) -> store_pb2.ReserveResponse:
         """See store.proto."""
-        return await self._writes.reserve(request, self._auth.caller(context))
+        return await self._writes.reserve(request, caller_of_call())
 
     async def Seal(
         self, request: store_pb2.SealRequest, context: Context
     ) -> store_pb2.SealResponse:
         """See store.proto."""
-        return await self._writes.seal(request, self._auth.caller(context))
+        return await self._writes.seal(request, caller_of_call())
 
     async def Abandon(
         self, request: store_pb2.AbandonRequest, context: Context
     ) -> store_pb2.AbandonResponse:
         """See store.proto."""
-        return await self._writes.abandon(request, self._auth.caller(context))
+        return await self._writes.abandon(request, caller_of_call())
 
     async def Attach(
         self, request: common_pb2.AttachRequest, context: Context
     ) -> common_pb2.AttachResponse:
         """See store.proto."""
-        return self._delivers.attach(request, self._auth.caller(context))
+        return self._delivers.attach(request, caller_of_call())
 
     async def Deliver(
         self, request_iterator: Any, context: Context
     ) -> AsyncIterator[store_pb2.DeliverResponse]:
         """See store.proto."""
-        caller = self._auth.caller(context)
+        caller = caller_of_call()
         async for response in self._delivers.deliver(request_iterator, caller, context):
             yield response
+
+    async def Locate(
+        self, request: store_pb2.LocateRequest, context: Context
+    ) -> store_pb2.LocateResponse:
+        """See store.proto."""
+        return self._locates.locate(request, caller_of_call())
 
     # The stubs know only handlers that yield; gRPC takes one that writes as well.
     async def Read(  # type: ignore[override]
         self, request: store_pb2.ReadRequest, context: Context
     ) -> None:
         """See store.proto."""
-        await self._streams.read(request, context.write)
+        await self._streams.read(request, caller_of_call(), context.write)
 
     async def Write(self, request_iterator: Any, context: Context) -> store_pb2.WriteResponse:
         """See store.proto."""
-        return await self._streams.write(request_iterator)
+        return await self._streams.write(request_iterator, caller_of_call())
 
     async def Stats(
         self, request: store_pb2.StatsRequest, context: Context
     ) -> store_pb2.StatsResponse:
         """See store.proto."""
-        stats, deliveries = self._store.stats(), self._engine.stats()
-        return store_pb2.StatsResponse(
-            server_id=self.server_id,
-            version=package_version(),
-            uptime_s=self._clock() - self._started_at,
-            blocks=stats.blocks,
-            namespaces=stats.namespaces,
-            leases=stats.leases,
-            reservations=stats.reservations,
-            tier=[_tier_message(stats, tier) for tier in Tier],
-            lookups=stats.lookups,
-            hit_blocks=stats.hit_blocks,
-            missed_blocks=stats.missed_blocks,
-            misses={reason.value: count for reason, count in stats.misses.items()},
-            corrupt_blocks=stats.corrupt_blocks,
-            device=stats.device,
-            delivered_bytes=deliveries.delivered_bytes,
-            queue_bytes=deliveries.pending_bytes,
-            attachments=len(self.attachments),
+        return self._report.stats(caller_of_call())
+
+    async def Events(  # type: ignore[override]
+        self, request: store_pb2.EventsRequest, context: Context
+    ) -> None:
+        """See store.proto."""
+        await self._events.events(request, caller_of_call(), context.write)
+
+    async def Invalidate(
+        self, request: store_pb2.InvalidateRequest, context: Context
+    ) -> store_pb2.InvalidateResponse:
+        """See store.proto."""
+        return await self._operators.invalidate(request, caller_of_call())
+
+    async def Drain(  # type: ignore[override]
+        self, request: store_pb2.DrainRequest, context: Context
+    ) -> None:
+        """See store.proto."""
+        await self._operators.drain(request, caller_of_call(), context.write)
+
+    def _left(self) -> Left:
+        stats = self._store.stats()
+        return Left(
+            self._engine.pending_bytes, stats.leases, stats.reservations, self._streams.running
         )
 
     def _dropped(self, peer_id: str) -> None:
         self._owners.forget_owner(peer_id)
-
-
-def _tier_message(stats: StoreStats, tier: Tier) -> store_pb2.TierStats:
-    return store_pb2.TierStats(
-        tier=tier.value,
-        capacity_bytes=stats.capacity_bytes.get(tier, 0),
-        used_bytes=stats.used_bytes.get(tier, 0),
-        read_bytes=stats.read_bytes.get(tier, 0),
-        written_bytes=stats.written_bytes.get(tier, 0),
-        evicted_blocks=stats.evicted_blocks.get(tier, 0),
-    )

@@ -7,12 +7,14 @@ in the executor.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
-from dualpath.kvstore.service.attachments import Attachments, check_alive
+from dualpath.kvstore.service.attachments import Attachment, Attachments, check_alive
 from dualpath.kvstore.service.auth import Caller
+from dualpath.kvstore.service.gate import Gate
+from dualpath.kvstore.service.incoming import ReservedBlock
 from dualpath.kvstore.service.messages import (
     checked_batch,
     checked_namespace_id,
@@ -22,6 +24,7 @@ from dualpath.kvstore.service.messages import (
     seal_statuses,
     ttl_s_of,
 )
+from dualpath.kvstore.store_api import NewBlock, ReserveStatus, SealStatus, Store
 from dualpath.proto.v1 import store_pb2
 
 
@@ -29,9 +32,16 @@ class WriteCalls:
     """Handlers without gRPC: a request and its caller in, a response out, errors raised."""
 
     def __init__(
-        self, attachments: Attachments, executor: Executor, clock: Callable[[], float]
+        self,
+        attachments: Attachments,
+        store: Store,
+        gate: Gate,
+        executor: Executor,
+        clock: Callable[[], float],
     ) -> None:
         self._attachments = attachments
+        self._store = store
+        self._gate = gate
         self._executor = executor
         self._clock = clock
 
@@ -43,10 +53,12 @@ class WriteCalls:
         blocks = new_blocks_of(request)
         ttl_s = ttl_s_of(request.ttl_ms)
         attachment = self._attachments.of_session(checked_session(request.session), caller)
-        reserve = partial(
-            attachment.incoming.reserve, namespace_id, blocks, ttl_s=ttl_s, now=self._clock()
-        )
-        reserved = await asyncio.get_running_loop().run_in_executor(self._executor, reserve)
+        slot_bytes = self._store.layout(namespace_id).slot_bytes
+        with self._gate.reserving(caller.principal, namespace_id, slot_bytes, len(blocks)) as room:
+            reserve = partial(
+                _reserve, attachment, namespace_id, blocks, room, ttl_s, self._clock()
+            )
+            reserved = await asyncio.get_running_loop().run_in_executor(self._executor, reserve)
         check_alive(attachment)
         return reserve_message(reserved, attachment.incoming.window)
 
@@ -62,6 +74,7 @@ class WriteCalls:
             durable=request.durable,
         )
         statuses = await asyncio.get_running_loop().run_in_executor(self._executor, seal)
+        self._gate.quotas.sealed(caller.principal, statuses.count(SealStatus.SEALED))
         return store_pb2.SealResponse(status=seal_statuses(statuses))
 
     async def abandon(
@@ -74,3 +87,22 @@ class WriteCalls:
             self._executor, attachment.incoming.abandon, list(request.reservation_id)
         )
         return store_pb2.AbandonResponse()
+
+
+def _reserve(
+    attachment: Attachment,
+    namespace_id: bytes,
+    blocks: Sequence[NewBlock],
+    room: int,
+    ttl_s: float,
+    now: float,
+) -> list[ReservedBlock]:
+    """Reserve `room` blocks at most. What is there already needs none; once the room is taken, the
+    rest is FULL."""
+    answers: list[ReservedBlock] = []
+    while len(answers) < len(blocks) and room > 0:
+        part = blocks[len(answers) : len(answers) + room]
+        reserved = attachment.incoming.reserve(namespace_id, part, ttl_s=ttl_s, now=now)
+        room -= sum(block.status is ReserveStatus.RESERVED for block in reserved)
+        answers += reserved
+    return answers + [ReservedBlock(ReserveStatus.FULL)] * (len(blocks) - len(answers))

@@ -1,0 +1,82 @@
+"""The HTTP endpoint of a process: metrics for Prometheus and probes for whoever runs it.
+
+Owns a listening socket and its thread. It asks for no token and shows counters and states only, so
+it belongs on loopback or a private network.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from threading import Thread
+from typing import TYPE_CHECKING, TypeAlias
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from dualpath.kvstore.service.config import split_address
+from dualpath.kvstore.service.readiness import Verdict
+from dualpath.transfer.errors import Unavailable
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+JOIN_S_MAX = 5.0
+Probes: TypeAlias = Mapping[str, Callable[[], Verdict]]
+"""By path, such as `/readyz`: what a probe of it is told."""
+
+
+class MetricsServer:
+    """The HTTP endpoint of a registry and of probes, on its own thread."""
+
+    def __init__(self, address: str, collector: Collector, probes: Probes) -> None:
+        """Listen at host:port. Raises Unavailable if the port is in use."""
+        host, port = split_address(address, "metrics_listen")
+        registry = CollectorRegistry()
+        registry.register(collector)
+        metrics = make_wsgi_app(registry)
+
+        def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+            probe = probes.get(environ.get("PATH_INFO", ""))
+            if probe is None:
+                body: Iterable[bytes] = metrics(environ, start)
+                return body
+            verdict = probe()
+            status = "200 OK" if verdict.good else "503 Service Unavailable"
+            start(status, [("Content-Type", "text/plain; charset=utf-8")])
+            return [f"{verdict.text}\n".encode()]
+
+        try:
+            self._server = make_server(
+                host, port, answer, _server_class(host), handler_class=_SilentHandler
+            )
+        except OSError as error:
+            raise Unavailable(
+                f"metrics_listen: {address}: {error.strerror or error}; choose another port",
+                reason="address_in_use",
+            ) from error
+        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+        bracketed = f"[{host}]" if ":" in host else host
+        self.address = f"{bracketed}:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(JOIN_S_MAX)
+
+
+class _SilentHandler(WSGIRequestHandler):
+    """Probes come every second: they are not logged."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def _server_class(host: str) -> type[WSGIServer]:
+    class Server(ThreadingWSGIServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    return Server
