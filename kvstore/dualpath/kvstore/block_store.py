@@ -29,6 +29,7 @@ from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.chunk_batch import ChunkBatch
 from dualpath.kvstore.chunk_check import ChunkCheck
 from dualpath.kvstore.chunk_fetcher import ChunkFetcher
+from dualpath.kvstore.clean_close import leave_clean
 from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device
@@ -329,13 +330,11 @@ class BlockStore:
                 # The thread still writes: leave everything to it and to the next recovery.
                 _log.error("the SSD tier did not finish in time; the shutdown is not clean")
                 return
+            last_txn, settled = self._index.last_txn, self._committer.settled
             with self._scrubbing:
                 self._index.close()
                 self._state.ssd.close()
-            try:
-                self._directory.mark_clean()
-            except OSError as error:
-                _log.warning("the shutdown could not be marked clean: %s", error)
+            leave_clean(self._directory, self._state, last_txn, settled=settled)
             self._directory.close()
             if not self._state.dram.close():
                 _log.warning("views of the arena are still held; it is unmapped with the last one")
@@ -397,10 +396,10 @@ def _open(
         lock=lock,
         room=threading.Condition(lock),
     )
-    recovery = Recovery(directory, device, catalog, table)
+    recovery = Recovery(directory, device, catalog)
     try:
-        records, rebuilt = recovery.read()
-        recovered = recovery.load(records, ssd, residency, rebuilt=rebuilt)
+        recovered = recovery.load(recovery.read(), ssd, residency)
+        directory.remove_namespaces(catalog.forget_excess())
     except BaseException:
         recovery.close()
         dram.close()

@@ -6,12 +6,13 @@ table's key index, without an object a block. Needs the store's lock.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from dualpath.kvstore.block_table import NO_ROW, BlockTable, ChecksumPool
+from dualpath.kvstore.block_table import NO_ROW, BlockTable, ChecksumPool, RowState
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
@@ -19,6 +20,8 @@ from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BY
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from numpy.typing import NDArray
 
+_FORGOTTEN_SHARE = 8
+"""Of a full table of namespaces an eighth may be forgotten at once."""
 _COMPARED_MAX = 256
 """Most other namespaces that a miss is compared with."""
 
@@ -35,6 +38,8 @@ class NamespaceEntry:
     blocks: int = 0
     pending: dict[bytes, int] = field(default_factory=dict)
     ever_stored: bool = False
+    used: int = 0
+    """Rises with every use."""
 
 
 class Catalog:
@@ -45,12 +50,13 @@ class Catalog:
         self._namespaces_max = namespaces_max
         self._removals_max = removals_max
         self._by_id: dict[bytes, NamespaceEntry] = {}
-        self._entries: list[NamespaceEntry] = []
+        self._entries: list[NamespaceEntry | None] = []
+        self._clock = 0
         self._pools: dict[int, ChecksumPool] = {}
         self._removals: OrderedDict[bytes, MissReason] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._by_id)
 
     @property
     def blocks(self) -> int:
@@ -63,16 +69,57 @@ class Catalog:
         entry = self._by_id.get(namespace_id)
         if entry is not None:
             return entry
-        if len(self._entries) >= self._namespaces_max:
+        if len(self._by_id) >= self._namespaces_max:
+            self._forget_idle(1 + self._namespaces_max // _FORGOTTEN_SHARE)
+        if len(self._by_id) >= self._namespaces_max:
             raise Overloaded(
-                f"{self._namespaces_max} namespaces are open; raise namespaces_max",
+                f"{self._namespaces_max} namespaces hold blocks; raise namespaces_max",
                 retry_after_s=60.0,
             )
-        layout = namespace.layout
+        return self.restore(namespace)
+
+    def restore(self, namespace: Namespace) -> NamespaceEntry:
+        """Like `open`, for one that was found at opening, and without the limit."""
+        layout, namespace_id = namespace.layout, namespace.id
         pool = self._pools.setdefault(layout.chunk_count, ChecksumPool(layout.chunk_count))
-        entry = NamespaceEntry(len(self._entries), namespace_id, namespace, layout, pool)
+        index = self._entries.index(None) if None in self._entries else len(self._entries)
+        entry = NamespaceEntry(index, namespace_id, namespace, layout, pool)
         self._by_id[namespace_id] = entry
-        self._entries.append(entry)
+        self._entries[index : index + 1] = [entry]
+        return entry
+
+    def forget_excess(self) -> list[bytes]:
+        """After opening: forget namespaces without blocks until the limit holds; return their
+        ids. Those with blocks stay, whatever the limit."""
+        return self._forget_idle(len(self._by_id) - self._namespaces_max)
+
+    def _forget_idle(self, most: int) -> list[bytes]:
+        """Forget those without any row, least recently used first. Who names one of them again
+        hears that it was never opened, as after a restart."""
+        if most <= 0:
+            return []
+        table = self._table
+        rows = np.bincount(table.namespace[table.state != RowState.FREE], minlength=self.numbers)
+        idle = [entry for entry in self._by_id.values() if not rows[entry.index]]
+        idle.sort(key=lambda entry: entry.used)
+        for entry in idle[:most]:
+            del self._by_id[entry.id]
+            self._entries[entry.index] = None
+        return [entry.id for entry in idle[:most]]
+
+    @property
+    def numbers(self) -> int:
+        """All `index` of namespaces are less than this."""
+        return len(self._entries)
+
+    def entries(self) -> Iterable[NamespaceEntry]:
+        """All namespaces."""
+        return self._by_id.values()
+
+    def numbered(self, index: int) -> NamespaceEntry:
+        """By number."""
+        entry = self._entries[index]
+        assert entry is not None, index
         return entry
 
     def entry(self, namespace_id: bytes) -> NamespaceEntry:
@@ -83,6 +130,8 @@ class Catalog:
                 f"namespace {namespace_id.hex()[:64]} was never opened; call open_namespace first",
                 reason="namespace",
             )
+        self._clock += 1
+        entry.used = self._clock
         return entry
 
     def find(self, namespace_id: bytes) -> NamespaceEntry | None:
@@ -91,7 +140,7 @@ class Catalog:
 
     def entry_of(self, row: int) -> NamespaceEntry:
         """The namespace of a row."""
-        return self._entries[int(self._table.namespace[row])]
+        return self.numbered(int(self._table.namespace[row]))
 
     def key_of(self, row: int) -> bytes:
         """The store key of a row: namespace id, then hash."""
@@ -159,7 +208,7 @@ class Catalog:
         namespace holds anything. Other tenants' namespaces are never described."""
         nearest: tuple[str, ...] = ()
         others = False
-        for other in self._entries[:_COMPARED_MAX]:
+        for other in itertools.islice(self._by_id.values(), _COMPARED_MAX):
             if other is entry or not other.blocks:
                 continue
             others = True

@@ -142,6 +142,12 @@ class Committer:
             self._called = True
             self._wake.notify()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the index tells all that has happened: no delete waits or was refused."""
+        with self._wake:
+            return not self._deletes
+
     def close(self, wait_s: float) -> bool:
         """Finish what is queued and stop; False if it takes longer than `wait_s` seconds."""
         with self._wake:

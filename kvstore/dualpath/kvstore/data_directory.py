@@ -5,6 +5,7 @@
     CLEAN          present while nobody uses it after a clean shutdown
     namespaces/    one JSON file a namespace, named by the id, which is the hash of its content
     index/         LMDB (durable_index.py)
+    index.snapshot what the index held at the clean shutdown (index_snapshot.py)
     segments/      segment files (ssd_tier.py)
 
 Everything here is written whole, synced and renamed into place.
@@ -18,9 +19,11 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import sync_directory
@@ -46,6 +49,8 @@ class DataDirectory:
         try:
             self.store_id = self._check_meta()
             self._make_folders()
+            self.snapshot_crc: int | None = None
+            """Which snapshot the clean shutdown left, if any."""
             self.was_clean = self._take_clean()
         except BaseException:
             os.close(self._lock)
@@ -55,6 +60,11 @@ class DataDirectory:
     def index_path(self) -> Path:
         """Folder of the LMDB environment."""
         return self.path / "index"
+
+    @property
+    def snapshot_path(self) -> Path:
+        """Where the snapshot of the index lies (index_snapshot.py)."""
+        return self.path / SNAPSHOT_NAME
 
     @property
     def segments_path(self) -> Path:
@@ -94,6 +104,11 @@ class DataDirectory:
         if not path.exists() or path.read_text(errors="replace") != text:
             _write_durably(path, text)
 
+    def remove_namespaces(self, namespace_ids: Iterable[bytes]) -> None:
+        """Forget namespaces that hold nothing; they become durable again with their next seal."""
+        for namespace_id in namespace_ids:
+            (self.path / "namespaces" / f"{namespace_id.hex()}.json").unlink(missing_ok=True)
+
     def set_index_aside(self) -> None:
         """Keep a damaged index for a look later; start an empty one."""
         aside = self.path / "index.damaged"
@@ -105,9 +120,11 @@ class DataDirectory:
         self.index_path.mkdir()
         sync_directory(self.path)
 
-    def mark_clean(self) -> None:
-        """Record a clean shutdown, with what the index file looks like."""
-        _write_durably(self.path / "CLEAN", json.dumps(self._index_stamp()))
+    def mark_clean(self, snapshot_crc: int | None = None) -> None:
+        """Record a clean shutdown, with what the index file looks like and which snapshot, if
+        any, belongs to it."""
+        stamp = {"index": self._index_stamp(), "snapshot_crc": snapshot_crc}
+        _write_durably(self.path / "CLEAN", json.dumps(stamp))
 
     def close(self) -> None:
         """Release the lock."""
@@ -131,7 +148,14 @@ class DataDirectory:
             stamp = None
         path.unlink(missing_ok=True)
         sync_directory(self.path)
-        return bool(stamp == self._index_stamp())
+        if not isinstance(stamp, dict):
+            return False
+        # Without a snapshot the stamp lay bare.
+        if stamp.get("index", stamp) != self._index_stamp():
+            return False
+        crc = stamp.get("snapshot_crc")
+        self.snapshot_crc = crc if isinstance(crc, int) else None
+        return True
 
     def _check_meta(self) -> str:
         path = self.path / "META"

@@ -3,12 +3,13 @@
 Key: namespace id (16 bytes), then hash. Value: `BlockRecord.to_bytes`. Private to the process
 that holds the data directory's lock. Read once at opening; written by one thread. `apply` is one
 transaction: after it has returned its changes survive power loss, before that none of them is
-visible. After an unclean stop `probe` tries it in a child process first, because a damaged map
+visible. After an unclean stop `Probe` tries it in a child process first, because a damaged map
 can kill its reader.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -82,6 +83,11 @@ class DurableIndex:
             raise Corrupt(f"the index cannot be read: {error}") from error
         return found
 
+    @property
+    def last_txn(self) -> int:
+        """Number of the last committed transaction."""
+        return int(self._env.info()["last_txnid"])
+
     def apply(
         self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
     ) -> None:
@@ -127,22 +133,36 @@ def _goes(value: bytes, generation: int) -> bool:
         return True
 
 
-def probe(path: Path) -> bool:
-    """Walk the whole index and write to it in a child process; False if that fails, crashes or
-    hangs."""
-    data = path / "data.mdb"
-    if not data.exists():
-        return True
-    map_bytes = max(_MAP_BYTES_MIN, 2 * data.stat().st_size)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE, str(path), str(map_bytes)],
-            timeout=_PROBE_S_MAX,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return False
-    return done.returncode == 0
+class Probe:
+    """Walks the whole index and writes to it, in a child process that starts at once; nobody may
+    open the index until `passed` or `close` has returned."""
+
+    def __init__(self, path: Path) -> None:
+        data = path / "data.mdb"
+        self._child: subprocess.Popen[bytes] | None = None
+        self._needed = data.exists()
+        if self._needed:
+            map_bytes = max(_MAP_BYTES_MIN, 2 * data.stat().st_size)
+            # If even a process cannot be had, the index counts as bad.
+            with contextlib.suppress(OSError):
+                self._child = subprocess.Popen(
+                    [sys.executable, "-c", _PROBE, str(path), str(map_bytes)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+
+    def passed(self) -> bool:
+        """Wait for it; False if it failed, crashed or hung."""
+        if self._child is None:
+            return not self._needed
+        try:
+            return self._child.wait(_PROBE_S_MAX) == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def close(self) -> None:
+        """End it, if it still runs."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()

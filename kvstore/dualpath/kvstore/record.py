@@ -11,6 +11,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.store_api import HASH_BYTES_MAX
@@ -19,10 +20,27 @@ from dualpath.transfer.errors import Corrupt
 HEADER_BYTES = 1024
 WRITER_BYTES_MAX = 96
 
-_MAGIC = b"dpb1"
+RECORD_MAGIC = b"dpb1"
 _FIXED = struct.Struct("<4sBBBBIIIQd16s")
+RECORD_FIELDS = np.dtype(
+    [
+        ("magic", "V4"),
+        ("hash_bytes", "u1"),
+        ("parent_bytes", "u1"),
+        ("writer_bytes", "u1"),
+        ("chunks", "u1"),
+        ("length", "<u4"),
+        ("segment", "<u4"),
+        ("slot", "<u4"),
+        ("generation", "<u8"),
+        ("sealed_unix_s", "<f8"),
+        ("namespace", "<u8", 2),
+    ]
+)
+"""The fixed part of a record, for decoding many at once; hash, parent, writer, checksums follow."""
 _CRC = struct.Struct("<I")
 
+assert RECORD_FIELDS.itemsize == _FIXED.size
 assert (
     _FIXED.size + 2 * HASH_BYTES_MAX + WRITER_BYTES_MAX + 8 * CHUNKS_PER_BLOCK_MAX + _CRC.size
     <= HEADER_BYTES
@@ -32,6 +50,12 @@ assert (
 def recorded_writer(writer: str) -> str:
     """What a record keeps of a writer's name."""
     return writer.encode()[:WRITER_BYTES_MAX].decode(errors="ignore")
+
+
+def encoded_length(data: bytes) -> int:
+    """How many bytes of a header the record in it has, if it is one at all."""
+    hash_len, parent_len, writer_len, chunks = data[4:8]
+    return _FIXED.size + hash_len + parent_len + writer_len + 8 * chunks + _CRC.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +88,7 @@ class BlockRecord:
         body = b"".join(
             (
                 _FIXED.pack(
-                    _MAGIC,
+                    RECORD_MAGIC,
                     len(self.hash),
                     len(self.parent),
                     len(writer),
@@ -91,7 +115,7 @@ class BlockRecord:
     @staticmethod
     def from_bytes(data: bytes) -> BlockRecord:
         """Inverse of both; what follows the CRC is ignored. Raises Corrupt."""
-        if len(data) < _FIXED.size + _CRC.size or data[:4] != _MAGIC:
+        if len(data) < _FIXED.size + _CRC.size or data[:4] != RECORD_MAGIC:
             raise Corrupt(f"not a block record of this version: {data[:8]!r}")
         fixed = _FIXED.unpack_from(data)
         _, hash_len, parent_len, writer_len, chunks = fixed[:5]

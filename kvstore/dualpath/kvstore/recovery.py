@@ -1,25 +1,30 @@
 """Opening: from the durable facts to rows in memory.
 
-A record is taken only if its CRC holds, its namespace is known, its segment's superblock is good
-and its geometry fits; of two records for one slot the later generation is taken. What does not
-hang below a root is dropped, so that presence is prefix-closed. If the index is lost or damaged,
-it is rebuilt from the headers; there every block's bytes are verified, because a header alone
-may describe an evicted block.
+The facts come from the snapshot of a clean close, else from the durable index, else (if that is
+lost or damaged) from the headers; then every block's bytes are verified, because a header alone
+may describe an evicted block. All three become `BlockColumns`, which are checked in one way: a
+block is taken only if its namespace is known, its segment's superblock is good and its geometry
+fits; of two blocks for one slot the later generation is taken. What does not hang below a root is
+dropped, so that presence is prefix-closed.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 from dualpath.kvstore import checksum
-from dualpath.kvstore.block_table import NO_ROW, BlockTable, RowState
+from dualpath.kvstore.block_columns import BlockColumns
 from dualpath.kvstore.catalog import Catalog, NamespaceEntry
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device, DeviceFile
-from dualpath.kvstore.durable_index import DurableIndex, probe
+from dualpath.kvstore.durable_index import DurableIndex, Probe
+from dualpath.kvstore.index_snapshot import SnapshotState, read_snapshot
 from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.record_columns import NamespaceShape, RecordColumns
 from dualpath.kvstore.residency import Residency
 from dualpath.kvstore.segment import (
     SegmentGeometry,
@@ -30,8 +35,10 @@ from dualpath.kvstore.segment import (
 )
 from dualpath.kvstore.ssd_tier import SsdTier, segment_number
 from dualpath.transfer.errors import Corrupt
+from numpy.typing import NDArray
 
 _PUTS_MAX = 4096
+_DECODED_AT_ONCE = 1 << 15
 _log = logging.getLogger(__name__)
 
 
@@ -49,22 +56,24 @@ class Recovered:
     blocks: int
     dropped: int
     rebuilt: bool
+    """Whether the index was lost and made anew from the headers."""
+    from_snapshot: bool = False
 
 
 class Recovery:
-    """One opening of a store."""
+    """One opening of a store: `read`, then `load`."""
 
-    def __init__(
-        self, directory: DataDirectory, device: Device, catalog: Catalog, table: BlockTable
-    ) -> None:
+    def __init__(self, directory: DataDirectory, device: Device, catalog: Catalog) -> None:
         self._directory = directory
         self._device = device
         self._catalog = catalog
-        self._table = table
         self._segments: dict[int, _Found] = {}
-        self._damaged: list[int] = []
+        self._damaged: dict[int, int] = {}
         self._stale: list[tuple[bytes, int]] = []
         self._suspect = False
+        self._rebuilt = False
+        self._from_snapshot = False
+        self._generation = 0
         self._index: DurableIndex | None = None
 
     @property
@@ -73,27 +82,33 @@ class Recovery:
         assert self._index is not None
         return self._index
 
-    def read(self) -> tuple[list[BlockRecord], bool]:
-        """(records that may be taken, whether the index was rebuilt from headers)."""
-        for namespace in self._directory.namespaces():
-            self._catalog.open(namespace)
-        self._open_segments()
-        lost = not (self._directory.index_path / "data.mdb").exists() and bool(self._segments)
+    def read(self) -> BlockColumns:
+        """The blocks that there may be, from the fastest source that can be trusted."""
+        probe = None if self._directory.was_clean else Probe(self._directory.index_path)
         try:
-            if not self._directory.was_clean and not probe(self._directory.index_path):
-                raise Corrupt("the index cannot be walked by a child process")
-            self._index = DurableIndex(self._directory.index_path)
-            if not lost:
-                return self._usable(self._index), False
-        except Corrupt as error:
-            _log.warning("%s; it is set aside and rebuilt from the headers", error)
+            for namespace in self._directory.namespaces():
+                self._catalog.restore(namespace)
+            self._open_segments()
+            lost = not (self._directory.index_path / "data.mdb").exists() and bool(self._segments)
+            try:
+                if probe is not None and not probe.passed():
+                    raise Corrupt("the index cannot be walked by a child process")
+                self._index = DurableIndex(self._directory.index_path)
+                if not lost:
+                    return self._from_clean_close() or self._from_index(self._index)
+            except Corrupt as error:
+                _log.warning("%s; it is set aside and rebuilt from the headers", error)
+        finally:
+            if probe is not None:
+                probe.close()
         self._stale.clear()
-        records = self._from_headers()
+        self._suspect, self._rebuilt = False, True
+        records = [(record.key, record.to_bytes()) for record in self._from_headers()]
         self._rewrite(records)
         _log.warning("the index was rebuilt from headers: %d blocks", len(records))
-        return records, True
+        return self._decoded(records)
 
-    def _rewrite(self, records: list[BlockRecord]) -> None:
+    def _rewrite(self, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Set the index aside and write a new one."""
         if self._index is not None:
             self._index.close()
@@ -101,30 +116,54 @@ class Recovery:
         self._directory.set_index_aside()
         self._index = DurableIndex(self._directory.index_path)
         for start in range(0, len(records), _PUTS_MAX):
-            part = records[start : start + _PUTS_MAX]
-            self._index.apply([], [(record.key, record.to_bytes()) for record in part])
+            self._index.apply([], records[start : start + _PUTS_MAX])
 
-    def load(
-        self, records: list[BlockRecord], ssd: SsdTier, residency: Residency, *, rebuilt: bool
-    ) -> Recovered:
-        """Bring records into memory; delete the others from the index."""
-        kept = self._link(self._one_a_slot(records))
-        taken: dict[int, list[int]] = {}
-        for record, row in kept:
-            self._table.segment[row], self._table.slot[row] = record.segment, record.slot
-            residency.restore(row, record.generation, record.checksums)
-            taken.setdefault(record.segment, []).append(record.slot)
-        for segment in sorted(self._segments):
-            found = self._segments[segment]
-            ssd.adopt(segment, found.geometry, found.file, taken.get(segment, ()))
-        for segment in self._damaged:
-            ssd.skip(segment)
+    def load(self, found: BlockColumns, ssd: SsdTier, residency: Residency) -> Recovered:
+        """Bring the blocks into memory; delete what was not taken from the index."""
+        kept = found.rooted(self._fitting(found) & found.latest_of_slots())
+        for at in np.flatnonzero(~kept).tolist():
+            self._stale.append((self._key(found, at), int(found.generations[at])))
+        columns = found if kept.all() else found.take(np.flatnonzero(kept))
+        residency.restore(columns)
+        self._adopt_segments(columns, ssd)
         if self._suspect or not self._delete_stale():
             # A page with a bad record may have bad neighbours that only a write would find.
             _log.warning("the index is damaged; it is set aside and written anew")
-            self._rewrite([record for record, _ in kept])
-        generation = max((record.generation for record, _ in kept), default=0)
-        return Recovered(generation, len(kept), len(self._stale), rebuilt)
+            self._rewrite(self._records_kept())
+        last = int(columns.generations.max()) if len(columns) else 0
+        return Recovered(
+            generation=max(self._generation, last),
+            blocks=len(columns),
+            dropped=len(self._stale),
+            rebuilt=self._rebuilt,
+            from_snapshot=self._from_snapshot,
+        )
+
+    def _key(self, columns: BlockColumns, at: int) -> bytes:
+        entry = self._catalog.numbered(int(columns.namespaces[at]))
+        return entry.id + columns.hashes[at, : int(columns.hash_bytes[at])].tobytes()
+
+    def _adopt_segments(self, columns: BlockColumns, ssd: SsdTier) -> None:
+        order = np.argsort(columns.segments, kind="stable")
+        slots, segments = columns.slots[order], columns.segments[order]
+        for number in sorted(self._segments):
+            found = self._segments[number]
+            first, end = np.searchsorted(segments, [number, number + 1])
+            ssd.adopt(number, found.geometry, found.file, slots[first:end])
+        for number, nbytes in self._damaged.items():
+            ssd.skip(number, nbytes)
+
+    def _records_kept(self) -> list[tuple[bytes, bytes]]:
+        """What the index still tells of the blocks that were taken."""
+        stale = {key for key, _ in self._stale}
+        kept: list[tuple[bytes, bytes]] = []
+        try:
+            for key, value in self.index.records():
+                if key not in stale:
+                    kept.append((key, value))
+        except Corrupt as error:
+            _log.warning("%s; the blocks behind it are lost with the next crash", error)
+        return kept
 
     def _delete_stale(self) -> bool:
         """False if the index refuses. Must be done before any slot is written again."""
@@ -138,6 +177,76 @@ class Recovery:
             return False
         return True
 
+    # Sources
+
+    def _from_clean_close(self) -> BlockColumns | None:
+        """The snapshot; None if there is none that can be trusted."""
+        if self._directory.snapshot_crc is None:
+            return None
+        path = self._directory.snapshot_path
+        try:
+            snapshot = read_snapshot(path, self._directory.snapshot_crc, self._snapshot_state())
+            numbers = self._numbers(snapshot.namespace_ids)
+        except (Corrupt, OSError) as error:
+            _log.warning("the snapshot is not used, the index is read instead: %s", error)
+            return None
+        finally:
+            path.unlink(missing_ok=True)
+        columns = snapshot.columns
+        self._generation, self._from_snapshot = snapshot.generation, True
+        return replace(columns, namespaces=numbers[columns.namespaces])
+
+    def _snapshot_state(self) -> SnapshotState:
+        return SnapshotState(
+            self._directory.store_id,
+            self.index.last_txn,
+            tuple(
+                (number, found.geometry.slot_bytes, found.geometry.slots)
+                for number, found in sorted(self._segments.items())
+            ),
+        )
+
+    def _numbers(self, namespace_ids: Sequence[bytes]) -> NDArray[np.int32]:
+        """Their numbers in the catalog. Raises Corrupt if one is unknown."""
+        entries = [self._catalog.find(namespace_id) for namespace_id in namespace_ids]
+        if None in entries:
+            raise Corrupt("a namespace of the snapshot is not there any more")
+        return np.array([entry.index for entry in entries if entry is not None], np.int32)
+
+    def _from_index(self, index: DurableIndex) -> BlockColumns:
+        return self._decoded(index.records())
+
+    def _decoded(self, records: Iterable[tuple[bytes, bytes]]) -> BlockColumns:
+        decoder = RecordColumns(
+            {
+                entry.id: NamespaceShape(
+                    entry.index, entry.layout.block_bytes, entry.layout.chunk_count
+                )
+                for entry in self._catalog.entries()
+            }
+        )
+        iterator = iter(records)
+        while batch := list(itertools.islice(iterator, _DECODED_AT_ONCE)):
+            decoder.add([key for key, _ in batch], [value for _, value in batch])
+        self._stale += [(key, -1) for key in decoder.refused]
+        self._suspect = self._suspect or decoder.damaged
+        return decoder.finish()
+
+    def _fitting(self, columns: BlockColumns) -> NDArray[np.bool_]:
+        """True for blocks whose segment is there and has slots of their size."""
+        if not self._segments:
+            return np.zeros(len(columns), np.bool_)
+        numbers = sorted(self._segments)
+        geometry = [self._segments[number].geometry for number in numbers]
+        at = np.searchsorted(numbers, columns.segments).clip(max=len(numbers) - 1)
+        wanted = np.zeros(self._catalog.numbers, np.int64)
+        for entry in self._catalog.entries():
+            wanted[entry.index] = entry.layout.slot_bytes
+        fits: NDArray[np.bool_] = np.array(numbers)[at] == columns.segments
+        fits &= (columns.slots >= 0) & (columns.slots < np.array([g.slots for g in geometry])[at])
+        fits &= wanted[columns.namespaces] == np.array([g.slot_bytes for g in geometry])[at]
+        return fits
+
     def _open_segments(self) -> None:
         for name in self._device.names():
             segment = segment_number(name)
@@ -148,14 +257,14 @@ class Recovery:
                 # A crash came between creating the file and its superblock.
                 file.close()
                 self._device.remove(name)
-                self._damaged.append(segment)
+                self._damaged[segment] = 0
                 continue
             try:
                 geometry = read_superblock(file, segment, name)
             except (Corrupt, OSError) as error:
                 _log.warning("%s; the segment is left alone and its blocks are dropped", error)
+                self._damaged[segment] = file.nbytes
                 file.close()
-                self._damaged.append(segment)
                 continue
             except BaseException:
                 file.close()
@@ -171,21 +280,6 @@ class Recovery:
             found.file.close()
         self._segments.clear()
 
-    def _usable(self, index: DurableIndex) -> list[BlockRecord]:
-        records = []
-        for key, value in index.records():
-            try:
-                record = BlockRecord.from_bytes(value)
-            except Corrupt:
-                self._stale.append((bytes(key), -1))
-                self._suspect = True
-                continue
-            if record.key != key or not self._fits(record):
-                self._stale.append((bytes(key), -1))
-                continue
-            records.append(record)
-        return records
-
     def _fits(self, record: BlockRecord) -> bool:
         entry = self._catalog.find(record.namespace_id)
         found = self._segments.get(record.segment)
@@ -197,43 +291,6 @@ class Recovery:
             and entry.layout.slot_bytes == found.geometry.slot_bytes
             and record.slot < found.geometry.slots
         )
-
-    def _one_a_slot(self, records: Iterable[BlockRecord]) -> list[BlockRecord]:
-        latest: dict[tuple[int, int], BlockRecord] = {}
-        for record in sorted(records, key=lambda record: record.generation):
-            older = latest.get((record.segment, record.slot))
-            if older is not None:
-                self._stale.append((older.key, older.generation))
-            latest[(record.segment, record.slot)] = record
-        return list(latest.values())
-
-    def _link(self, records: list[BlockRecord]) -> list[tuple[BlockRecord, int]]:
-        """Rows for the records that hang below a root; parents come first in the result."""
-        children: dict[bytes, list[BlockRecord]] = {}
-        level: list[tuple[BlockRecord, int]] = []
-        for record in records:
-            if record.parent:
-                children.setdefault(record.namespace_id + record.parent, []).append(record)
-            else:
-                level.append((record, NO_ROW))
-        kept: list[tuple[BlockRecord, int]] = []
-        while level:
-            below: list[tuple[BlockRecord, int]] = []
-            for record, parent in level:
-                row = self._row(record, parent)
-                kept.append((record, row))
-                below += [(child, row) for child in children.pop(record.key, ())]
-            level = below
-        for orphans in children.values():
-            self._stale += [(orphan.key, orphan.generation) for orphan in orphans]
-        return kept
-
-    def _row(self, record: BlockRecord, parent: int) -> int:
-        entry = self._catalog.find(record.namespace_id)
-        assert entry is not None
-        row = self._table.add(entry.index, record.hash, parent, entry.layout.slot_bytes)
-        assert self._table.state[row] == RowState.PENDING
-        return row
 
     def _from_headers(self) -> list[BlockRecord]:
         """Records of all headers whose block's bytes verify; one a key, the latest."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from dualpath.kvstore.block_columns import BlockColumns
 from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_table import GONE, NO_ROW, BlockTable, RowState
 from dualpath.kvstore.catalog import Catalog, NamespaceEntry
@@ -19,6 +20,7 @@ from dualpath.kvstore.eviction import EvictionPolicy, VictimQueue
 from dualpath.kvstore.segment import SegmentGeometry
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import MissReason, Tier
+from dualpath.kvstore.table_image import fill_table
 from numpy.typing import NDArray
 
 _FOREIGN_EVICTIONS_MAX = 4096
@@ -98,15 +100,10 @@ class Residency:
         self.touch(row)
         self._events.stored(entry.id, block_hash, self._parent_hash(row))
 
-    def restore(self, row: int, generation: int, checksums: tuple[int, ...]) -> None:
-        """Like `publish`, for a block that was found on SSD at opening."""
-        table, entry = self._table, self._catalog.entry_of(row)
-        self._catalog.publish(row)
-        table.state[row] = RowState.PRESENT
-        table.generation[row] = generation
-        table.checksum_row[row] = entry.pool.put(checksums)
-        self.clock = max(self.clock, generation)
-        table.used[row] = generation
+    def restore(self, columns: BlockColumns) -> None:
+        """Like `publish`, for all blocks that were found on SSD at opening."""
+        fill_table(self._table, self._catalog, columns)
+        self.clock = int(columns.used.max()) if len(columns) else 0
 
     def set_dirty(self, row: int, dirty: bool) -> None:
         """Whether the block has still to be written to SSD."""

@@ -15,7 +15,7 @@ from dualpath.kvstore import segment as segments
 from dualpath.kvstore.device import Device, DeviceFile
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import SegmentGeometry
-from dualpath.kvstore.slot_allocator import SlotAllocator
+from dualpath.kvstore.slot_allocator import SlotAllocator, SlotNumbers
 from numpy.typing import NDArray
 
 _PREFIX = "segment-"
@@ -53,12 +53,17 @@ class SsdTier:
         )
 
     @property
+    def in_files(self) -> bool:
+        """Whether each segment is a file of its own, that others may open by its name."""
+        return self.device.in_files
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of taken slots."""
         return self._allocator.used_bytes
 
     def adopt(
-        self, segment: int, geometry: SegmentGeometry, file: DeviceFile, taken: Collection[int]
+        self, segment: int, geometry: SegmentGeometry, file: DeviceFile, taken: SlotNumbers
     ) -> None:
         """Bring in a segment that was found at opening. Empty ones beyond the budget retire."""
         self._next_segment = max(self._next_segment, segment + 1)
@@ -66,12 +71,13 @@ class SsdTier:
         self._geometry[segment] = geometry
         self._allocated_bytes += geometry.file_bytes
         self._allocator.add(segment, geometry.slot_bytes, geometry.slots, taken=taken)
-        if not taken and self._allocated_bytes > self.capacity_bytes:
+        if not len(taken) and self._allocated_bytes > self.capacity_bytes:
             self._retire(segment)
 
-    def skip(self, segment: int) -> None:
-        """Never use this number again (a damaged file has it)."""
+    def skip(self, segment: int, nbytes: int) -> None:
+        """Never use this number again: a damaged file has it, and takes `nbytes` of the budget."""
         self._next_segment = max(self._next_segment, segment + 1)
+        self._allocated_bytes += nbytes
 
     def take(self, slot_bytes: int) -> tuple[int, int] | None:
         """(segment, slot) of a free slot; None if something must be evicted first."""
@@ -79,6 +85,14 @@ class SsdTier:
         if place is None and self._grow(slot_bytes):
             place = self._allocator.take(slot_bytes)
         return place
+
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """(number, slot_bytes, slots) of each segment that has a file, in order."""
+        return tuple(
+            (number, self._geometry[number].slot_bytes, self._geometry[number].slots)
+            for number in sorted(self._files)
+            if number in self._geometry
+        )
 
     def give(self, segment: int, slot: int) -> None:
         """Return a slot."""
