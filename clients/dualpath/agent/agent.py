@@ -94,6 +94,8 @@ class Agent:
         self.relay = Relay(Staging(staging), self.compute, loop, self._own_queue_changed)
         stack.callback(self.relay.shutdown)
         self._make_links()
+        for daemon in self.daemons.values():
+            stack.push_async_callback(daemon.close_mount)
         self.attachments = Attachments(self.server_id, self.compute, self.relay, self.daemons, loop)
         self.self_relay = SelfRelay(
             self.relay,
@@ -144,6 +146,7 @@ class Agent:
                 token=config.token,
                 timeout_s=config.lookup_timeout_s,
                 pause_s_max=config.reconnect_s_max,
+                mount=config.mount_paths.get(address, ""),
             )
             for address in config.daemons
         }
@@ -251,6 +254,9 @@ class Agent:
         events = Counter(self.loader.events)
         events.update(self.saver.events)
         events.update(self.relay.events)
+        for daemon in self.daemons.values():
+            if daemon.mounted is not None:
+                events.update(daemon.mounted.counts())
         return events
 
     def stats(self) -> agent_pb2.AgentStatsResponse:

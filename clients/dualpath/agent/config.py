@@ -48,6 +48,9 @@ class AgentConfig:
     unix: str = ""
     data_listen: str = "127.0.0.1:0"
     relays: tuple[str, ...] = ()
+    mounts: tuple[str, ...] = ()
+    """`daemon=/path`: where the data directory of a daemon shows on this node, so that we read its
+    segment files ourselves."""
     policy: str = "split"
     staging_bytes: int = 64 << 20
     storage_limit_bytes_per_s: float = 0.0
@@ -79,6 +82,8 @@ class AgentConfig:
         self._check_addresses()
         if len(self.relays) > RELAYS_MAX:
             raise InvalidRequest(f"at most {RELAYS_MAX} relays, not {len(self.relays)}")
+        if len(self.mount_paths) != len(self.mounts):
+            raise InvalidRequest(f"a daemon has one mount at most: {self.mounts}")
         names = [relay.name for relay in self.relay_addresses]
         if len(set(names)) != len(names) or self.name in names:
             raise InvalidRequest(f"relays need different names, none {self.name!r}: {names}")
@@ -104,6 +109,11 @@ class AgentConfig:
                 f"data_listen {self.data_listen!r} is no address that peers can dial: give it the "
                 "host of this node on the compute network"
             )
+
+    @property
+    def mount_paths(self) -> dict[str, str]:
+        """`mounts`, path by daemon. Raises InvalidRequest."""
+        return dict(_mount(text, self.daemons) for text in self.mounts)
 
     @property
     def relay_addresses(self) -> tuple[RelayAddress, ...]:
@@ -138,6 +148,17 @@ def _relay_address(text: str) -> RelayAddress:
     check_name(name)
     check_address(address)
     return RelayAddress(name, address)
+
+
+def _mount(text: str, daemons: tuple[str, ...]) -> tuple[str, str]:
+    daemon, separator, path = text.partition("=")
+    if not separator or not path.startswith("/"):
+        raise InvalidRequest(f"a mount is written daemon=/absolute/path, not {text!r}")
+    if daemon not in daemons:
+        raise InvalidRequest(
+            f"mount {text!r}: {daemon} is none of the agent's daemons ({', '.join(daemons)})"
+        )
+    return daemon, path
 
 
 def check_address(address: str, *, unix: bool = False) -> None:

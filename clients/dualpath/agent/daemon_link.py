@@ -11,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc.aio
+from dualpath.agent.mounted_reads import MountedReads
 from dualpath.agent.network import Network
 from dualpath.agent.open_grants import OnProgress, OpenGrants
+from dualpath.agent.segment_mount import SegmentMount
 from dualpath.agent.steady_link import Metadata, SteadyLink
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
@@ -49,8 +52,12 @@ class DaemonLink:
         token: str,
         timeout_s: float,
         pause_s_max: float,
+        mount: str = "",
     ) -> None:
         self.address = address
+        self.mounted: MountedReads | None = None
+        """Reads of our own, where the daemon's data directory shows under `mount`."""
+        self._mount = mount
         self.peer_id = ""
         """Our attachment's name at the daemon, for Delegate; "" while down."""
         self._namespaces = namespaces
@@ -115,7 +122,8 @@ class DaemonLink:
         self.peer_id = first.peer_id or attached.peer_id
 
     def on_up(self) -> None:
-        """Tell the owner."""
+        """Look for the mount and tell the owner."""
+        self._open_mount()
         self._on_change(self)
 
     def on_response(self, response: store_pb2.DeliverResponse) -> None:
@@ -127,7 +135,24 @@ class DaemonLink:
         """All grants are over."""
         self.peer_id = ""
         self._grants.clear()
+        if self.mounted is not None:
+            self.mounted.forget_leases()
         self._on_change(self)
+
+    def _open_mount(self) -> None:
+        """Without it, or while it shows nothing, everything comes from the daemon."""
+        if not self._mount or self.mounted is not None:
+            return
+        try:
+            self.mounted = MountedReads(SegmentMount(self._mount), asyncio.get_running_loop())
+        except (OSError, DualPathError) as error:
+            log.warning("mount %s for daemon %s: %s", self._mount, self.address, error)
+
+    async def close_mount(self) -> None:
+        """Give the mount back."""
+        mounted, self.mounted = self.mounted, None
+        if mounted is not None:
+            await mounted.close()
 
     # Grants.
 
@@ -143,6 +168,23 @@ class DaemonLink:
 
         Raises PathDown while the session is not there.
         """
+        network = self.link.network
+        if self.mounted is None or self.mounted.off or network is None:
+            return self._ask(lease_id, ticket, grant, on_progress)
+        grant.grant_id = self._grants.add(on_progress)
+        self.mounted.deliver(
+            grant,
+            ticket or lease_id.to_bytes(8, "little"),
+            network.transport,
+            self._grants.tell,
+            locate=partial(self._locate, lease_id, ticket),
+            ask=partial(self._ask, lease_id, ticket),
+        )
+        return grant.grant_id
+
+    def _ask(
+        self, lease_id: int, ticket: bytes, grant: common_pb2.ChunkGrant, on_progress: OnProgress
+    ) -> int:
         grant.grant_id = self._grants.next_id
         self.link.send(store_pb2.DeliverRequest(lease_id=lease_id, ticket=ticket, grant=grant))
         return self._grants.add(on_progress)
@@ -150,6 +192,8 @@ class DaemonLink:
     def cancel(self, grant_ids: Iterable[int]) -> None:
         """Spare the daemon work that nobody wants any more; no answer is awaited."""
         known = self._grants.forget(grant_ids)
+        if self.mounted is not None:
+            known += self._grants.forget(self.mounted.cancel(known))
         if known and self.up:
             self.link.send(store_pb2.DeliverRequest(cancel_grant_id=known))
 
@@ -219,6 +263,17 @@ class DaemonLink:
             await self._call("Release", request)
         except DualPathError as error:
             log.info("leases %s were not released: %s", lease_ids, error)
+
+    async def _locate(
+        self, lease_id: int, ticket: bytes, blocks: Sequence[int]
+    ) -> store_pb2.LocateResponse:
+        """Where blocks of a lease lie in the segment files."""
+        request = store_pb2.LocateRequest(
+            session=self.session, lease_id=lease_id, ticket=ticket, block=blocks
+        )
+        answer = await self._call("Locate", request)
+        assert isinstance(answer, store_pb2.LocateResponse)
+        return answer
 
     async def delegate(
         self, lease_id: int, peer_ids: Sequence[str], ttl_s: float

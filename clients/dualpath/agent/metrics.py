@@ -63,6 +63,11 @@ def snapshot_of(agent: Agent) -> AgentSnapshot:
         peer_bytes={
             "storage": received,
             "storage_out": sent,
+            "mount": {
+                daemon.address: daemon.mounted.read_bytes
+                for daemon in agent.daemons.values()
+                if daemon.mounted is not None
+            },
             "compute_in": agent.compute.received_by_peer(),
             "compute_out": agent.compute.sent_by_peer(),
         },

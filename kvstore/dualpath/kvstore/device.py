@@ -80,6 +80,9 @@ class Device(Protocol):
     def names(self) -> tuple[str, ...]:
         """All files, sorted."""
 
+    def close(self) -> None:
+        """End the threads and rings that move batches; none may be under way. Idempotent."""
+
     def read_batch(self, batch: TransferBatch) -> BatchProgress:
         """Start many reads, of files of this device. Raises OSError (EINVAL)."""
 
@@ -164,6 +167,9 @@ class MemoryDevice:
     def names(self) -> tuple[str, ...]:
         """See Device."""
         return tuple(sorted(self.files))
+
+    def close(self) -> None:
+        """See Device: memory has nothing to end."""
 
     def read_batch(self, batch: TransferBatch) -> SerialProgress:
         """See Device."""

@@ -133,6 +133,10 @@ class FaultDevice:
         """See Device."""
         return self._inner.names()
 
+    def close(self) -> None:
+        """See Device."""
+        self._inner.close()
+
     def read_batch(self, batch: TransferBatch) -> SerialProgress:
         """See Device. Each item meets its own faults."""
         check_batch(batch, ALIGN_BYTES)

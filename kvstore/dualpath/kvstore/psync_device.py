@@ -142,6 +142,10 @@ class PsyncDevice:
         """See Device."""
         return tuple(sorted(p.name for p in self._path.iterdir() if p.name != _PROBE_NAME))
 
+    def close(self) -> None:
+        """See Device."""
+        self._threads.shutdown(wait=False)
+
     def read_batch(self, batch: TransferBatch) -> ThreadProgress:
         """See Device."""
         check_batch(batch, ALIGN_BYTES)
