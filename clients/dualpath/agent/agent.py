@@ -144,6 +144,7 @@ class Agent:
                 self._daemon_changed,
                 name=config.name,
                 token=config.token,
+                tls=config.tls,
                 timeout_s=config.lookup_timeout_s,
                 pause_s_max=config.reconnect_s_max,
                 mount=config.mount_paths.get(address, ""),
@@ -159,6 +160,7 @@ class Agent:
                 self._relay_queue,
                 name=config.name,
                 token=config.token,
+                tls=config.tls,
                 timeout_s=config.lookup_timeout_s,
                 pause_s_max=config.reconnect_s_max,
             )

@@ -10,6 +10,8 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 
+from dualpath.kvstore.service.config import ServerFiles
+from dualpath.proto.tls import Tls
 from dualpath.transfer.errors import InvalidRequest
 
 DAEMONS_MAX = 64
@@ -61,6 +63,18 @@ class AgentConfig:
     """Those we accept from peers and engines; empty: none is asked for."""
     insecure: bool = False
     """Listen beyond loopback without tokens."""
+    tls_ca: str = ""
+    """PEM file of who signed the certificates of daemons and peers, "system" for those that gRPC
+    knows; with it all TCP control goes over TLS."""
+    tls_cert: str = ""
+    """PEM file of our certificate: shown to daemons and peers that ask for one, and to those that
+    dial us, who must speak TLS then. Read again when it changes."""
+    tls_key: str = ""
+    """PEM file of its key."""
+    tls_client_ca: str = ""
+    """PEM file: whoever dials us over TCP must show a certificate signed by it."""
+    tls_name: str = ""
+    """Name to expect in the certificates of daemons and peers, instead of the host dialled."""
     metrics_listen: str = ""
     stall_s: float = 1.0
     """A path with grants in flight and no arrival for this long gives its chunks back."""
@@ -91,6 +105,7 @@ class AgentConfig:
             raise InvalidRequest(
                 f"staging_bytes must be at least {STAGING_BYTES_MIN}, not {self.staging_bytes}"
             )
+        _ = self.tls, self.server_files  # raises what does not go together
         for name in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{name} must not be negative: {getattr(self, name)}")
@@ -120,15 +135,29 @@ class AgentConfig:
         """`relays`, parsed. Raises InvalidRequest."""
         return tuple(_relay_address(text) for text in self.relays)
 
+    @property
+    def tls(self) -> Tls:
+        """How we dial."""
+        if not self.tls_ca:
+            return Tls(name=self.tls_name)  # raises InvalidRequest: a name without a ca
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
+
+    @property
+    def server_files(self) -> ServerFiles | None:
+        """With what we are dialled, None without TLS."""
+        files = ServerFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
+        return files if files.cert else None
+
     def check_trust(self) -> None:
-        """Raise InvalidRequest if this would listen beyond loopback without tokens."""
-        if self.tokens or self.insecure:
+        """Raise InvalidRequest if this would listen beyond loopback unguarded."""
+        if self.tokens or self.tls_client_ca or self.insecure:
             return
         for address in (self.listen, self.data_listen):
             if address and not is_loopback(address):
                 raise InvalidRequest(
-                    f"refusing to listen on {address} without tokens: give tokens, listen on "
-                    "127.0.0.1, or say --insecure on a network that only you use"
+                    f"refusing to listen on {address} without tokens: give tokens or "
+                    "tls_client_ca, listen on 127.0.0.1, or say --insecure on a network that only "
+                    "you use"
                 )
 
 

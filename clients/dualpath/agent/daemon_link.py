@@ -24,6 +24,7 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.namespace_message import namespace_message
 from dualpath.proto.status import translated
+from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
 from dualpath.transfer.errors import (
     DeadlineExceeded,
@@ -50,6 +51,7 @@ class DaemonLink:
         *,
         name: str,
         token: str,
+        tls: Tls = NO_TLS,
         timeout_s: float,
         pause_s_max: float,
         mount: str = "",
@@ -72,6 +74,7 @@ class DaemonLink:
             networks,
             name=name,
             token=token,
+            tls=tls,
             timeout_s=timeout_s,
             pause_s_max=pause_s_max,
         )

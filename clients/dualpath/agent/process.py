@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import grpc
 import grpc.aio
 from dualpath.agent.agent import Agent
 from dualpath.agent.agent_service import AgentService
@@ -23,8 +24,10 @@ from dualpath.agent.network import MakeTransport
 from dualpath.agent.region_socket import RegionSocket
 from dualpath.kvstore.service.access_rules import AccessRules
 from dualpath.kvstore.service.auth import Auth, AuthInterceptor
+from dualpath.kvstore.service.key_reload import KeyReload
 from dualpath.kvstore.service.metrics_server import MetricsServer
 from dualpath.kvstore.service.readiness import Phase, Readiness
+from dualpath.kvstore.service.server_tls import ServerTls
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc
@@ -57,6 +60,7 @@ class AgentServer:
         self.agent = Agent(config, make_storage=make_storage, make_compute=make_compute)
         self.metrics_address = ""
         self.readiness = Readiness(time.monotonic)
+        self.reload = KeyReload()
         self._stack = contextlib.AsyncExitStack()
 
     async def start(self) -> Mapping[str, object]:
@@ -115,7 +119,10 @@ class AgentServer:
         config = self.config
         rules = AccessRules().with_tokens(config.tokens)
         server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(), AuthInterceptor(Auth(lambda: rules))),
+            interceptors=(
+                ErrorInterceptor(),
+                AuthInterceptor(Auth(lambda: rules, certificates=bool(config.tls_client_ca))),
+            ),
             options=server_options(),
             maximum_concurrent_rpcs=CALLS_MAX,
         )
@@ -128,7 +135,7 @@ class AgentServer:
         listen = ""
         if config.listen:
             host = config.listen.rpartition(":")[0]
-            listen = f"{host}:{_bind(server, 'listen', config.listen)}"
+            listen = f"{host}:{_bind(server, 'listen', config.listen, self._credentials())}"
         if config.unix:
             claim(config.unix)
             with private_files():
@@ -139,6 +146,17 @@ class AgentServer:
         await state.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         return listen
 
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        """Those of our TCP address, renewed when the files change; None without TLS."""
+        files = self.config.server_files
+        if files is None:
+            return None
+        tls = ServerTls(files)
+        self.reload.watch("certificate", files.paths, tls.reload)
+        self._stack.push_async_callback(self.reload.stop)
+        self.reload.start()
+        return tls.credentials
+
 
 async def run_agent(config: AgentConfig, on_ready: Callable[[Mapping[str, object]], None]) -> None:
     """Serve until SIGTERM or SIGINT. `on_ready` gets name, listen, unix, data_listen and
@@ -148,18 +166,27 @@ async def run_agent(config: AgentConfig, on_ready: Callable[[Mapping[str, object
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server = AgentServer(config)
+    loop.add_signal_handler(signal.SIGHUP, server.reload.now)
     try:
         on_ready(await server.start())
         await stopping.wait()
     finally:
         await server.stop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
 
-def _bind(server: grpc.aio.Server, field: str, address: str) -> int:
+def _bind(
+    server: grpc.aio.Server,
+    field: str,
+    address: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         port = 0
         reason = str(error)

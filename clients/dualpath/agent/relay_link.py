@@ -16,6 +16,7 @@ from dualpath.agent.config import RelayAddress
 from dualpath.agent.network import Network
 from dualpath.agent.open_grants import OnProgress, OpenGrants
 from dualpath.agent.steady_link import Metadata, SteadyLink
+from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, common_pb2
 from dualpath.transfer.errors import InvalidRequest, PathDown
 
@@ -34,6 +35,7 @@ class RelayLink:
         *,
         name: str,
         token: str,
+        tls: Tls = NO_TLS,
         timeout_s: float,
         pause_s_max: float,
     ) -> None:
@@ -53,6 +55,7 @@ class RelayLink:
             networks,
             name=name,
             token=token,
+            tls=tls,
             timeout_s=timeout_s,
             pause_s_max=pause_s_max,
         )

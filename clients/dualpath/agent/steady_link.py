@@ -20,8 +20,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 import grpc.aio
 from dualpath.agent.network import Network
-from dualpath.proto.channel import client_options
+from dualpath.proto.dial import open_channel
 from dualpath.proto.status import translated
+from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.errors import DualPathError, PathDown, Unavailable
 
@@ -98,6 +99,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         *,
         name: str,
         token: str,
+        tls: Tls = NO_TLS,
         timeout_s: float,
         pause_s_max: float,
     ) -> None:
@@ -111,6 +113,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         self.reason = "not connected yet"
         """Why it is not up, for people."""
         self.metadata = metadata_of(token)
+        self._tls = tls
         self._dialect = dialect
         self._networks = dict(networks)
         self._name = name
@@ -221,7 +224,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         peer = f"{self.label}#{self._attempt}"
         stack = contextlib.AsyncExitStack()
         async with stack:
-            channel = grpc.aio.insecure_channel(self.target, options=client_options())
+            channel = open_channel(self.target, self._tls)
             stack.push_async_callback(_closed, channel)
             self._dialect.bind(channel)
             with translated(f"attach to {self.label}"):

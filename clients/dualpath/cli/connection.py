@@ -14,6 +14,7 @@ from dualpath.agent.config import AgentConfig
 from dualpath.cli.config_file import add_config_arguments, given_flags, read_config
 from dualpath.cli.logs import LEVELS, configure_logs
 from dualpath.client.kv_client import KVClient
+from dualpath.proto.tls import Tls
 from dualpath.transfer.errors import InvalidRequest
 
 TABLE = "client"
@@ -29,6 +30,15 @@ class ClientConfig:
     """Use this agent of the node (unix:PATH) instead of one inside this process."""
     token: str = ""
     """Shown to the daemon or the agent."""
+    tls_ca: str = ""
+    """PEM file of who signed the certificate of the daemon or agent, "system" for those that gRPC
+    knows; with it TCP control goes over TLS."""
+    tls_cert: str = ""
+    """PEM file of our certificate, for those that ask for one."""
+    tls_key: str = ""
+    """PEM file of its key."""
+    tls_name: str = ""
+    """Name to expect in the other side's certificate, instead of the host dialled."""
     deadline_s: float = 60.0
     """Longest time for each batch of blocks."""
     batch_bytes: int = 64 << 20
@@ -37,6 +47,12 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
             raise InvalidRequest(f"deadline_s must be positive, not {self.deadline_s}")
+        _ = self.tls  # raises what does not go together
+
+    @property
+    def tls(self) -> Tls:
+        """How to dial."""
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +77,15 @@ def connection_of(args: argparse.Namespace) -> ClientConfig:
 async def open_client(config: ClientConfig) -> KVClient:
     """A client session; the caller closes it. Raises Unavailable."""
     if config.agent:
-        return await KVClient.connect(config.agent, token=config.token)
+        return await KVClient.connect(config.agent, token=config.token, tls=config.tls)
     return await KVClient.embedded(
-        AgentConfig(name=f"cli-{os.getpid()}", daemons=(config.daemon,), token=config.token)
+        AgentConfig(
+            name=f"cli-{os.getpid()}",
+            daemons=(config.daemon,),
+            token=config.token,
+            tls_ca=config.tls_ca,
+            tls_cert=config.tls_cert,
+            tls_key=config.tls_key,
+            tls_name=config.tls_name,
+        )
     )

@@ -8,10 +8,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grpc
 from dualpath.cli.connection import ClientConfig, add_connection_arguments, connection_of
 from dualpath.cli.sizes import format_bytes, format_rate
-from dualpath.proto import channel
+from dualpath.proto.dial import open_blocking_channel
 from dualpath.proto.status import translated
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, store_pb2, store_pb2_grpc
 from google.protobuf.message import Message
@@ -45,7 +44,7 @@ def _stats(config: ClientConfig) -> Message:
     target = config.agent or config.daemon
     metadata = (("authorization", f"Bearer {config.token}"),) if config.token else ()
     timeout_s = min(config.deadline_s, _DEADLINE_S)
-    opened = grpc.insecure_channel(target, options=channel.client_options())
+    opened = open_blocking_channel(target, config.tls)
     with opened, translated(target):
         if config.agent:
             return agent_pb2_grpc.AgentStub(opened).Stats(

@@ -18,6 +18,7 @@ from dualpath.client.kv_client import KVClient
 from dualpath.client.load import Load
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
+from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import agent_pb2
 from dualpath.transfer.errors import Unavailable
 
@@ -92,9 +93,9 @@ class BlockingKVClient:
         self._thread = thread
 
     @classmethod
-    def connect(cls, agent: str, *, token: str = "") -> BlockingKVClient:
+    def connect(cls, agent: str, *, token: str = "", tls: Tls = NO_TLS) -> BlockingKVClient:
         """See KVClient.connect."""
-        return cls._made(KVClient.connect(agent, token=token))
+        return cls._made(KVClient.connect(agent, token=token, tls=tls))
 
     @classmethod
     def embedded(cls, config: AgentConfig) -> BlockingKVClient:

@@ -20,6 +20,7 @@ from dualpath.client.agent_session import AgentSession
 from dualpath.client.load import Load
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
+from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import agent_pb2
 
 
@@ -30,14 +31,15 @@ class KVClient:
         self._session = session
 
     @classmethod
-    async def connect(cls, agent: str, *, token: str = "") -> KVClient:
-        """Use the agent at `agent`: "unix:/path" (the usual case) or "host:port".
+    async def connect(cls, agent: str, *, token: str = "", tls: Tls = NO_TLS) -> KVClient:
+        """Use the agent at `agent`: "unix:/path" (the usual case) or "host:port", with `tls` files
+        over TLS.
 
         Only a Unix socket can share memory, so `allocate` needs one. Raises Unavailable.
         """
         from dualpath.client.remote_session import RemoteSession  # noqa: PLC0415 - gRPC is slow
 
-        return cls(await RemoteSession.connect(agent, token=token))
+        return cls(await RemoteSession.connect(agent, token=token, tls=tls))
 
     @classmethod
     async def embedded(cls, config: AgentConfig) -> KVClient:

@@ -21,8 +21,9 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.namespace_message import namespace_message
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
-from dualpath.proto.channel import client_options
+from dualpath.proto.dial import open_channel
 from dualpath.proto.status import translated
+from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, store_pb2
 from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.region import Region
@@ -47,9 +48,9 @@ class RemoteSession:
         self._connecting = asyncio.Lock()
 
     @classmethod
-    async def connect(cls, address: str, *, token: str) -> RemoteSession:
+    async def connect(cls, address: str, *, token: str, tls: Tls = NO_TLS) -> RemoteSession:
         """Reach the agent. Raises Unavailable within CONNECT_S_MAX."""
-        channel = grpc.aio.insecure_channel(address, options=client_options())
+        channel = open_channel(address, tls)
         try:
             ready = await asyncio.wait_for(_connected(channel), CONNECT_S_MAX)
         except TimeoutError:

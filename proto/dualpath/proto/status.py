@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn, TypeAlias
@@ -34,6 +35,7 @@ RETRY_AFTER_KEY = "retry-after-ms"
 MESSAGE_CHARS_MAX = 1000
 """Longer messages are cut: trailers beyond 8 KiB break the call at many proxies."""
 RETRY_AFTER_S_DEFAULT = 1.0
+_HANDSHAKE = re.compile(r"handshak|certificate|SSL_ERROR|Verification", re.IGNORECASE)
 _TOO_LARGE = "message larger than max"
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -127,6 +129,10 @@ def error_of(error: grpc.RpcError, call: str = "") -> DualPathError:
         return Overloaded(message, retry_after_s=retry_after_s, reason=reason)
     if code is None:
         return DualPathError(message, reason=reason or "internal")
+    if code is grpc.StatusCode.UNAVAILABLE and reason is None and _HANDSHAKE.search(details):
+        return Unavailable(
+            f"{message}; check tls_ca, tls_cert, tls_key and tls_name of both sides", reason="tls"
+        )
     kind = _BY_REASON.get((code, reason or ""), _CLASSES.get(code, DualPathError))
     if reason is None:
         reason = "internal" if kind is DualPathError else kind.reason

@@ -54,8 +54,6 @@ CONTROL_THREADS = 16
 """Threads for calls that may touch a medium."""
 CONTROL_SHARE = 12
 """Most of them that work for one principal."""
-RELOAD_PERIOD_S = 1.0
-"""How often it is looked whether files of keys have changed."""
 STOP_S_MAX = 5.0
 SERVICE = store_pb2.DESCRIPTOR.services_by_name["Store"].full_name
 
@@ -202,17 +200,8 @@ class Daemon:
             self.reload.watch("access file", [config.access_file], apply)
         if self._tls is not None and config.server_files is not None:
             self.reload.watch("certificate", config.server_files.paths, self._tls.reload)
-        polling = asyncio.create_task(self._poll_keys(), name="key reload")
-        self._stack.push_async_callback(_cancelled, polling)
-
-    async def _poll_keys(self) -> None:
-        while True:
-            await asyncio.sleep(RELOAD_PERIOD_S)
-            await _in_thread(self.reload.poll)
-
-    async def reload_keys(self) -> None:
-        """Read tokens, rules and certificates again, changed or not."""
-        await _in_thread(partial(self.reload.poll, force=True))
+        self._stack.push_async_callback(self.reload.stop)
+        self.reload.start()
 
     def _open_metrics(self) -> str:
         if not self.config.metrics_listen:
@@ -326,14 +315,7 @@ async def run_daemon(
     try:
         daemon = Daemon(config)
         daemon.stop_asked = stopping
-        reloads: set[asyncio.Future[None]] = set()
-
-        def reload() -> None:
-            task = asyncio.ensure_future(daemon.reload_keys())
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
-
-        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.add_signal_handler(signal.SIGHUP, daemon.reload.now)
         where = await daemon.start()
         try:
             on_ready(where)
