@@ -1,0 +1,66 @@
+"""Draws the gets of all entries, a picture of bars a medium. Needs matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dualpath.bench.peers.catalogue import Medium
+from dualpath.bench.peers.comparison import Row
+from dualpath.bench.peers.report import TITLES, PeersReport, size_name
+from dualpath.transfer.errors import Unavailable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PNG_DPI = 90
+_BAR = 0.8
+_OURS = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
+_PEERS = ("#d9d9d9", "#bdbdbd", "#969696", "#636363")
+
+
+def draw(report: PeersReport, path: str) -> None:
+    """Write the PNG. Raises Unavailable if matplotlib is not installed or `path` not writable."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise Unavailable(
+            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
+        ) from error
+    counts = {
+        medium: sum(1 for row in report.comparison.rows if _shown(report, row, medium))
+        for medium in Medium
+    }
+    media = [medium for medium in Medium if counts[medium]]
+    figure = Figure(figsize=(9, 1.5 + 0.55 * sum(counts.values())), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(
+        max(1, len(media)), 1, squeeze=False, height_ratios=[counts[each] for each in media] or [1]
+    )
+    for axes, medium in zip(grid[:, 0], media, strict=False):
+        _draw(axes, report, medium)
+    try:
+        figure.savefig(path, dpi=_PNG_DPI, format="png")
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _shown(report: PeersReport, row: Row, medium: Medium) -> bool:
+    return row.entry.medium is medium and any(row.runs.get(size) for size in report.sizes)
+
+
+def _draw(axes: Axes, report: PeersReport, medium: Medium) -> None:
+    shown = [row for row in report.comparison.rows if _shown(report, row, medium)]
+    height = _BAR / len(report.sizes)
+    for number, row in enumerate(shown):
+        colours = _OURS if row.entry.ours else _PEERS
+        for place, size in enumerate(report.sizes):
+            rate = row.gibs("get", size, report.total_bytes) or 0.0
+            at = number + (place - (len(report.sizes) - 1) / 2) * height
+            axes.barh(at, rate, height=height, color=colours[place % len(colours)])
+            axes.text(rate, at, f" {rate:.2g}", va="center", fontsize=6)
+    axes.set_yticks(range(len(shown)), [row.entry.title for row in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    sizes = ", ".join(size_name(size) for size in report.sizes)
+    axes.set_xlabel(f"GiB/s of gets {TITLES[medium]}; blocks of {sizes} from above", fontsize=8)
