@@ -182,9 +182,11 @@ def test_any_grant_is_inside_its_window_or_refused(message: common_pb2.ChunkGran
     except InvalidRequest:
         return
     window = grant.window
-    assert len(grant.chunks) == len(message.tag)
-    for chunk in grant.chunks:
-        pieces = list(chunk.target.pieces())
-        assert sum(nbytes for _, nbytes in pieces) == chunk.target.nbytes
+    assert grant.granted is not None
+    assert len(grant.granted) == len(message.tag)
+    for index in range(len(grant.granted)):
+        target = grant.granted.targets.part(index)
+        pieces = list(target.pieces())
+        assert sum(nbytes for _, nbytes in pieces) == target.nbytes
         assert min(start for start, _ in pieces) >= window.offset
         assert max(start + nbytes for start, nbytes in pieces) <= window.offset + window.nbytes

@@ -8,17 +8,19 @@ import time
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.service.deliver import DeliveryConfig, DeliveryEngine
-from dualpath.kvstore.service.delivery_queue import ChunkFailure, Grant, GrantedChunk
+from dualpath.kvstore.service.delivery_queue import ChunkFailure, Grant, GrantedChunks
 from dualpath.proto.status import error_of
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.errors import Corrupt, InvalidRequest, LeaseExpired, Overloaded
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
 from dualpath.transfer.region import Region, RegionDescriptor
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_handshake import introduce
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -315,28 +317,44 @@ def test_an_invitation_that_nobody_uses_leaves_nothing_behind(in_lab: Any) -> No
     in_lab(body)
 
 
-class _Chunk:
-    def __init__(self, region: Region, nbytes: int, released: list[int]) -> None:
-        self.region = region
-        self.slices = Slices.contiguous(0, nbytes)
-        self._released = released
+class _Chunks:
+    """A FetchedBatch of 4 KiB chunks; those of `errors` fail. They come two at a time."""
 
-    def release(self) -> None:
-        self._released.append(1)
+    def __init__(self, region: Region, count: int, source: _Source) -> None:
+        self.region = region
+        self.offsets = np.arange(count, dtype=np.int64) * 4096
+        self.nbytes = np.full(count, 4096, np.int64)
+        self.status = np.full(count, FetchStatus.UNDER_WAY, np.uint8)
+        self._source = source
+        self._told = 0
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def arrived(self, timeout_s: float) -> Any:
+        first, self._told = self._told, min(self._told + 2, len(self.status))
+        came = np.arange(first, self._told, dtype=np.int32)
+        self.status[came] = [self._source.errors.get(int(each), FetchStatus.OK) for each in came]
+        return came[::-1] if self._source.backwards else came
+
+    def release(self, chunks: Any = None) -> None:
+        self._source.released += list(range(len(self)) if chunks is None else chunks.tolist())
 
 
 class _Source:
-    """What the engine needs of a store: `fetch`, failing as told."""
+    """What the engine needs of a store: `fetch_batch`, failing as told."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
+        self.errors: dict[int, int] = {}
+        self.backwards = False
         self.region = Region.anonymous(1 << 20)
         self.released: list[int] = []
 
-    def fetch(self, lease_id: int, block: int, chunk: int) -> _Chunk:
+    def fetch_batch(self, lease_id: int, blocks: Any, chunks: Any, *, wait: bool) -> _Chunks:
         if self.error is not None:
             raise self.error
-        return _Chunk(self.region, 4096, self.released)
+        return _Chunks(self.region, min(len(blocks), 15), self)
 
 
 class _Rig:
@@ -359,12 +377,11 @@ class _Rig:
         )
 
     def grant(self, chunks: int, deadline_s: float = 10.0, nbytes: int = 4096) -> Grant:
-        targets = [
-            GrantedChunk(0, index, index + 1, Slices.contiguous(index * 4096, nbytes))
-            for index in range(chunks)
-        ]
-        self.receiver.arm(self.window, [(each.tag, each.target) for each in targets])
-        return Grant(1, 1, self.window, Lane.SAVE, time.monotonic() + deadline_s, targets)
+        numbers = list(range(chunks))
+        targets = SliceTable.contiguous([4096 * each for each in numbers], [nbytes] * chunks)
+        self.receiver.arm_table(self.window, 1, targets)
+        granted = GrantedChunks([0] * chunks, numbers, [each + 1 for each in numbers], targets)
+        return Grant(1, 1, self.window, Lane.SAVE, time.monotonic() + deadline_s, granted)
 
     async def failures(self) -> list[ChunkFailure]:
         found: list[ChunkFailure] = []
@@ -425,6 +442,25 @@ def test_every_buffer_is_released_once_and_a_wrong_size_is_not_sent() -> None:
             assert await rig.failures() == [ChunkFailure.INVALID] * 2
             assert len(source.released) == 22
             assert await asyncio.to_thread(rig.engine.drain, WAIT_S)
+        finally:
+            rig.close()
+
+    asyncio.run(body())
+
+
+def test_chunks_that_the_medium_does_not_give_fail_alone() -> None:
+    async def body() -> None:
+        source = _Source()
+        source.errors = {1: FetchStatus.CORRUPT, 4: FetchStatus.UNAVAILABLE}
+        source.backwards = True
+        rig = _Rig(source)
+        try:
+            rig.engine.submit("client", rig.grant(6))
+            failures = await rig.failures()
+            assert sorted(failures) == [ChunkFailure.CORRUPT, ChunkFailure.OVERLOADED]
+            assert await asyncio.to_thread(rig.engine.wait_idle, WAIT_S)
+            assert sorted(source.released) == list(range(6))
+            assert rig.engine.stats().delivered_chunks == 4
         finally:
             rig.close()
 

@@ -14,12 +14,12 @@ from dualpath.kvstore.service.delivery_queue import (
     Delivery,
     DeliveryQueue,
     Grant,
-    GrantedChunk,
+    GrantedChunks,
 )
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.region import RegionDescriptor
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,16 +33,21 @@ def _grant(
     lane: Lane = Lane.LOAD_PREFILL,
     deadline_at: float = 1e9,
     nbytes: int = CHUNK,
+    lease_id: int = 7,
 ) -> Grant:
-    targets = [
-        GrantedChunk(0, chunk, (grant_id << 16) + chunk, Slices.contiguous(0, nbytes))
-        for chunk in range(chunks)
-    ]
-    return Grant(grant_id, 7, WINDOW, lane, deadline_at, targets)
+    tags = [(grant_id << 16) + chunk for chunk in range(chunks)]
+    targets = SliceTable.contiguous([0] * chunks, [nbytes] * chunks)
+    granted = GrantedChunks([0] * chunks, list(range(chunks)), tags, targets)
+    return Grant(grant_id, lease_id, WINDOW, lane, deadline_at, granted)
 
 
 def _queue(peer_chunks: int = 4, chunks: int = 64) -> DeliveryQueue:
     return DeliveryQueue(peer_inflight_bytes=peer_chunks * CHUNK, inflight_bytes=chunks * CHUNK)
+
+
+def _ended(queue: DeliveryQueue, job: Delivery, failure: ChunkFailure | None = None) -> bool:
+    indices = range(len(job.granted))
+    return queue.finished(job, indices, {} if failure is None else dict.fromkeys(indices, failure))
 
 
 def _picked(queue: DeliveryQueue, count: int, finish: bool = True) -> list[Delivery]:
@@ -52,7 +57,7 @@ def _picked(queue: DeliveryQueue, count: int, finish: bool = True) -> list[Deliv
         assert job is not None
         jobs.append(job)
         if finish:
-            queue.finished(job, None)
+            _ended(queue, job)
     return jobs
 
 
@@ -66,13 +71,14 @@ def test_attachments_take_turns_however_much_one_of_them_queues() -> None:
     assert turns == {"greedy": 8, "modest": 8}
 
 
-def test_grants_of_one_attachment_take_turns() -> None:
+def test_leases_of_one_attachment_take_turns_and_grants_of_a_lease_keep_their_order() -> None:
     queue = _queue()
     queue.open("a")
-    queue.add("a", _grant(1, 6))
-    queue.add("a", _grant(2, 2))
-    order = [job.chunk.tag >> 16 for job in _picked(queue, 8)]
-    assert order == [1, 2, 1, 2, 1, 1, 1, 1]
+    queue.add("a", _grant(1, 3))
+    queue.add("a", _grant(2, 2, lease_id=8))
+    queue.add("a", _grant(1 + 2, 3))
+    order = [job.granted.tags[0] >> 16 for job in _picked(queue, 8)]
+    assert order == [1, 2, 1, 2, 1, 3, 3, 3]
 
 
 def test_loads_go_before_saves_which_keep_a_floor() -> None:
@@ -97,7 +103,7 @@ def test_an_attachment_that_completes_nothing_is_bounded_and_delays_nobody() -> 
         if job.peer == "stalled":
             held += 1
         else:
-            queue.finished(job, None)
+            _ended(queue, job)
         if queue.open_grants("other") and not queue.reports("other", 1):
             continue
         break
@@ -133,7 +139,7 @@ def test_a_cancelled_grant_reports_what_waited_and_ends_when_the_rest_has() -> N
     (report,) = queue.reports("a", 100)
     assert not report.done
     assert [failure for _, failure in report.failures] == [ChunkFailure.CANCELLED] * 3
-    assert queue.finished(job, None)
+    assert _ended(queue, job)
     (report,) = queue.reports("a", 100)
     assert report.done
     assert not report.failures
@@ -164,7 +170,7 @@ def test_a_closed_attachment_leaves_nothing_but_what_is_in_flight() -> None:
     queue.close("a")
     assert queue.next(0.0) is None
     assert queue.pending_bytes == CHUNK
-    assert not queue.finished(job, ChunkFailure.PEER_LOST)
+    assert not _ended(queue, job, ChunkFailure.PEER_LOST)
     assert queue.pending_bytes == 0
     queue.open("a")  # the name is free again
 
@@ -230,7 +236,12 @@ def test_deadlines_of_grants_that_are_over_do_not_pile_up_behind_one_that_waits(
 def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PLR0912
     data: st.DataObject,
 ) -> None:
-    queue = _queue(peer_chunks=3, chunks=8)
+    queue = DeliveryQueue(
+        peer_inflight_bytes=3 * CHUNK,
+        inflight_bytes=8 * CHUNK,
+        batch_bytes=data.draw(st.sampled_from([0, 2 * CHUNK, 8 * CHUNK])),
+        turn_bytes=data.draw(st.sampled_from([0, 2 * CHUNK])),
+    )
     names = ["a", "b", "c"]
     ends: Counter[tuple[str, int]] = Counter()
     granted: set[tuple[str, int]] = set()
@@ -255,9 +266,11 @@ def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PL
                 data.draw(st.sampled_from(list(Lane))),
                 now + data.draw(st.floats(0.1, 20)),
                 data.draw(st.sampled_from([CHUNK, CHUNK // 3])),
+                data.draw(st.integers(1, 2)),
             )
             queue.add(name, grant)
-            granted.update((name, chunk.tag) for chunk in grant.chunks)
+            assert grant.granted is not None
+            granted.update((name, tag) for tag in grant.granted.tags)
             next_id += 1
         elif action == "next":
             job = queue.next(now)
@@ -266,9 +279,9 @@ def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PL
         elif action == "finish" and inflight:
             job = inflight.pop(data.draw(st.integers(0, len(inflight) - 1)))
             failure = data.draw(st.sampled_from([None, ChunkFailure.REFUSED]))
-            queue.finished(job, failure)
+            _ended(queue, job, failure)
             if failure is None:
-                ends[job.peer, job.chunk.tag] += 1
+                ends.update((job.peer, tag) for tag in job.granted.tags)
         elif action == "cancel":
             queue.cancel(name, data.draw(st.integers(1, 10)))
         elif action == "time":
@@ -278,7 +291,7 @@ def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PL
             collect()
         by_peer = Counter[str]()
         for job in inflight:
-            by_peer[job.peer] += job.chunk.target.nbytes
+            by_peer[job.peer] += job.nbytes
         assert queue.inflight_bytes == sum(by_peer.values()) <= 8 * CHUNK
         assert max(by_peer.values(), default=0) <= 3 * CHUNK
     while inflight or queue.pending_bytes:
@@ -287,9 +300,59 @@ def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PL
             inflight.append(job)
             continue
         job = inflight.pop()
-        queue.finished(job, None)
-        ends[job.peer, job.chunk.tag] += 1
+        _ended(queue, job)
+        ends.update((job.peer, tag) for tag in job.granted.tags)
     while any(queue.open_grants(name) for name in names):
         collect()
     assert set(ends) == granted
     assert set(ends.values()) <= {1}
+
+
+def test_a_lone_grant_goes_in_batches_and_others_shorten_its_turns() -> None:
+    queue = DeliveryQueue(
+        peer_inflight_bytes=64 * CHUNK,
+        inflight_bytes=64 * CHUNK,
+        batch_bytes=8 * CHUNK,
+        turn_bytes=2 * CHUNK,
+    )
+    for name in ("a", "b"):
+        queue.open(name)
+    queue.add("a", _grant(1, 20))
+    sizes = [len(job.granted) for job in _picked(queue, 1)]
+    queue.add("b", _grant(1, 4))
+    sizes += [len(job.granted) for job in _picked(queue, 4)]
+    sizes += [len(job.granted) for job in _picked(queue, 1)]
+    assert sizes == [8, 2, 2, 2, 2, 8]
+    queue.add("a", _grant(2, 4, lease_id=1))
+    queue.add("a", _grant(3, 4, lease_id=2))
+    assert [(len(j.granted), j.granted.tags[0] >> 16) for j in _picked(queue, 3)] == [
+        (2, 2),
+        (2, 3),
+        (2, 2),
+    ]
+
+
+def test_a_batch_has_consecutive_tags_and_keeps_within_the_bounds() -> None:
+    queue = DeliveryQueue(
+        peer_inflight_bytes=5 * CHUNK, inflight_bytes=64 * CHUNK, batch_bytes=64 * CHUNK
+    )
+    queue.open("a")
+    targets = SliceTable.contiguous([0] * 9, [CHUNK] * 9)
+    tags = [1, 2, 3, 7, 8, 9, 10, 11, 12]
+    chunks = GrantedChunks([0] * 9, list(range(9)), tags, targets)
+    queue.add("a", Grant(1, 7, WINDOW, Lane.LOAD_PREFILL, 1e9, chunks))
+    first, second = _picked(queue, 2, finish=False)
+    assert list(first.granted.tags) == [1, 2, 3]
+    assert list(second.granted.tags) == [7, 8]
+    assert queue.next(0.0) is None
+    queue.finished(first, [0, 2], {2: ChunkFailure.CORRUPT}, "bad")
+    (report,) = queue.reports("a", 10)
+    assert report.failures == ((3, ChunkFailure.CORRUPT),)
+    assert queue.inflight_bytes == 3 * CHUNK
+    _ended(queue, second)
+    queue.finished(first, [1])
+    (third,) = _picked(queue, 1, finish=False)
+    assert list(third.granted.tags) == [9, 10, 11, 12]
+    _ended(queue, third)
+    assert queue.reports("a", 10)[0].done
+    assert queue.pending_bytes == 0

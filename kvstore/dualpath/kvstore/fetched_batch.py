@@ -27,8 +27,8 @@ class FetchStatus:
 class FetchedBatch(Protocol):
     """Chunks that stay in place until released; a context manager that releases all.
 
-    One thread at a time may call. `offsets` lie in `region`; a chunk's bytes may be looked at
-    once its `status` is OK.
+    One thread at a time may call, but chunks that were told may be released from any. `offsets`
+    lie in `region`; a chunk's bytes may be looked at once its `status` is OK.
     """
 
     @property

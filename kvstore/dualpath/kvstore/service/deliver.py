@@ -1,9 +1,10 @@
 """The delivery engine: reads granted chunks from the store and writes them to their receivers.
 
-Owns the reader threads, the queue (`delivery_queue`) under one lock, and the counters. A chunk's
-buffer is held from `store.fetch` until its write has completed. A receiver that does not read
-holds only its own bounded bytes in flight, and only until its grants' deadlines. Every granted
-chunk ends exactly once: landed, or in a report with its reason. Knows no gRPC.
+Owns the reader threads, the queue (`delivery_queue`) under one lock, and the counters. Chunks are
+read and written in batches; one is held in memory from `store.fetch_batch` until its write has
+completed. A receiver that does not read holds only its own bounded bytes in flight, and only until
+its grants' deadlines. Every granted chunk ends exactly once: landed, or in a report with its
+reason. Knows no gRPC.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from dualpath.kvstore.fetched_batch import FetchedBatch, FetchStatus
 from dualpath.kvstore.service.delivery_queue import (
+    NONE_FAILED,
     ChunkFailure,
     Delivery,
     DeliveryQueue,
@@ -25,7 +29,7 @@ from dualpath.kvstore.service.delivery_queue import (
 )
 from dualpath.kvstore.service.histogram import Buckets, Histogram
 from dualpath.kvstore.service.named_counts import NamedCounts
-from dualpath.kvstore.store_api import FetchedChunk, Store
+from dualpath.kvstore.store_api import Store
 from dualpath.transfer.errors import (
     Corrupt,
     DeadlineExceeded,
@@ -36,12 +40,18 @@ from dualpath.transfer.errors import (
     Unavailable,
 )
 from dualpath.transfer.lane import Lane
-from dualpath.transfer.transport import Completion, Transport, Write, WriteStatus
+from dualpath.transfer.slice_table import SliceTable
+from dualpath.transfer.transport import BatchCompletion, Transport, WriteBatch, WriteStatus
+from numpy.typing import NDArray
 
 JOIN_S_MAX = 5.0
 IDLE_S_MAX = 1.0
 """Longest sleep of a reader, a safety net under its wake-ups."""
 FAILURES_PER_REPORT = 4096
+BATCHES_INFLIGHT = 4
+"""Batches that an attachment's bytes in flight make up: some are sent while others are read."""
+TURN_BYTES = 1 << 20
+"""What one grant gets at a time while others wait."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +70,10 @@ _BY_ERROR: tuple[tuple[type[DualPathError], ChunkFailure], ...] = (
     (Unavailable, ChunkFailure.PEER_LOST),
     (InvalidRequest, ChunkFailure.INVALID),
 )
+_UNREAD: tuple[tuple[int, ChunkFailure, str], ...] = (
+    (FetchStatus.CORRUPT, ChunkFailure.CORRUPT, "the medium failed, or the block was dropped"),
+    (FetchStatus.UNAVAILABLE, ChunkFailure.OVERLOADED, "the medium did not answer in time"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +81,7 @@ class DeliveryConfig:
     """`readers` threads; bytes in flight of one attachment and of all together."""
 
     readers: int = 4
-    attachment_inflight_bytes: int = 8 << 20
+    attachment_inflight_bytes: int = 32 << 20
     inflight_bytes: int = 64 << 20
 
 
@@ -102,7 +116,7 @@ class _Receiver:
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """A chunk on its way: the receiver's name and principal; when it was picked and read, in
+    """Chunks on their way: the receiver's name and principal; when they were picked and read, in
     seconds."""
 
     name: str
@@ -134,6 +148,8 @@ class DeliveryEngine:
         self._queue = DeliveryQueue(
             peer_inflight_bytes=config.attachment_inflight_bytes,
             inflight_bytes=config.inflight_bytes,
+            batch_bytes=config.attachment_inflight_bytes // BATCHES_INFLIGHT,
+            turn_bytes=TURN_BYTES,
         )
         self._wake = threading.Condition()
         self._receivers: dict[str, _Receiver] = {}
@@ -181,11 +197,7 @@ class DeliveryEngine:
             if self._draining or self._closed:
                 raise Unavailable("the daemon is stopping: use another path", reason="draining")
             self._queue.add(peer, grant)
-            if grant.chunks:
-                self._wake.notify(len(grant.chunks))
-                return
-            receiver = self._receivers[peer]
-        receiver.on_report()
+            self._wake.notify()
 
     def refuse(
         self, peer: str, grant_id: int, tags: Sequence[int], failure: ChunkFailure, detail: str
@@ -289,73 +301,151 @@ class DeliveryEngine:
                 receiver.on_report()
 
     def _start(self, job: Delivery) -> None:
-        fetched: FetchedChunk | None = None
+        """Read the chunks of a delivery and send them on as they come."""
+        receiver = self._receivers.get(job.peer)
+        picked_at = self._clock()
+        count = len(job.granted)
+        if receiver is None:
+            self._fail(job, range(count), ChunkFailure.PEER_LOST, "attachment closed")
+            return
+        if job.deadline_at <= picked_at:
+            self._fail(job, range(count), ChunkFailure.DEADLINE, "queued past the deadline")
+            return
+        first = 0
+        while first < count:
+            # The store may have buffers for a part only.
+            try:
+                fetched = self._store.fetch_batch(
+                    job.lease_id, job.granted.blocks[first:], job.granted.chunks[first:], wait=False
+                )
+            except Exception as error:  # noqa: BLE001 - the edge of a thread: each chunk must end
+                self._fail_by(job, range(first, count), error)
+                return
+            self._send_arriving(job, receiver, fetched, first, picked_at)
+            first += len(fetched)
+
+    def _send_arriving(
+        self,
+        job: Delivery,
+        receiver: _Receiver,
+        fetched: FetchedBatch,
+        first: int,
+        picked_at: float,
+    ) -> None:
+        """Send what was fetched, run by run; `first` is the index of its first chunk in `job`."""
+        left = set(range(len(fetched)))
         try:
-            receiver = self._receivers.get(job.peer)
-            picked_at = self._clock()
-            left_s = job.deadline_at - picked_at
-            if receiver is None:
-                self._finish(job, ChunkFailure.PEER_LOST, "attachment closed")
-                return
-            if left_s <= 0:
-                self._finish(job, ChunkFailure.DEADLINE, "queued past the deadline")
-                return
-            fetched = self._store.fetch(job.lease_id, job.chunk.block, job.chunk.chunk)
-            target = job.chunk.target
-            if fetched.slices.nbytes != target.nbytes:
+            while left:
+                arrived = fetched.arrived(IDLE_S_MAX)
+                if len(arrived) < len(left):
+                    with self._wake:  # a medium is at work: others may read meanwhile
+                        self._wake.notify()
+                sending = _Sending(receiver.name, receiver.principal, picked_at, self._clock())
+                left.difference_update(arrived.tolist())
+                status = fetched.status[arrived]
+                for run in _runs(np.sort(arrived[status == FetchStatus.OK]).tolist()):
+                    self._send(job, receiver, fetched, run, first, sending)
+                for code, failure, detail in _UNREAD:
+                    lost = arrived[status == code]
+                    if len(lost):
+                        fetched.release(lost)
+                        self._fail(job, [first + each for each in lost.tolist()], failure, detail)
+        except Exception as error:  # noqa: BLE001 - as above
+            rest = np.array(sorted(left), np.int32)
+            fetched.release(rest[fetched.status[rest] != FetchStatus.UNDER_WAY])
+            self._fail_by(job, [first + each for each in rest.tolist()], error)
+
+    def _send(
+        self,
+        job: Delivery,
+        receiver: _Receiver,
+        fetched: FetchedBatch,
+        run: range,
+        first: int,
+        sending: _Sending,
+    ) -> None:
+        """Write neighbouring chunks [run) of `fetched`."""
+        indices = range(first + run.start, first + run.stop)
+        chunks = np.arange(run.start, run.stop, dtype=np.int32)
+        try:
+            targets = job.granted.targets
+            if len(indices) < len(job.granted):
+                targets = targets.parts(indices.start, indices.stop)
+            sizes = fetched.nbytes[run.start : run.stop].tolist()
+            if sizes != list(targets.sizes):
                 raise InvalidRequest(
-                    f"chunk {job.chunk.chunk} has {fetched.slices.nbytes} bytes, its target "
-                    f"{target.nbytes}"
+                    f"chunks have {sizes} bytes, their targets {list(targets.sizes)}"
                 )
-            sending = _Sending(receiver.name, receiver.principal, picked_at, self._clock())
-            left_s = max(1e-3, job.deadline_at - sending.read_at)
-            write = Write(
+            offsets = fetched.offsets[run.start : run.stop].tolist()
+            batch = WriteBatch(
                 fetched.region,
-                fetched.slices,
+                SliceTable.contiguous(offsets, sizes),
                 job.window,
-                target,
+                targets,
                 job.lane,
-                job.chunk.tag,
-                left_s,
+                job.granted.tags[indices.start],
+                max(1e-3, job.deadline_at - sending.read_at),
             )
-            receiver.transport.write(
-                job.peer, write, partial(self._completed, job, fetched, sending)
+            receiver.transport.write_batch(
+                job.peer, batch, partial(self._completed, job, fetched, chunks, indices, sending)
             )
-        except Exception as error:  # noqa: BLE001 - the edge of a thread: each chunk must end
-            if not isinstance(error, DualPathError):
-                _log.exception(
-                    "delivery of lease %d block %d chunk %d failed",
-                    job.lease_id,
-                    job.chunk.block,
-                    job.chunk.chunk,
-                )
-            if fetched is not None:
-                fetched.release()
-            self._finish(job, failure_of(error), str(error))
+        except Exception as error:  # noqa: BLE001 - as above
+            fetched.release(chunks)
+            self._fail_by(job, indices, error)
 
     def _completed(
-        self, job: Delivery, fetched: FetchedChunk, sending: _Sending, completion: Completion
+        self,
+        job: Delivery,
+        fetched: FetchedBatch,
+        chunks: NDArray[np.int32],
+        indices: range,
+        sending: _Sending,
+        completion: BatchCompletion,
     ) -> None:
-        fetched.release()
+        fetched.release(chunks)
         failure = _BY_STATUS[completion.status]
-        if failure is None:
-            self._count(job, sending)
-        self._finish(job, failure, completion.detail or completion.status.value)
+        if failure is not None:
+            self._fail(job, indices, failure, completion.detail or completion.status.value)
+            return
+        refused = {
+            indices.start + tag - completion.first_tag: ChunkFailure.REFUSED
+            for tag in completion.refused
+        }
+        detail = next(iter(completion.refused.values()), "")
+        landed = [index for index in indices if index not in refused] if refused else indices
+        self._count(job, landed, sending)
+        self._finish(job, indices, refused, detail)
 
-    def _count(self, job: Delivery, sending: _Sending) -> None:
-        """A chunk landed."""
-        nbytes, now = job.chunk.target.nbytes, self._clock()
+    def _count(self, job: Delivery, landed: Sequence[int], sending: _Sending) -> None:
+        sizes, now = job.granted.targets.sizes, self._clock()
+        nbytes = sum(sizes[index] for index in landed)
         with self._wake:
             self._peer_bytes.add(sending.name, nbytes)
             self._principal_bytes.add(sending.principal, nbytes)
             self._lane_bytes[job.lane] += nbytes
-            self._lane_chunks[job.lane] += 1
-            self._read_s.observe(sending.read_at - sending.picked_at)
-            self._delivery_s.observe(now - sending.picked_at)
+            self._lane_chunks[job.lane] += len(landed)
+            self._read_s.observe(sending.read_at - sending.picked_at, len(landed))
+            self._delivery_s.observe(now - sending.picked_at, len(landed))
 
-    def _finish(self, job: Delivery, failure: ChunkFailure | None, detail: str) -> None:
+    def _fail_by(self, job: Delivery, indices: Sequence[int], error: Exception) -> None:
+        if not isinstance(error, DualPathError):
+            _log.exception("a delivery of lease %d failed", job.lease_id)
+        self._fail(job, indices, failure_of(error), str(error))
+
+    def _fail(
+        self, job: Delivery, indices: Sequence[int], failure: ChunkFailure, detail: str
+    ) -> None:
+        self._finish(job, indices, dict.fromkeys(indices, failure), detail)
+
+    def _finish(
+        self,
+        job: Delivery,
+        indices: Sequence[int],
+        failures: Mapping[int, ChunkFailure] = NONE_FAILED,
+        detail: str = "",
+    ) -> None:
         with self._wake:
-            news = self._queue.finished(job, failure, detail)
+            news = self._queue.finished(job, indices, failures, detail)
             receiver = self._receivers.get(job.peer) if news else None
             if self._queue.inflight_bytes == 0 or self._draining:
                 self._wake.notify_all()
@@ -363,3 +453,12 @@ class DeliveryEngine:
                 self._wake.notify()
         if receiver is not None:
             receiver.on_report()
+
+
+def _runs(indices: Sequence[int]) -> Iterator[range]:
+    """Neighbours among ascending indices."""
+    first = 0
+    for at in range(1, len(indices) + 1):
+        if at == len(indices) or indices[at] != indices[at - 1] + 1:
+            yield range(indices[first], indices[at - 1] + 1)
+            first = at

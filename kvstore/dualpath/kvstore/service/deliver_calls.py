@@ -153,7 +153,7 @@ class DeliverCalls:
                 principal,
                 "queue_bytes",
                 self._engine.principal_pending_bytes(principal),
-                sum(chunk.target.nbytes for chunk in grant.chunks),
+                grant.nbytes,
                 "bytes to be delivered",
             )
             self._engine.submit(peer, grant)

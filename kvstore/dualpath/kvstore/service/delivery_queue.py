@@ -1,11 +1,11 @@
 """What is delivered next: fair queues of granted chunks, without I/O, threads or clock.
 
 Owns the order and the accounting of deliveries: loads before saves before background, with
-`SAVE_FLOOR` of the bytes kept for the lower lanes; inside a lane round robin by chunk between
-principals, between the attachments of a principal, and between the grants of an attachment.
-Bounds the bytes in flight of one attachment and of all; near the total bound the share of one
-shrinks, so that receivers who do not read cannot take all of it. The caller holds a lock around
-every method.
+`SAVE_FLOOR` of the bytes kept for the lower lanes; inside a lane round robin between principals,
+between the attachments of a principal, and between the leases of an attachment, in turns of a few
+chunks, or of many while nobody else waits. Bounds the bytes in flight of one attachment and of all;
+near the total bound the share of one shrinks, so that receivers who do not read cannot take all of
+it. The caller holds a lock around every method.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import enum
 import heapq
 import itertools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.lane import SAVE_FLOOR, Lane
 from dualpath.transfer.region import RegionDescriptor
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
+from dualpath.transfer.transport import BATCH_WRITES_MAX
 
 GRANT_CHUNKS_MAX = 4096
 GRANTS_MAX = 1024
@@ -48,27 +50,45 @@ class ChunkFailure(enum.IntEnum):
     INVALID = 9
 
 
-@dataclass(frozen=True, slots=True)
-class GrantedChunk:
-    """One chunk to write: where it is (indices) and where it goes. `tag` is the receiver's."""
+NONE_FAILED: Mapping[int, ChunkFailure] = MappingProxyType({})
 
-    block: int
-    chunk: int
-    tag: int
-    target: Slices
+
+@dataclass(frozen=True, slots=True)
+class GrantedChunks:
+    """Chunks to write, at least one: where each is (indices of block and chunk), the receiver's
+    tag, and where it goes."""
+
+    blocks: Sequence[int]
+    chunks: Sequence[int]
+    tags: Sequence[int]
+    targets: SliceTable
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def part(self, first: int, last: int) -> GrantedChunks:
+        """Chunks [first, last)."""
+        chosen = slice(first, last)
+        targets = self.targets.parts(first, last)
+        return GrantedChunks(self.blocks[chosen], self.chunks[chosen], self.tags[chosen], targets)
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
     """Chunks of a lease that the receiver lets us write. `deadline_at` is on the clock of `now`,
-    in seconds."""
+    in seconds. `granted` is None once nothing of it waits."""
 
     grant_id: int
     lease_id: int
     window: RegionDescriptor
     lane: Lane
     deadline_at: float
-    chunks: Sequence[GrantedChunk]
+    granted: GrantedChunks | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what may wait."""
+        return 0 if self.granted is None else self.granted.targets.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +104,30 @@ class Progress:
 @dataclass(slots=True, eq=False)
 class _OpenGrant:
     grant: Grant
-    waiting: deque[GrantedChunk]
+    taken: int = 0
+    """Chunks that wait no more."""
     inflight: int = 0
     failures: list[tuple[int, ChunkFailure]] = field(default_factory=list)
     detail: str = ""
 
     @property
+    def waiting(self) -> int:
+        granted = self.grant.granted
+        return 0 if granted is None else len(granted) - self.taken
+
+    @property
     def done(self) -> bool:
-        return not self.waiting and self.inflight == 0
+        return self.grant.granted is None and self.inflight == 0
+
+    def take(self, count: int) -> GrantedChunks:
+        """The next chunks. Those that have gone need no memory, however late they are told of."""
+        granted = self.grant.granted
+        assert granted is not None
+        first, self.taken = self.taken, self.taken + count
+        part = granted if count == len(granted) else granted.part(first, self.taken)
+        if self.taken == len(granted):
+            self.grant = replace(self.grant, granted=None)
+        return part
 
 
 @dataclass(slots=True, eq=False)
@@ -103,9 +139,9 @@ class _Peer:
     queued_chunks: int = 0
     unread_failures: int = 0
     closed: bool = False
-    # Rings of grants with waiting chunks, by lane.
-    rings: dict[Lane, deque[_OpenGrant]] = field(
-        default_factory=lambda: {lane: deque() for lane in Lane}
+    # By lane, rings of leases; of each lease its grants with waiting chunks, in their order.
+    rings: dict[Lane, OrderedDict[int, deque[_OpenGrant]]] = field(
+        default_factory=lambda: {lane: OrderedDict() for lane in Lane}
     )
     grants: dict[int, _OpenGrant] = field(default_factory=dict)
     # Grants with something to report, in order.
@@ -114,24 +150,37 @@ class _Peer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delivery:
-    """A chunk picked for delivery; hand it back by `finished`."""
+    """Chunks of one grant picked for delivery, with consecutive tags, at most BATCH_WRITES_MAX;
+    hand each back by `finished`."""
 
     peer: str
     lease_id: int
     window: RegionDescriptor
     lane: Lane
     deadline_at: float
-    chunk: GrantedChunk
+    granted: GrantedChunks
+    nbytes: int
     _owner: _Peer
     _grant: _OpenGrant
 
 
 class DeliveryQueue:
-    """See the module docstring. Byte limits are in bytes."""
+    """See the module docstring. Limits are in bytes: in flight for one attachment and for all;
+    `turn_bytes` of one delivery while others wait on its lane, `batch_bytes` while none does. A
+    delivery has at least one chunk."""
 
-    def __init__(self, *, peer_inflight_bytes: int, inflight_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        peer_inflight_bytes: int,
+        inflight_bytes: int,
+        batch_bytes: int = 0,
+        turn_bytes: int = 0,
+    ) -> None:
         self._peer_limit = peer_inflight_bytes
         self._limit = inflight_bytes
+        self._batch_bytes = batch_bytes
+        self._turn_bytes = turn_bytes
         self._peers: dict[str, _Peer] = {}
         # Rings of principals with waiting chunks, by lane; of each the ring of its attachments.
         self._rings: dict[Lane, OrderedDict[str, deque[_Peer]]] = {
@@ -183,27 +232,24 @@ class DeliveryQueue:
                 "read its progress",
                 retry_after_s=0.1,
             )
+        granted = grant.granted
+        assert granted is not None
         held = peer.queued_chunks + peer.unread_failures
-        if held + len(grant.chunks) > QUEUED_CHUNKS_MAX:
+        if held + len(granted) > QUEUED_CHUNKS_MAX:
             raise Overloaded(
                 f"{held} chunks wait already, or their failures wait to be read; "
                 f"{QUEUED_CHUNKS_MAX} at most",
                 retry_after_s=0.1,
             )
-        # Chunks that have gone need no memory, however late the grant is reported.
-        opened = _OpenGrant(replace(grant, chunks=()), deque(grant.chunks))
-        peer.grants[grant.grant_id] = opened
-        if opened.done:  # an empty grant
-            peer.reports[grant.grant_id] = opened
-            return
-        nbytes = sum(chunk.target.nbytes for chunk in grant.chunks)
+        opened = peer.grants[grant.grant_id] = _OpenGrant(grant)
+        nbytes = granted.targets.nbytes
         peer.queued_bytes += nbytes
-        peer.queued_chunks += len(grant.chunks)
+        peer.queued_chunks += len(granted)
         self.queued_bytes += nbytes
         self._principal_bytes[peer.principal] += nbytes
         if not peer.rings[grant.lane]:
             self._rings[grant.lane].setdefault(peer.principal, deque()).append(peer)
-        peer.rings[grant.lane].append(opened)
+        peer.rings[grant.lane].setdefault(grant.lease_id, deque()).append(opened)
         heapq.heappush(self._deadlines, (grant.deadline_at, next(self._order), peer, opened))
         if len(self._deadlines) > self._deadlines_max:
             self._deadlines = [entry for entry in self._deadlines if entry[3].waiting]
@@ -227,8 +273,8 @@ class DeliveryQueue:
                 "read the stream",
                 retry_after_s=1.0,
             )
-        grant = Grant(grant_id, 0, _NO_WINDOW, Lane.BACKGROUND, 0.0, ())
-        refused = _OpenGrant(grant, deque(), 0, [(tag, failure) for tag in tags], detail)
+        grant = Grant(grant_id, 0, _NO_WINDOW, Lane.BACKGROUND, 0.0, None)
+        refused = _OpenGrant(grant, 0, 0, [(tag, failure) for tag in tags], detail)
         peer.reports[grant_id] = refused
         peer.unread_failures += len(tags)
         self.failures[failure] += len(tags)
@@ -243,7 +289,7 @@ class DeliveryQueue:
         return True
 
     def next(self, now: float) -> Delivery | None:
-        """The chunk to deliver next, counted as in flight; None if nothing may start now."""
+        """What to deliver next, counted as in flight; None if nothing may start now."""
         lanes = sorted(Lane)
         if self._floor_debt > 0:
             # The floor: lower lanes go first once they are owed a share.
@@ -253,24 +299,35 @@ class DeliveryQueue:
         for lane in lanes:
             picked = self._pick(lane, now)
             if picked is not None:
-                self._account(lane, picked.chunk.target.nbytes)
+                self._account(lane, picked.nbytes)
                 return picked
         return None
 
-    def finished(self, job: Delivery, failure: ChunkFailure | None, detail: str = "") -> bool:
-        """A delivery ended. True if there is something new to report of its grant."""
-        nbytes = job.chunk.target.nbytes
-        peer, grant = job._owner, job._grant
+    def finished(
+        self,
+        job: Delivery,
+        indices: Sequence[int],
+        failures: Mapping[int, ChunkFailure] = NONE_FAILED,
+        detail: str = "",
+    ) -> bool:
+        """Some chunks of a delivery ended, each once: `indices` into it, and why those that did
+        not land failed, by index. True if there is something new to report of its grant."""
+        granted, peer, grant = job.granted, job._owner, job._grant
+        if len(indices) == len(granted):
+            nbytes = job.nbytes
+        else:
+            nbytes = sum(granted.targets.sizes[index] for index in indices)
         peer.inflight_bytes -= nbytes
         self.inflight_bytes -= nbytes
         self._owe(peer.principal, nbytes)
-        grant.inflight -= 1
-        if failure is not None:
+        grant.inflight -= len(indices)
+        for index, failure in failures.items():
             self.failures[failure] += 1
-            grant.failures.append((job.chunk.tag, failure))
-            peer.unread_failures += 1
+            grant.failures.append((granted.tags[index], failure))
+        if failures:
+            peer.unread_failures += len(failures)
             grant.detail = grant.detail or detail
-        if peer.closed or (failure is None and not grant.done):
+        if peer.closed or (not failures and not grant.done):
             return False
         peer.reports[grant.grant.grant_id] = grant
         return True
@@ -319,45 +376,72 @@ class DeliveryQueue:
         for _ in range(len(principals)):
             principal = next(iter(principals))
             principals.move_to_end(principal)
-            picked = self._pick_of(principals[principal], lane)
+            picked = self._pick_of(principals[principal], lane, alone=len(principals) == 1)
             if picked is not None:
                 return picked
         return None
 
-    def _pick_of(self, ring: deque[_Peer], lane: Lane) -> Delivery | None:
-        """The next chunk of one principal, if one of its attachments may have one."""
+    def _pick_of(self, ring: deque[_Peer], lane: Lane, *, alone: bool) -> Delivery | None:
+        """The next chunks of one principal, if one of its attachments may have some."""
         for _ in range(len(ring)):
             peer = ring[0]
             ring.rotate(-1)
-            grants = peer.rings[lane]
-            chunk = grants[0].waiting[0]
-            if not self._may_start(peer, chunk.target.nbytes):
-                continue
+            leases = peer.rings[lane]
+            lease_id, grants = next(iter(leases.items()))
             grant = grants[0]
-            grants.rotate(-1)
-            grant.waiting.popleft()
+            alone = alone and len(ring) == 1 and len(leases) == 1
+            most_bytes = self._batch_bytes if alone else self._turn_bytes
+            count, nbytes = self._startable(peer, grant, most_bytes)
+            if not count:
+                continue
+            leases.move_to_end(lease_id)
+            given = grant.grant
+            granted = grant.take(count)
             if not grant.waiting:
                 self._unring(peer, grant)
-            nbytes = chunk.target.nbytes
             peer.queued_bytes -= nbytes
-            peer.queued_chunks -= 1
+            peer.queued_chunks -= count
             self.queued_bytes -= nbytes
-            grant.inflight += 1
+            grant.inflight += count
             peer.inflight_bytes += nbytes
             self.inflight_bytes += nbytes
-            given = grant.grant
             return Delivery(
-                peer.name, given.lease_id, given.window, lane, given.deadline_at, chunk, peer, grant
+                peer.name,
+                given.lease_id,
+                given.window,
+                lane,
+                given.deadline_at,
+                granted,
+                nbytes,
+                peer,
+                grant,
             )
         return None
 
-    def _may_start(self, peer: _Peer, nbytes: int) -> bool:
+    def _startable(self, peer: _Peer, grant: _OpenGrant, most_bytes: int) -> tuple[int, int]:
+        """(chunks, bytes) of a grant that may start now: (0, 0) if not even one."""
+        granted, first = grant.grant.granted, grant.taken
+        assert granted is not None
+        sizes, tags = granted.targets.sizes, granted.tags
         free = self._limit - self.inflight_bytes
-        if nbytes > free:
-            return self.inflight_bytes == 0
         # Dynamic threshold: nobody may hold more than what is left for all others.
-        share = min(self._peer_limit, free)
-        return peer.inflight_bytes == 0 or peer.inflight_bytes + nbytes <= share
+        share = min(self._peer_limit, free) - peer.inflight_bytes
+        nbytes = sizes[first]
+        if nbytes > free:
+            may_start = self.inflight_bytes == 0
+        else:
+            may_start = peer.inflight_bytes == 0 or nbytes <= share
+        if not may_start:
+            return 0, 0
+        most_bytes = min(most_bytes, share)
+        count, last = 1, min(len(tags), first + BATCH_WRITES_MAX)
+        for index in range(first + 1, last):
+            size = sizes[index]
+            if nbytes + size > most_bytes or tags[index] != tags[index - 1] + 1:
+                break
+            nbytes += size
+            count += 1
+        return count, nbytes
 
     def _account(self, lane: Lane, nbytes: int) -> None:
         if lane >= Lane.SAVE:
@@ -373,24 +457,28 @@ class DeliveryQueue:
     def _fail_waiting(
         self, peer: _Peer, grant: _OpenGrant, failure: ChunkFailure, detail: str
     ) -> None:
-        nbytes = sum(chunk.target.nbytes for chunk in grant.waiting)
-        grant.failures.extend((chunk.tag, failure) for chunk in grant.waiting)
         if grant.waiting:
-            self.failures[failure] += len(grant.waiting)
+            dropped = grant.take(grant.waiting)
+            nbytes = dropped.targets.nbytes
+            grant.failures.extend((tag, failure) for tag in dropped.tags)
+            self.failures[failure] += len(dropped)
             grant.detail = grant.detail or detail
-            peer.queued_chunks -= len(grant.waiting)
-            peer.unread_failures += len(grant.waiting)
+            peer.queued_chunks -= len(dropped)
+            peer.unread_failures += len(dropped)
             peer.queued_bytes -= nbytes
             self.queued_bytes -= nbytes
             self._owe(peer.principal, nbytes)
-            grant.waiting.clear()
             self._unring(peer, grant)
         if grant.failures or grant.done:
             peer.reports[grant.grant.grant_id] = grant
 
     def _unring(self, peer: _Peer, grant: _OpenGrant) -> None:
-        lane = grant.grant.lane
-        peer.rings[lane].remove(grant)
+        lane, lease_id = grant.grant.lane, grant.grant.lease_id
+        grants = peer.rings[lane][lease_id]
+        grants.remove(grant)
+        if grants:
+            return
+        del peer.rings[lane][lease_id]
         if peer.rings[lane]:
             return
         ring = self._rings[lane][peer.principal]

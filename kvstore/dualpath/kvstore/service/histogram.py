@@ -18,10 +18,10 @@ class Histogram:
         self._counts = [0] * (len(BOUNDS_S) + 1)
         self._sum_s = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Add an observation."""
-        self._counts[bisect.bisect_left(BOUNDS_S, seconds)] += 1
-        self._sum_s += seconds
+    def observe(self, seconds: float, count: int = 1) -> None:
+        """Add `count` observations of the same duration."""
+        self._counts[bisect.bisect_left(BOUNDS_S, seconds)] += count
+        self._sum_s += seconds * count
 
     def snapshot(self) -> Buckets:
         """See Buckets."""

@@ -15,7 +15,7 @@ from dualpath.kvstore.service.delivery_queue import (
     GRANT_CHUNKS_MAX,
     ChunkFailure,
     Grant,
-    GrantedChunk,
+    GrantedChunks,
     Progress,
 )
 from dualpath.kvstore.service.incoming import ReservedBlock
@@ -35,12 +35,13 @@ from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.region import RegionDescriptor
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
 
 CHECKSUMS_MAX = 400_000
 """Most checksums of one answer: 3.2 MB, below the limit on messages."""
 DELEGATES_MAX = 64
 GRANT_DEADLINE_S_MAX = 600.0
+INDEX_LIMIT = 1 << 31
 PIECES_MAX = 2 * LAYERS_MAX
 """Most contiguous pieces of one chunk: one a layer suffices, K and V apart make two."""
 _MISS: Mapping[MissReason, store_pb2.MissReason.ValueType] = {
@@ -217,39 +218,45 @@ def grant_of(message: common_pb2.ChunkGrant, lease_id: int, *, now: float) -> Gr
             "are valid"
         ) from None
     window = RegionDescriptor.from_bytes(message.window)
-    chunks = [
-        GrantedChunk(block, chunk, tag, _target(target, window, base, skip, nbytes))
-        for block, chunk, tag, base, skip, nbytes in zip(
-            message.block,
-            message.chunk,
-            message.tag,
-            target.base_bytes,
-            target.skip_bytes,
-            target.nbytes,
-            strict=True,
+    if max(*message.block, *message.chunk) >= INDEX_LIMIT:
+        raise InvalidRequest(
+            f"grant {message.grant_id}: block or chunk {max(*message.block, *message.chunk)} is no "
+            "index"
         )
-    ]
+    granted = GrantedChunks(
+        list(message.block), list(message.chunk), list(message.tag), _targets(target, window)
+    )
     deadline_at = now + message.deadline_ms / 1000
-    return Grant(message.grant_id, lease_id, window, lane, deadline_at, chunks)
+    return Grant(message.grant_id, lease_id, window, lane, deadline_at, granted)
 
 
-def _target(
-    table: common_pb2.SliceTable, window: RegionDescriptor, base: int, skip: int, nbytes: int
-) -> Slices:
-    if not 1 <= nbytes <= CHUNK_BYTES_MAX:
-        raise InvalidRequest(f"target.nbytes: {nbytes}; 1..{CHUNK_BYTES_MAX} are valid")
-    if table.stride_bytes != table.length_bytes and nbytes > table.length_bytes * PIECES_MAX:
+def _targets(message: common_pb2.SliceTable, window: RegionDescriptor) -> SliceTable:
+    sizes = list(message.nbytes)
+    least, most = min(sizes), max(sizes)
+    if least < 1 or most > CHUNK_BYTES_MAX:
         raise InvalidRequest(
-            f"target: {nbytes} bytes in pieces of {table.length_bytes}; {PIECES_MAX} pieces a "
-            "chunk at most"
+            f"target.nbytes: {least if least < 1 else most}; 1..{CHUNK_BYTES_MAX} are valid"
         )
-    slices = Slices(base, table.stride_bytes, table.count, table.length_bytes, skip, nbytes)
-    if slices.start < window.offset or slices.end > window.offset + window.nbytes:
+    length = message.length_bytes
+    if message.stride_bytes != length and most > length * PIECES_MAX:
         raise InvalidRequest(
-            f"target: bytes [{slices.start}, {slices.end}) are outside of the window "
+            f"target: {most} bytes in pieces of {length}; {PIECES_MAX} pieces a chunk at most"
+        )
+    table = SliceTable(
+        message.stride_bytes,
+        message.count,
+        length,
+        list(message.base_bytes),
+        list(message.skip_bytes),
+        sizes,
+    )
+    start, end = table.span()
+    if start < window.offset or end > window.offset + window.nbytes:
+        raise InvalidRequest(
+            f"target: bytes [{start}, {end}) are outside of the window "
             f"[{window.offset}, {window.offset + window.nbytes})"
         )
-    return slices
+    return table
 
 
 def progress_message(progress: Progress, queue_bytes: int) -> common_pb2.GrantProgress:
