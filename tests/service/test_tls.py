@@ -369,7 +369,7 @@ def test_sighup_reads_the_keys_again(in_lab: Any, authority: Authority) -> None:
 
         async def read() -> bool:
             await asyncio.sleep(0)
-            return reload.reloads > before
+            return bool(reload.reloads > before)
 
         await lab.until(read, "the files are read again")
 

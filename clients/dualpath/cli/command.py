@@ -67,6 +67,14 @@ BUILT_IN = (
     CommandSource("get", "bring a stored file back", "dualpath.cli.get"),
     CommandSource("lookup", "show how much of a prefix is stored", "dualpath.cli.lookup"),
     CommandSource("stat", "show the counters of a daemon or an agent", "dualpath.cli.stat"),
+    CommandSource("top", "watch what daemons do", "dualpath.cli.top"),
+    CommandSource("events", "follow which blocks come and go", "dualpath.cli.events"),
+    CommandSource(
+        "invalidate", "remove blocks by namespace, prefix or writer", "dualpath.cli.invalidate"
+    ),
+    CommandSource(
+        "drain", "let a daemon finish what runs, and take nothing new", "dualpath.cli.drain"
+    ),
     CommandSource("doctor", "show what this machine offers", "dualpath.cli.doctor"),
 )
 
