@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import struct
@@ -15,6 +16,8 @@ import lmdb
 import pytest
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
+from dualpath.kvstore.directory_format import ASIDE_MAX, STORE_FORMAT, read_clean, read_meta
+from dualpath.kvstore.index_sums import SUMS_KEY
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import SealStatus
 from dualpath.transfer.errors import Corrupt, DualPathError, InvalidRequest
@@ -50,12 +53,19 @@ def served(path: Path, namespace: Namespace, content: Content) -> int:
     return len(found)
 
 
-def change_records(path: Path, change: Callable[[bytes, bytes], bytes | None]) -> None:
+def change_records(
+    path: Path, change: Callable[[bytes, bytes], bytes | None], *, keep_sums: bool = False
+) -> None:
+    """Change records; unless `keep_sums`, as in an index of format 1, which has no sums."""
     with (
         lmdb.open(str(path / "index"), map_size=64 << 20, lock=False) as env,
         env.begin(write=True) as txn,
     ):
+        if not keep_sums:
+            txn.delete(SUMS_KEY)
         for key, value in list(txn.cursor()):
+            if key == SUMS_KEY:
+                continue
             new = change(key, value)
             if new is None:
                 txn.delete(key)
@@ -70,12 +80,15 @@ def test_an_untouched_store_serves_everything(
 
 
 def test_a_newer_format_is_refused_by_name(data: Path) -> None:
-    meta = json.loads((data / "META").read_text())
+    good = (data / "META").read_text()
+    meta = json.loads(good)
     (data / "META").write_text(json.dumps(meta | {"format": 7}))
-    with pytest.raises(InvalidRequest, match=r"format 7.*reads up to 1.*upgrade") as refused:
+    with pytest.raises(
+        InvalidRequest, match=rf"format 7.*reads up to {STORE_FORMAT}.*upgrade"
+    ) as refused:
         BlockStore.open(data, CONFIG)
     assert refused.value.reason == "newer_format"
-    (data / "META").write_text(json.dumps(meta))
+    (data / "META").write_text(good)
     BlockStore.open(data, CONFIG).close()
 
 
@@ -137,6 +150,62 @@ def test_random_damage_of_the_index_file_never_serves_a_wrong_block(
     served(data, namespace, content)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "lost", "doubled"])
+def test_records_that_do_not_add_up_bring_the_headers_in(
+    data: Path, namespace: Namespace, content: Content, damage: str
+) -> None:
+    before = b""
+
+    def change(key: bytes, value: bytes) -> bytes | None:
+        nonlocal before
+        before, last = value, before
+        if not key.endswith(HASHES[3]):
+            return value
+        return {"flipped": value[:60] + b"?" + value[61:], "lost": None, "doubled": last}[damage]
+
+    change_records(data, change, keep_sums=True)
+    with BlockStore.open(data, CONFIG) as store:
+        assert store.recovered.rebuilt
+        assert store.recovered.blocks == BLOCKS
+    assert served(data, namespace, content) == BLOCKS
+
+
+def test_a_flipped_byte_in_an_index_that_was_closed_cleanly_is_noticed(
+    data: Path, namespace: Namespace, content: Content
+) -> None:
+    file = data / "index" / "data.mdb"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1  # in the last page, behind everything
+    times = file.stat()
+    file.write_bytes(raw)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with BlockStore.open(data, CONFIG) as store:
+        assert not store.recovered.from_snapshot
+    assert served(data, namespace, content) == BLOCKS
+
+
+@pytest.mark.parametrize("name", ["META", "CLEAN"])
+def test_any_flipped_byte_of_the_small_files_is_noticed(data: Path, name: str) -> None:
+    good = (data / name).read_bytes()
+    read = {"META": read_meta, "CLEAN": read_clean}[name]
+    read(data)
+    for at in range(len(good)):
+        for bit in (0x01, 0x20, 0x80):
+            (data / name).write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
+            with pytest.raises((Corrupt, InvalidRequest)):
+                read(data)
+    (data / name).write_bytes(good)
+    read(data)
+
+
+def test_what_recoveries_put_aside_is_bounded(data: Path) -> None:
+    for _ in range(ASIDE_MAX + 3):
+        (data / "index" / "data.mdb").write_bytes(b"noise" * 10_000)
+        BlockStore.open(data, CONFIG).close()
+    kept = sorted(path.name for path in (data / "damaged").iterdir())
+    assert kept == [f"index.{number}" for number in range(4, 4 + ASIDE_MAX)]
+
+
 def test_a_lost_index_is_rebuilt_from_the_headers(
     data: Path, namespace: Namespace, content: Content
 ) -> None:
@@ -154,7 +223,7 @@ def test_an_index_of_noise_is_set_aside_and_rebuilt(
         (data / "index" / "data.mdb").write_bytes(random.Random(1).randbytes(1 << 16))
         with BlockStore.open(data, CONFIG) as store:
             assert store.recovered.rebuilt
-        assert (data / "index.damaged").is_dir()
+        assert (data / "damaged" / "index.1").is_dir()
         assert served(data, namespace, content) == BLOCKS
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 from dualpath.kvstore.block_store import BlockStore
-from dualpath.kvstore.data_directory import STORE_FORMAT
+from dualpath.kvstore.directory_format import STORE_FORMAT
 
 FORMATS = Path(__file__).parent / "formats"
 ARCHIVES = sorted(path.name for path in FORMATS.glob("format-*.tar.xz"))

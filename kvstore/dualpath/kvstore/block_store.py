@@ -29,7 +29,7 @@ from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.chunk_batch import ChunkBatch
 from dualpath.kvstore.chunk_check import ChunkCheck
 from dualpath.kvstore.chunk_fetcher import ChunkFetcher
-from dualpath.kvstore.clean_close import leave_clean
+from dualpath.kvstore.clean_close import leave_snapshot
 from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device
@@ -330,11 +330,14 @@ class BlockStore:
                 # The thread still writes: leave everything to it and to the next recovery.
                 _log.error("the SSD tier did not finish in time; the shutdown is not clean")
                 return
-            last_txn, settled = self._index.last_txn, self._committer.settled
             with self._scrubbing:
+                crc = leave_snapshot(self._directory, self._state, self._index, self._committer)
                 self._index.close()
                 self._state.ssd.close()
-            leave_clean(self._directory, self._state, last_txn, settled=settled)
+            try:
+                self._directory.mark_clean(crc)
+            except OSError as error:
+                _log.warning("the shutdown could not be marked clean: %s", error)
             self._directory.close()
             if not self._state.dram.close():
                 _log.warning("views of the arena are still held; it is unmapped with the last one")
@@ -400,6 +403,7 @@ def _open(
     try:
         recovered = recovery.load(recovery.read(), ssd, residency)
         directory.remove_namespaces(catalog.forget_excess())
+        directory.bring_up_to_date()
     except BaseException:
         recovery.close()
         dram.close()

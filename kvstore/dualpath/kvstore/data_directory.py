@@ -8,29 +8,34 @@
     index.snapshot what the index held at the clean shutdown (index_snapshot.py)
     segments/      segment files (ssd_tier.py)
 
-Everything here is written whole, synced and renamed into place.
+The formats of the small files are in directory_format.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
+from dualpath.kvstore import directory_format
+from dualpath.kvstore.directory_format import (
+    ASIDE_MAX,
+    STORE_FORMAT,
+    CleanStamp,
+    Meta,
+    namespace_text,
+    stamp_index,
+    write_durably,
+)
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME
-from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import sync_directory
 from dualpath.transfer.errors import Corrupt, InvalidRequest, Unavailable
 
-STORE_FORMAT = 1
-_PRODUCT = "dualpath-store"
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +52,8 @@ class DataDirectory:
             ) from error
         self._lock = _locked(self.path)
         try:
-            self.store_id = self._check_meta()
+            meta = self._check_meta()
+            self.store_id, self._version = meta.store_id, meta.version
             self._make_folders()
             self.snapshot_crc: int | None = None
             """Which snapshot the clean shutdown left, if any."""
@@ -85,24 +91,17 @@ class DataDirectory:
         found = []
         for path in sorted((self.path / "namespaces").glob("*.json")):
             try:
-                fields = json.loads(path.read_bytes())
-                fields["layout"] = KVLayout(**fields["layout"])
-                namespace = Namespace(**fields)
-            except (ValueError, TypeError, KeyError, InvalidRequest) as error:
-                _log.warning("namespace file %s is damaged and ignored: %s", path, error)
-                continue
-            if namespace.id.hex() != path.stem:
-                _log.warning("namespace file %s does not hash to its name; ignored", path)
-                continue
-            found.append(namespace)
+                found.append(directory_format.read_namespace(path))
+            except Corrupt as error:
+                _log.warning("%s; it is ignored", error)
         return found
 
     def save_namespace(self, namespace: Namespace) -> None:
         """Make a namespace durable. Idempotent. Raises OSError."""
         path = self.path / "namespaces" / f"{namespace.id.hex()}.json"
-        text = json.dumps(asdict(namespace), sort_keys=True, separators=(",", ":"))
-        if not path.exists() or path.read_text(errors="replace") != text:
-            _write_durably(path, text)
+        content = namespace_text(namespace)
+        if not path.exists() or path.read_bytes() != content:
+            write_durably(path, content)
 
     def remove_namespaces(self, namespace_ids: Iterable[bytes]) -> None:
         """Forget namespaces that hold nothing; they become durable again with their next seal."""
@@ -111,92 +110,74 @@ class DataDirectory:
 
     def set_index_aside(self) -> None:
         """Keep a damaged index for a look later; start an empty one."""
-        aside = self.path / "index.damaged"
-        if aside.exists():
-            for file in aside.iterdir():
-                file.unlink()
-            aside.rmdir()
-        self.index_path.rename(aside)
-        self.index_path.mkdir()
+        directory_format.set_aside(self.path, self.index_path, keep=ASIDE_MAX)
+        self.index_path.mkdir(mode=0o700)
         sync_directory(self.path)
 
     def mark_clean(self, snapshot_crc: int | None = None) -> None:
         """Record a clean shutdown, with what the index file looks like and which snapshot, if
         any, belongs to it."""
-        stamp = {"index": self._index_stamp(), "snapshot_crc": snapshot_crc}
-        _write_durably(self.path / "CLEAN", json.dumps(stamp))
+        directory_format.write_clean(self.path, CleanStamp(stamp_index(self.path), snapshot_crc))
+
+    def bring_up_to_date(self) -> None:
+        """The store has taken in everything of an older format: name the present one."""
+        if self._version == STORE_FORMAT:
+            return
+        try:
+            directory_format.write_meta(self.path, Meta(STORE_FORMAT, self.store_id))
+        except OSError as error:
+            _log.warning("%s stays in format %d: %s", self.path, self._version, error)
+            return
+        _log.warning(
+            "%s has format %d now, not %d: older versions refuse it",
+            self.path,
+            STORE_FORMAT,
+            self._version,
+        )
+        self._version = STORE_FORMAT
 
     def close(self) -> None:
         """Release the lock."""
         os.close(self._lock)
 
-    def _index_stamp(self) -> dict[str, int]:
-        try:
-            stat = (self.index_path / "data.mdb").stat()
-        except FileNotFoundError:
-            return {}
-        return {"index_bytes": stat.st_size, "index_mtime_ns": stat.st_mtime_ns}
-
     def _take_clean(self) -> bool:
-        """Read and remove the clean flag; true only if the index is as it was left."""
+        """Read and remove the clean flag; true only if the index is, byte for byte, as it was
+        left."""
         path = self.path / "CLEAN"
+        if not path.exists():
+            return not (self.index_path / "data.mdb").exists()
         try:
-            stamp = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return not self._index_stamp()
-        except (OSError, ValueError):
+            stamp = directory_format.read_clean(self.path)
+        except Corrupt as error:
+            _log.warning("%s; the index is read instead", error)
             stamp = None
-        path.unlink(missing_ok=True)
+        path.unlink()
         sync_directory(self.path)
-        if not isinstance(stamp, dict):
+        if stamp is None or stamp.index != stamp_index(self.path):
             return False
-        # Without a snapshot the stamp lay bare.
-        if stamp.get("index", stamp) != self._index_stamp():
-            return False
-        crc = stamp.get("snapshot_crc")
-        self.snapshot_crc = crc if isinstance(crc, int) else None
+        self.snapshot_crc = stamp.snapshot_crc
         return True
 
-    def _check_meta(self) -> str:
-        path = self.path / "META"
-        return read_store_id(self.path) if path.exists() else self._create_meta(path)
+    def _check_meta(self) -> Meta:
+        exists = (self.path / "META").exists()
+        return directory_format.read_meta(self.path) if exists else self._create_meta()
 
-    def _create_meta(self, path: Path) -> str:
+    def _create_meta(self) -> Meta:
         others = sorted(p.name for p in self.path.iterdir() if p.name not in ("LOCK", "META.new"))
         if others:
             raise InvalidRequest(
                 f"{self.path} has no META but holds {', '.join(others[:5])}; choose an empty "
                 "directory, or restore META"
             )
-        store_id = uuid.uuid4().hex
-        meta = {"product": _PRODUCT, "format": STORE_FORMAT, "id": store_id}
-        _write_durably(path, json.dumps(meta))
-        return store_id
+        meta = Meta(STORE_FORMAT, uuid.uuid4().hex)
+        directory_format.write_meta(self.path, meta)
+        return meta
 
 
 def read_store_id(path: Path) -> str:
     """The id in the META of a data directory; also of one that another process uses. Raises
     Corrupt, or InvalidRequest for a newer format."""
-    meta_path = path / "META"
-    try:
-        meta = json.loads(meta_path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise Corrupt(
-            f"{meta_path} cannot be read ({error}); restore it, or move the directory away and "
-            "start with an empty one"
-        ) from error
-    if not isinstance(meta, dict) or meta.get("product") != _PRODUCT:
-        raise Corrupt(f"{meta_path} is not that of a dualpath store; choose another directory")
-    version = meta.get("format")
-    if not isinstance(version, int) or version < 1:
-        raise Corrupt(f"{meta_path} names format {version!r}; restore it from a backup")
-    if version > STORE_FORMAT:
-        raise InvalidRequest(
-            f"data directory {path} has format {version}, this version reads up to "
-            f"{STORE_FORMAT}; upgrade dualpath or use another directory",
-            reason="newer_format",
-        )
-    return str(meta.get("id", ""))
+    return directory_format.read_meta(path).store_id
 
 
 def _locked(path: Path) -> int:
@@ -216,13 +197,3 @@ def _locked(path: Path) -> int:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
-
-
-def _write_durably(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-    sync_directory(path.parent)

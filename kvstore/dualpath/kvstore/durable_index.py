@@ -3,8 +3,10 @@
 Key: namespace id (16 bytes), then hash. Value: `BlockRecord.to_bytes`. Private to the process
 that holds the data directory's lock. Read once at opening; written by one thread. `apply` is one
 transaction: after it has returned its changes survive power loss, before that none of them is
-visible. After an unclean stop `Probe` tries it in a child process first, because a damaged map
-can kill its reader.
+visible. The sums of all records (index_sums.py) change with each transaction and are checked
+whenever all records are read; an index that has none yet gets them then. After an error the
+environment is opened anew, because LMDB refuses everything after some. After an unclean stop
+`Probe` tries it in a child process first, because a damaged map can kill its reader.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lmdb
+from dualpath.kvstore.index_sums import SUMS_KEY, IndexSums, is_record_key
 from dualpath.kvstore.psync_device import sync_directory
 from dualpath.kvstore.record import BlockRecord
 from dualpath.transfer.errors import Corrupt
@@ -49,23 +52,56 @@ class DurableIndex:
         size = data.stat().st_size if data.exists() else 0
         self._map_bytes = max(_MAP_BYTES_MIN, 2 * size)
         self._turn = threading.Lock()
+        self._path = path
         try:
-            self._env = lmdb.open(
-                str(path), map_size=self._map_bytes, lock=False, max_dbs=0, mode=0o600
-            )
+            self._env = self._open()
         except lmdb.Error as error:
+            raise Corrupt(f"the index {path} cannot be opened: {error}") from error
+        try:
+            self._sums = self._read_sums()
+        except (lmdb.Error, Corrupt) as error:
+            self._env.close()
             raise Corrupt(f"the index {path} cannot be opened: {error}") from error
         if not size:
             # LMDB syncs the content of its file, but not its name.
             sync_directory(path)
 
+    def _open(self) -> lmdb.Environment:
+        return lmdb.open(
+            str(self._path), map_size=self._map_bytes, lock=False, max_dbs=0, mode=0o600
+        )
+
+    def _read_sums(self) -> IndexSums | None:
+        """None if the index is not empty and has none: an older format's. Raises Corrupt."""
+        with self._env.begin() as txn:
+            value = txn.get(SUMS_KEY)
+            if value is None:
+                return None if txn.stat()["entries"] else IndexSums()
+        sums = IndexSums.from_bytes(value)
+        if sums is None:
+            raise Corrupt("its sums are damaged")
+        return sums
+
     def records(self) -> Iterator[tuple[bytes, bytes]]:
-        """All (key, value). Raises Corrupt."""
+        """All (key, value). Raises Corrupt, at the end also if these are not all."""
+        found = IndexSums()
         try:
             with self._env.begin(buffers=False) as txn:
-                yield from txn.cursor()
+                for key, value in txn.cursor():
+                    if is_record_key(key):
+                        found.add(value)
+                        yield key, value
         except lmdb.Error as error:
             raise Corrupt(f"the index cannot be read: {error}") from error
+        if self._sums is None:
+            self._sums = found
+            with contextlib.suppress(IndexFailure):  # the next transaction brings them along
+                self.apply([], [])
+        elif self._sums != found:
+            raise Corrupt(
+                f"the index holds {found.records} records, not the {self._sums.records} that were "
+                "committed"
+            )
 
     def page(self, start: bytes, most: int) -> list[tuple[bytes, bytes]]:
         """At most `most` (key, value) from key `start` on, in order; beside the thread that writes.
@@ -76,7 +112,8 @@ class DurableIndex:
             with self._turn, self._env.begin() as txn, txn.cursor() as cursor:
                 if cursor.set_range(start):
                     for key, value in cursor:
-                        found.append((key, value))
+                        if is_record_key(key):
+                            found.append((key, value))
                         if len(found) == most:
                             break
         except lmdb.Error as error:
@@ -103,6 +140,7 @@ class DurableIndex:
                 with self._turn:
                     self._env.set_mapsize(self._map_bytes)
             except lmdb.Error as error:
+                self._reopen()
                 raise IndexFailure(f"the index refused a transaction: {error}") from error
             else:
                 return
@@ -110,13 +148,31 @@ class DurableIndex:
     def _apply(
         self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
     ) -> None:
+        sums = None if self._sums is None else self._sums.copy()
         with self._turn, self._env.begin(write=True) as txn:
             for key, generation in deletes:
                 value = txn.get(key)
                 if value is not None and _goes(value, generation):
                     txn.delete(key)
+                    if sums is not None:
+                        sums.remove(value)
             for key, value in puts:
-                txn.put(key, value)
+                before = txn.replace(key, value)
+                if sums is not None:
+                    sums.add(value)
+                    if before is not None:
+                        sums.remove(before)
+            if sums is not None:
+                txn.put(SUMS_KEY, sums.to_bytes())
+        self._sums = sums
+
+    def _reopen(self) -> None:
+        """Begin anew after an error: what was committed is there, the rest is not. If even that
+        fails, the next transaction fails too, and tries again."""
+        with self._turn, contextlib.suppress(lmdb.Error, Corrupt):
+            self._env.close()
+            self._env = self._open()
+            self._sums = self._read_sums() or self._sums
 
     def close(self) -> None:
         """Close the environment."""

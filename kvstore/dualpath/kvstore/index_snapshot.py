@@ -158,12 +158,19 @@ def read_snapshot(path: Path, header_crc: int, state: SnapshotState) -> IndexSna
 
 
 def check_snapshot(path: Path, header_crc: int | None = None) -> int:
-    """Verify every checksum of a snapshot; return how many blocks it has. For a check of files
-    that belong to nobody. Raises Corrupt, OSError."""
+    """Verify every byte of a snapshot; return how many blocks it has. For a check of files that
+    nobody uses; with `header_crc` it must be that one. Raises Corrupt, OSError."""
     with path.open("rb") as file:
         header = _read_header(file, path, header_crc)
+        end = file.tell()
         for entry in header.get("columns", ()):
+            file.seek(end)
+            if any(file.read(max(0, entry[3] - end))):
+                raise Corrupt(f"{path}: bytes between the columns are not zero")
             _read_column(file, path, entry)
+            end = entry[3] + entry[4]
+        if file.seek(0, os.SEEK_END) > end:
+            raise Corrupt(f"{path} is longer than its columns")
     return int(header.get("blocks", 0))
 
 

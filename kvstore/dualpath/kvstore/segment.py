@@ -29,6 +29,8 @@ RUN_PAGES_MAX = 256
 _SUPERBLOCK = struct.Struct("<8sIIII")
 _MAGIC = b"dpsegmt\0"
 _CRC = struct.Struct("<I")
+SUPERBLOCK_BYTES = _SUPERBLOCK.size + _CRC.size
+"""What follows in its page is zero."""
 
 assert ALIGN_BYTES % HEADER_BYTES == 0
 
@@ -105,6 +107,17 @@ def read_superblock(file: DeviceFile, segment: int, name: str) -> SegmentGeometr
         raise Corrupt(f"segment {name} has only {file.nbytes} bytes")
     page = page_buffer()
     file.read(0, [page])
+    geometry = decode_superblock(page, segment, name)
+    if geometry.file_bytes > file.nbytes:
+        raise Corrupt(
+            f"segment {name} was truncated: {file.nbytes} of {geometry.file_bytes} bytes are left"
+        )
+    return geometry
+
+
+def decode_superblock(page: memoryview, segment: int, name: str) -> SegmentGeometry:
+    """What the first page of a segment says. Raises Corrupt, or InvalidRequest for a newer
+    format."""
     body = bytes(page[: _SUPERBLOCK.size])
     (crc,) = _CRC.unpack_from(page, _SUPERBLOCK.size)
     magic, version, number, slot_bytes, slots = _SUPERBLOCK.unpack(body)
@@ -119,10 +132,6 @@ def read_superblock(file: DeviceFile, segment: int, name: str) -> SegmentGeometr
     geometry = SegmentGeometry(slot_bytes, slots)
     if number != segment or slots < 1 or slot_bytes % ALIGN_BYTES or slot_bytes < ALIGN_BYTES:
         raise Corrupt(f"segment {name}: the superblock names segment {number}, {geometry}")
-    if geometry.file_bytes > file.nbytes:
-        raise Corrupt(
-            f"segment {name} was truncated: {file.nbytes} of {geometry.file_bytes} bytes are left"
-        )
     return geometry
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
-from dualpath.kvstore.data_directory import STORE_FORMAT
+from dualpath.kvstore.directory_format import STORE_FORMAT
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus

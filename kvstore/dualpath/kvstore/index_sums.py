@@ -1,0 +1,67 @@
+"""What the durable index must hold, in two numbers: how many records, and the sum of their hashes.
+
+LMDB checksums nothing. A record has its own CRC, but a damaged page can hide records without a
+trace, or bring old ones back. The sums lie in the index itself and change with each transaction,
+so whoever walks all records knows whether these are all, and the right ones. Pure.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import xxhash
+from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
+from dualpath.kvstore.store_api import HASH_BYTES_MIN
+
+SUMS_KEY = b"sums"
+"""Shorter than the key of any record."""
+
+_SUMS = struct.Struct("<4sQQ")
+_CRC = struct.Struct("<I")
+_MAGIC = b"dps1"
+
+assert len(SUMS_KEY) < NAMESPACE_ID_BYTES + HASH_BYTES_MIN
+
+
+def is_record_key(key: bytes) -> bool:
+    """Whether an entry of the index is a record of a block."""
+    return len(key) >= NAMESPACE_ID_BYTES + HASH_BYTES_MIN
+
+
+@dataclass(slots=True)
+class IndexSums:
+    """`total` is the sum of the xxh3-64 of all records, modulo 2**64: the order does not matter,
+    and a record that is there twice shows."""
+
+    records: int = 0
+    total: int = 0
+
+    def add(self, value: bytes) -> None:
+        """A record came."""
+        self.records += 1
+        self.total = self.total + xxhash.xxh3_64_intdigest(value) & 0xFFFF_FFFF_FFFF_FFFF
+
+    def remove(self, value: bytes) -> None:
+        """A record left."""
+        self.records -= 1
+        self.total = self.total - xxhash.xxh3_64_intdigest(value) & 0xFFFF_FFFF_FFFF_FFFF
+
+    def copy(self) -> IndexSums:
+        """A copy that goes its own way."""
+        return IndexSums(self.records, self.total)
+
+    def to_bytes(self) -> bytes:
+        """The entry under SUMS_KEY."""
+        body = _SUMS.pack(_MAGIC, self.records, self.total)
+        return body + _CRC.pack(zlib.crc32(body))
+
+    @staticmethod
+    def from_bytes(data: bytes) -> IndexSums | None:
+        """Inverse; None if it is damaged."""
+        if len(data) != _SUMS.size + _CRC.size:
+            return None
+        body, (crc,) = data[: _SUMS.size], _CRC.unpack_from(data, _SUMS.size)
+        magic, records, total = _SUMS.unpack(body)
+        return IndexSums(records, total) if magic == _MAGIC and crc == zlib.crc32(body) else None
