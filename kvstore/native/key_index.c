@@ -17,6 +17,7 @@
 #define BITS_MAX 32
 #define MOVED UINT32_MAX
 #define MOVED_AT_ONCE 32
+#define AHEAD 16
 #define ROWS_MAX ((Py_ssize_t)INT32_MAX)
 
 typedef struct {
@@ -181,6 +182,20 @@ static Py_ssize_t find(const KeyIndex *self, const Key *key) {
     return slot == NULL ? -1 : (Py_ssize_t)slot->row - 1;
 }
 
+/* Have the slots of a key on their way when it is their turn: in bulk, the misses overlap. */
+static void prefetch(const KeyIndex *self, const Key *key) {
+    if (key->length <= HASH_BYTES_MAX) {
+        __builtin_prefetch(&self->now.slots[home_of(&self->now, tag_of(self, key))], 1);
+    }
+}
+
+static void prefetch_row(const KeyIndex *self, Py_ssize_t row, Py_ssize_t end) {
+    if (row < end) {
+        Key key = key_of(self, row);
+        prefetch(self, &key);
+    }
+}
+
 static int put_row(KeyIndex *self, Py_ssize_t row) {
     Key key = key_of(self, row);
     if (key.length > HASH_BYTES_MAX) {
@@ -245,7 +260,9 @@ static PyObject *key_index_put_first(KeyIndex *self, PyObject *arg) {
     if (make_room(self, count) < 0) {
         return NULL;
     }
+    move_some(self, SIZE_MAX);
     for (Py_ssize_t row = 0; row < count; row++) {
+        prefetch_row(self, row + AHEAD, count);
         if (put_row(self, row) < 0) {
             return NULL;
         }
@@ -289,6 +306,16 @@ static PyObject *key_index_get(KeyIndex *self, PyObject *args) {
     return PyLong_FromSsize_t(row);
 }
 
+static Key other_key(const int32_t *namespaces, const Py_buffer *lengths,
+                     const Py_buffer *hashes, Py_ssize_t row) {
+    Key key = {
+        namespaces[row],
+        ((const uint8_t *)lengths->buf)[row],
+        (const uint8_t *)hashes->buf + row * HASH_BYTES_MAX,
+    };
+    return key;
+}
+
 static PyObject *key_index_find_parents(KeyIndex *self, PyObject *args) {
     Py_buffer hashes, lengths, out;
     if (!PyArg_ParseTuple(args, "y*y*w*", &hashes, &lengths, &out)) {
@@ -297,14 +324,13 @@ static PyObject *key_index_find_parents(KeyIndex *self, PyObject *args) {
     Py_ssize_t count = lengths.len;
     int good = count <= self->rows && hashes.len == count * HASH_BYTES_MAX &&
                out.len == count * (Py_ssize_t)sizeof(int32_t);
+    const int32_t *namespaces = self->namespaces.buf;
     for (Py_ssize_t row = 0; good && row < count; row++) {
-        uint8_t length = ((const uint8_t *)lengths.buf)[row];
-        Key key = {
-            ((const int32_t *)self->namespaces.buf)[row],
-            length,
-            (const uint8_t *)hashes.buf + row * HASH_BYTES_MAX,
-        };
-        good = length <= HASH_BYTES_MAX;
+        Py_ssize_t next = row + AHEAD < count ? row + AHEAD : row;
+        Key ahead = other_key(namespaces, &lengths, &hashes, next);
+        prefetch(self, &ahead);
+        Key key = other_key(namespaces, &lengths, &hashes, row);
+        good = key.length <= HASH_BYTES_MAX;
         ((int32_t *)out.buf)[row] = good ? (int32_t)find(self, &key) : -1;
     }
     PyBuffer_Release(&hashes);

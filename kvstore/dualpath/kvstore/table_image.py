@@ -77,6 +77,13 @@ def columns_of(table: BlockTable, catalog: Catalog) -> tuple[tuple[bytes, ...], 
 
 def _rows_by_namespace(numbers: NDArray[np.int32]) -> list[tuple[int, NDArray[np.int64]]]:
     """(number, where it stands in `numbers`, rising) of each number that occurs, rising."""
-    order = np.argsort(numbers, kind="stable")
-    known, starts = np.unique(numbers[order], return_index=True)
-    return list(zip(known.tolist(), np.split(order, starts[1:]), strict=True)) if len(known) else []
+    counts = np.bincount(numbers) if len(numbers) else np.zeros(0, np.int64)
+    # Short numbers are sorted by their digits, without comparisons.
+    short = numbers.astype(np.uint16) if len(counts) <= 1 << 16 else numbers
+    order = np.argsort(short, kind="stable")
+    known = np.flatnonzero(counts)
+    ends = np.cumsum(counts[known])
+    return [
+        (int(number), order[end - int(counts[number]) : end])
+        for number, end in zip(known, ends, strict=True)
+    ]
