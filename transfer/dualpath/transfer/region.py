@@ -26,6 +26,8 @@ F_SEAL_SEAL = 0x0001
 F_SEAL_SHRINK = 0x0002
 F_SEAL_GROW = 0x0004
 F_SEAL_FUTURE_WRITE = 0x0010
+_MADV_POPULATE_READ = 22  # of Linux 5.14; Python 3.11 does not name them
+_MADV_POPULATE_WRITE = 23
 
 
 class Region:
@@ -128,9 +130,9 @@ class Region:
         """Have every page of a range now (0 bytes: up to the end), so that no transfer pays for it.
         `start` lies on a page. Raises OSError if memory runs out."""
         nbytes = nbytes or self.nbytes - start
-        if self._mmap is not None and hasattr(mmap, "MADV_POPULATE_WRITE"):
+        if self._mmap is not None:
             try:
-                self._mmap.madvise(mmap.MADV_POPULATE_WRITE, start, nbytes)
+                self._mmap.madvise(_MADV_POPULATE_WRITE, start, nbytes)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # which kernels before 5.14 say
                     raise
@@ -138,6 +140,13 @@ class Region:
                 return
         for offset in range(start, start + nbytes, PAGE_BYTES):
             self.view[offset] = self.view[offset]
+
+    def map_pages(self) -> None:
+        """Map all pages that are there already, for reading, so that no access faults; harmless
+        where the kernel cannot."""
+        if self._mmap is not None:
+            with contextlib.suppress(OSError):
+                self._mmap.madvise(_MADV_POPULATE_READ)
 
     def close(self) -> None:
         """Drop the mapping and the descriptor. Raises BufferError while views are held."""

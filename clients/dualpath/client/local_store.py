@@ -1,0 +1,300 @@
+"""A daemon of this machine, used without gRPC and without copies: look up, map, read.
+
+Owns one connection to the daemon's local socket and the mapping of its arena, which is read-only.
+Blocks that lie in the daemon's DRAM are read where they are; others are fetched there first. Every
+byte that `read_into` counts is the block's own: it is verified, or, with `verify=False`, the
+daemon's guard says that the memory did not change meanwhile. Thread-safe: one request at a time.
+
+    with LocalStore.connect("run/dualpath.sock.local") as store:
+        with store.map(namespace_id, hashes) as mapped:
+            first = mapped.view(0)          # a read-only memoryview, no copy
+            ...
+            assert mapped.stable()          # the lease held until here
+        store.read_into(namespace_id, hashes, target)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
+
+import numpy as np
+from dualpath.client.mapped_blocks import MappedBlocks
+from dualpath.kvstore import local_protocol as protocol
+from dualpath.kvstore.local_frames import LocalFrames
+from dualpath.kvstore.local_protocol import (
+    ANSWER,
+    Body,
+    Hello,
+    Kind,
+    LookupRequest,
+    MalformedMessage,
+    Parts,
+    Welcome,
+)
+from dualpath.kvstore.mapped_read import ReadBlocks
+from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
+from dualpath.kvstore.packed_hashes import PackedHashes
+from dualpath.kvstore.store_api import LEASE_S_MAX, PrefixHit
+from dualpath.transfer.errors import (
+    DeadlineExceeded,
+    DualPathError,
+    InvalidRequest,
+    PeerLost,
+    PermissionDenied,
+    Unavailable,
+)
+from dualpath.transfer.region import Region
+from numpy.typing import NDArray
+
+ANSWER_S = 30.0
+"""Longest wait for an answer: a fetch may have to wait for a disk."""
+LEASE_S = 30.0
+_NO_REFUSAL = DualPathError("nothing was refused")
+
+T = TypeVar("T")
+Hashes = PackedHashes | Sequence[bytes]
+
+
+class LocalStore:
+    """See the module docstring. Make it with `connect`; a context manager that closes."""
+
+    def __init__(
+        self, frames: LocalFrames, arena: Region | None, why_no_arena: str, answer_s: float
+    ) -> None:
+        self._frames = frames
+        self._arena = arena
+        self._lock = threading.Lock()
+        self._answer_s = answer_s
+        self._requests = 0
+        self._ended = ""
+        self.why_no_arena = why_no_arena
+        """Why nothing can be mapped over this connection; "" if it can."""
+
+    @classmethod
+    def connect(
+        cls, path: str, *, token: str = "", answer_s: float = ANSWER_S, prefault: bool = True
+    ) -> LocalStore:
+        """Connect to the socket of a daemon (its `unix` and `.local`).
+
+        `prefault` maps all pages now, so that no read pays for it. Raises Unavailable (nobody
+        listens), PermissionDenied (token, user), InvalidRequest (another version).
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            raise Unavailable(
+                f"no daemon listens at {path}: {error.strerror}; start one with --unix and give "
+                f"its path with {protocol.SUFFIX!r} added"
+            ) from error
+        frames = LocalFrames(sock, message_s=answer_s)
+        try:
+            arena, why_not = _greeted(frames, token, answer_s, prefault=prefault)
+        except BaseException:
+            frames.close()
+            raise
+        return cls(frames, arena, why_not, answer_s)
+
+    @property
+    def arena(self) -> Region | None:
+        """The daemon's arena, read-only; None if `why_no_arena` says why."""
+        return self._arena
+
+    def ping(self) -> None:
+        """An empty round trip."""
+        self._ask(Kind.PING, [], _nothing)
+
+    def lookup(
+        self,
+        namespace_id: bytes,
+        hashes: Hashes,
+        *,
+        lease_s: float = 0.0,
+        checksums: bool = True,
+    ) -> PrefixHit:
+        """The longest prefix that is present; see `Store.lookup`. Without `checksums` that array
+        has no columns."""
+        parts = _lookup_parts(namespace_id, hashes, lease_s, checksums)
+        return self._ask(Kind.LOOKUP, parts, protocol.hit_of)
+
+    def map(
+        self,
+        namespace_id: bytes,
+        hashes: Hashes,
+        *,
+        lease_s: float = LEASE_S,
+        checksums: bool = True,
+    ) -> MappedBlocks:
+        """Pin the prefix's copies in DRAM and read them where they lie, until they are released.
+
+        Raises Overloaded (too many bytes mapped), PermissionDenied (no arena).
+        """
+        arena = self._arena
+        if arena is None:
+            raise PermissionDenied(f"nothing can be mapped: {self.why_no_arena}", reason="rights")
+        parts = _lookup_parts(namespace_id, hashes, lease_s, checksums)
+        mapped, chunk_bytes = self._ask(Kind.MAP, parts, protocol.mapped_of)
+        return MappedBlocks(self, arena, mapped, chunk_bytes)
+
+    def read_into(
+        self,
+        namespace_id: bytes,
+        hashes: Hashes,
+        target: memoryview | bytearray,
+        *,
+        at: NDArray[np.int64] | None = None,
+        verify: bool = True,
+    ) -> ReadBlocks:
+        """Copy the prefix's blocks into `target`, block i to `at[i]` (by default one after
+        another), from DRAM or from the SSD. Returns how many leading blocks are there and right;
+        beyond them `target` may hold anything.
+        """
+        with self.map(namespace_id, hashes) as mapped:
+            return mapped.read_into(target, at=at, verify=verify)
+
+    def renew(self, lease_id: int, lease_s: float) -> None:
+        """Extend a lease from now. Raises LeaseExpired."""
+        self._ask(Kind.RENEW, protocol.renew_parts(lease_id, _milliseconds(lease_s)), _nothing)
+
+    def release(self, lease_ids: Sequence[int]) -> None:
+        """End leases. A connection that has ended has released them already."""
+        with contextlib.suppress(Unavailable):
+            self._ask(Kind.RELEASE, protocol.release_parts(lease_ids), _nothing)
+
+    def fetch(
+        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Bring chunks of leased blocks into the arena: (offset, whether it is there) of as many
+        leading ones as there was room for. They stay until `done`, the next fetch, or 10 s: verify
+        what you copy."""
+        parts = protocol.fetch_parts(lease_id, blocks, chunks)
+        return self._ask(Kind.FETCH, parts, protocol.fetched_of)
+
+    def done(self) -> None:
+        """The fetched chunks are copied."""
+        self._ask(Kind.DONE, [], _nothing)
+
+    def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
+        """A chunk did not have its checksum; whether the block was dropped."""
+        return self._ask(Kind.CORRUPT, protocol.chunk_parts(lease_id, block, chunk), _is_true)
+
+    def close(self) -> None:
+        """End the connection and with it all leases. Idempotent. Pages stay mapped for as long as
+        views of them live; what they hold may then change."""
+        self._frames.shut()  # whoever waits for an answer stops waiting
+        with self._lock:
+            self._end("closed")
+            arena, self._arena = self._arena, None
+        if arena is not None:
+            with contextlib.suppress(BufferError):
+                arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _ask(self, kind: Kind, parts: Parts, decoded: Callable[[Body], T]) -> T:
+        """One request and its answer, taken apart."""
+        with self._lock:
+            if self._ended:
+                raise Unavailable(f"the connection to the daemon has ended: {self._ended}")
+            self._requests += 1
+            try:
+                refusal, value = self._exchange(kind, parts, decoded)
+            except (DeadlineExceeded, PeerLost, MalformedMessage) as error:
+                # A late answer must not be taken for another's.
+                self._end(str(error))
+                raise Unavailable(f"the connection to the daemon has ended: {error}") from error
+        if value is None:
+            raise refusal
+        return value
+
+    def _exchange(
+        self, kind: Kind, parts: Parts, decoded: Callable[[Body], T]
+    ) -> tuple[DualPathError, T | None]:
+        self._frames.send(kind, self._requests, parts)
+        came = self._frames.receive(protocol.ANSWER_BYTES_MAX, idle_s=self._answer_s)
+        if came is None:
+            raise PeerLost("the daemon has closed it")
+        answered, request, body = came
+        try:
+            if request != self._requests:
+                raise MalformedMessage(f"the daemon answered request {request}")
+            if answered == Kind.ERROR:
+                return protocol.error_of(body), None
+            if answered != kind | ANSWER:
+                raise MalformedMessage(f"the daemon answered with {answered:#x}")
+            return _NO_REFUSAL, decoded(body)
+        finally:
+            self._frames.consume(body)
+
+    def _end(self, reason: str) -> None:
+        if not self._ended:
+            self._ended = reason
+            self._frames.close()
+
+
+def _greeted(
+    frames: LocalFrames, token: str, answer_s: float, *, prefault: bool
+) -> tuple[Region | None, str]:
+    """Say hello; (the arena or None, why none)."""
+    hello = Hello(protocol.VERSION_LEAST, protocol.VERSION, token.encode())
+    try:
+        frames.send(Kind.HELLO, 0, hello.parts())
+        came = frames.receive(protocol.HELLO_BYTES_MAX, idle_s=answer_s, with_fds=True)
+    except (DeadlineExceeded, PeerLost) as error:
+        raise Unavailable(f"the daemon did not answer: {error}") from error
+    if came is None:
+        raise Unavailable("the daemon closed the connection: it may have too many")
+    kind, _, body = came
+    try:
+        if kind == Kind.ERROR:
+            raise protocol.error_of(body)
+        if kind != Kind.HELLO | ANSWER:
+            raise MalformedMessage(f"no daemon of dualpath: it answered {kind:#x}")
+        welcome = Welcome.of(body)
+    finally:
+        frames.consume(body)
+    if not welcome.arena_bytes:
+        return None, welcome.text
+    if len(frames.fds) != 1:
+        raise MalformedMessage(f"{len(frames.fds)} descriptors came with the arena, not one")
+    arena = Region.received(frames.fds.pop(), welcome.arena_bytes, writable=False)
+    if prefault:
+        arena.map_pages()
+    return arena, ""
+
+
+def _lookup_parts(namespace_id: bytes, hashes: Hashes, lease_s: float, checksums: bool) -> Parts:
+    packed = hashes if isinstance(hashes, PackedHashes) else PackedHashes.of(hashes)
+    if len(namespace_id) != NAMESPACE_ID_BYTES:
+        raise InvalidRequest(
+            f"namespace_id has {len(namespace_id)} bytes, not {NAMESPACE_ID_BYTES}: take it from "
+            "Namespace.id"
+        )
+    data = memoryview(packed.data).cast("B")
+    lease_ms = _milliseconds(lease_s) if lease_s else 0
+    return LookupRequest(namespace_id, packed.hash_bytes, data, lease_ms, checksums).parts()
+
+
+def _milliseconds(lease_s: float) -> int:
+    if not 0 < lease_s <= LEASE_S_MAX:
+        raise InvalidRequest(f"lease_s must lie in 0.001..{LEASE_S_MAX} s, not {lease_s}")
+    return max(1, round(lease_s * 1000))
+
+
+def _nothing(body: Body) -> bool:
+    if len(body):
+        raise MalformedMessage(f"{len(body)} bytes where none belong")
+    return True
+
+
+def _is_true(body: Body) -> bool:
+    return bytes(body) == b"\x01"

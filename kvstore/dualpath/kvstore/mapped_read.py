@@ -1,0 +1,184 @@
+"""Copying a mapped prefix out of the arena: what lies in DRAM at once, the rest chunk by chunk.
+
+The same for a user in the daemon's process and for one that has its arena mapped. Guarantees that a
+block that counts is right: verified by its checksums, or, without `verify`, copied from memory
+whose guard says that it did not change meanwhile. Chunks that come from the SSD, or that are read
+again, are verified always. A chunk that is wrong is reported and tried once more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from dualpath.kvstore.block_copy import copy_blocks, copy_blocks_hashed
+from dualpath.kvstore.store_api import MappedPrefix, MissReason
+from dualpath.transfer.errors import InvalidRequest, LeaseExpired, Overloaded
+from numpy.typing import NDArray
+
+FETCHED_AT_ONCE = 256
+"""Chunks that are asked for at once."""
+_WAITS_MAX = 20
+"""How often in a row a full pool of read buffers is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBlocks:
+    """What was read: `blocks` leading blocks, `fetched` of which needed the SSD; why not more."""
+
+    blocks: int
+    fetched: int
+    miss: MissReason
+    detail: str = ""
+
+
+class ChunkSource(Protocol):
+    """Where chunks come from that have no copy in DRAM."""
+
+    def fetch(
+        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(offset in the arena, whether it is there) of the leading chunks, at least one. They
+        may be looked at until `done`. Raises Overloaded."""
+
+    def done(self) -> None:
+        """The fetched chunks are copied."""
+
+    def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
+        """A chunk was wrong; True if its block was dropped, else it can be fetched again."""
+
+    def renew(self, lease_id: int, lease_s: float) -> None:
+        """Extend the lease from now."""
+
+
+class MappedRead:
+    """One read. `arena` are the bytes that offsets count in; `at[i]` is where block i goes."""
+
+    def __init__(
+        self,
+        source: ChunkSource,
+        arena: memoryview,
+        mapped: MappedPrefix,
+        chunk_bytes: int,
+        target: memoryview,
+        at: NDArray[np.int64] | None,
+        stable: Callable[[], bool],
+    ) -> None:
+        self._source = source
+        self._arena = arena
+        self._mapped = mapped
+        self._chunk_bytes = chunk_bytes
+        self._target = target
+        self._stable = stable
+        blocks = mapped.hit.blocks
+        self._at = np.arange(blocks, dtype=np.int64) * mapped.nbytes if at is None else at[:blocks]
+        if len(self._at) < blocks:
+            raise InvalidRequest(f"places for {len(self._at)} blocks, {blocks} were found")
+        self._chunks = -(-mapped.nbytes // chunk_bytes)
+        self._wrong = np.zeros((blocks, self._chunks), np.bool_)
+        self._renewed_at = time.monotonic()
+
+    def run(self, *, verify: bool) -> ReadBlocks:
+        """Do it. Raises LeaseExpired if the memory changed under an unverified copy, InvalidRequest
+        if a place lies outside of the target."""
+        mapped, hit = self._mapped, self._mapped.hit
+        if not hit.blocks:
+            return ReadBlocks(0, 0, hit.miss, hit.detail)
+        if hit.checksums.shape[1] != self._chunks:
+            raise InvalidRequest("to read into memory, map with checksums")
+        here = np.flatnonzero(mapped.offsets >= 0)
+        if len(here):
+            self._copy(here, verify=verify)
+        wanted = self._wrong | (mapped.offsets < 0)[:, None]
+        fetched = int(np.count_nonzero(wanted.any(axis=1)))
+        end = self._fetch_all(wanted) if fetched else hit.blocks
+        if end < hit.blocks:
+            return ReadBlocks(
+                end, fetched, MissReason.CORRUPT, f"block {end} could not be read; it was dropped"
+            )
+        return ReadBlocks(end, fetched, hit.miss, hit.detail)
+
+    def _copy(self, here: NDArray[np.intp], *, verify: bool) -> None:
+        """Blocks that lie in DRAM. Wrong chunks are noted and reported."""
+        mapped = self._mapped
+        at, offsets = self._at[here], mapped.offsets[here]
+        if not verify:
+            copy_blocks(self._target, at, self._arena, offsets, mapped.nbytes)
+            if not self._stable():
+                raise LeaseExpired(
+                    f"lease {mapped.hit.lease_id} ended while its blocks were copied: map again, "
+                    "with a longer lease"
+                )
+            return
+        sums = copy_blocks_hashed(
+            self._target, at, self._arena, offsets, mapped.nbytes, self._chunk_bytes
+        )
+        self._wrong[here] = sums != mapped.hit.checksums[here]
+        if self._wrong.any() and self._stable():
+            for block, chunk in np.argwhere(self._wrong).tolist():
+                self._source.report_corrupt(mapped.hit.lease_id, block, chunk)
+
+    def _fetch_all(self, wanted: NDArray[np.bool_]) -> int:
+        """Fetch and copy chunks in order; how many leading blocks are right in the end."""
+        items = np.argwhere(wanted).astype(np.int32)
+        tried_again = self._wrong.copy()
+        waits = 0
+        while len(items):
+            self._keep_lease()
+            part = items[:FETCHED_AT_ONCE]
+            try:
+                offsets, there = self._source.fetch(
+                    self._mapped.hit.lease_id, part[:, 0], part[:, 1]
+                )
+            except Overloaded:
+                waits += 1
+                if waits > _WAITS_MAX:
+                    raise
+                continue  # the store has waited for a buffer before it refused
+            waits = 0
+            part = part[: len(offsets)]
+            right = self._copy_chunks(part, offsets, there)
+            self._source.done()
+            again = []
+            for block, chunk in part[~right].tolist():
+                dropped = self._source.report_corrupt(self._mapped.hit.lease_id, block, chunk)
+                if dropped or tried_again[block, chunk]:
+                    return self._right_before(block, part, right)
+                tried_again[block, chunk] = True
+                again.append((block, chunk))
+            rest = items[len(part) :]
+            items = np.concatenate((np.array(again, np.int32).reshape(-1, 2), rest))
+        return self._mapped.hit.blocks
+
+    def _right_before(self, block: int, part: NDArray[np.int32], right: NDArray[np.bool_]) -> int:
+        """The first block that is not whole: chunks come in order, so that it is in this part."""
+        return min(block, int(part[~right][:, 0].min()))
+
+    def _copy_chunks(
+        self, part: NDArray[np.int32], offsets: NDArray[np.int64], there: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Copy and verify; which chunks are right."""
+        right = np.zeros(len(part), np.bool_)
+        last = self._chunks - 1
+        last_bytes = self._mapped.nbytes - last * self._chunk_bytes
+        for group, nbytes in (
+            (part[:, 1] < last, self._chunk_bytes),
+            (part[:, 1] == last, last_bytes),
+        ):
+            which = np.flatnonzero(group & there & (offsets >= 0))
+            if not len(which):
+                continue
+            blocks, chunks = part[which, 0], part[which, 1]
+            at = self._at[blocks] + chunks.astype(np.int64) * self._chunk_bytes
+            sums = copy_blocks_hashed(self._target, at, self._arena, offsets[which], nbytes, nbytes)
+            right[which] = sums[:, 0] == self._mapped.hit.checksums[blocks, chunks]
+        return right
+
+    def _keep_lease(self) -> None:
+        lease_s, now = self._mapped.hit.lease_s, time.monotonic()
+        if now - self._renewed_at > lease_s / 3:
+            self._source.renew(self._mapped.hit.lease_id, lease_s)
+            self._renewed_at = now
