@@ -97,7 +97,9 @@ ENVIRONMENTS = (
 
 
 def _ours(name: str, title: str, mode: str, medium: Medium = Medium.DRAM) -> Entry:
-    return Entry(name, f"DualPath, {title}", medium, "dualpath_store", settings={"mode": mode})
+    settings = {"mode": mode}
+    title = f"DualPath, {title}"
+    return Entry(name, title, medium, "dualpath_store", settings=settings, fresh=True)
 
 
 def _mooncake(name: str, title: str, mode: str) -> Entry:

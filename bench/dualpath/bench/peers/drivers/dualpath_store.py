@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from dualpath.agent.config import AgentConfig
+from dualpath.agent.outcome import SaveResult
 from dualpath.agent.places import Places
 from dualpath.bench import serving
 from dualpath.bench.store.batch_reader import BatchReader
@@ -212,18 +213,20 @@ class Remote(Stored):
         return self._client.open_namespace(namespace)
 
     def put(self, keys: list[str], blocks: list[memoryview]) -> None:
-        chain = self._chain(keys)
-        saved = self._client.save(
+        saved = self._save(self._chain(keys), durable=False)
+        if saved.sealed_blocks != len(keys):
+            raise RuntimeError(f"{saved.sealed_blocks} of {len(keys)} sealed: {saved.detail}")
+
+    def _save(self, chain: Keys, *, durable: bool) -> SaveResult:
+        return self._client.save(
             self._namespace_id,
             chain.hashes,
             chain.parents,
             self._memories[0],
-            Places.contiguous(self._layout, len(keys)),
-            durable=False,
+            Places.contiguous(self._layout, len(chain.hashes)),
+            durable=durable,
             deadline_s=DEADLINE_S,
         )
-        if saved.sealed_blocks != len(keys):
-            raise RuntimeError(f"{saved.sealed_blocks} of {len(keys)} sealed: {saved.detail}")
 
     def get(self, keys: list[str], places: list[memoryview]) -> None:
         load = self._client.load(
@@ -241,16 +244,11 @@ class Remote(Stored):
         """See the module docstring: `chill` waits for the SSD."""
 
     def chill(self) -> None:
-        saved = self._client.save(
-            self._namespace_id,
-            [],
-            [],
-            self._memories[0],
-            Places.contiguous(self._layout, 0),
-            durable=True,
-            deadline_s=DEADLINE_S,
-        )
-        assert not saved.reason, saved
+        # Blocks that exist are not written again, only waited for.
+        for chain in self._chains.values():
+            saved = self._save(chain, durable=True)
+            if saved.reason:
+                raise RuntimeError(f"the blocks are not durable: {saved.reason} {saved.detail}")
 
     def close(self) -> None:
         self._stack.close()
