@@ -22,7 +22,7 @@ from dualpath.client.loopback_cluster import (
 )
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.psync_device import PsyncFile
+from dualpath.kvstore.fd_file import FdFile
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 
 Run: TypeAlias = Callable[..., None]
@@ -250,16 +250,16 @@ def test_a_durable_save_waits_for_blocks_that_exist_but_are_not_written_back(
     run_cluster: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    sync = PsyncFile.sync
+    sync = FdFile.sync
 
-    def slow_sync(file: PsyncFile) -> None:
+    def slow_sync(file: FdFile) -> None:
         assert gate.wait(WAIT_S)
         sync(file)
 
     async def body(cluster: LoopbackCluster) -> None:
         client = await cluster.embedded()
         namespace_id, _ = await stored(client, 1, seed="other")  # so that there is a segment
-        monkeypatch.setattr(PsyncFile, "sync", slow_sync)
+        monkeypatch.setattr(FdFile, "sync", slow_sync)
         hashes = chain(2)
         memory = await client.allocate(2 * LAYOUT.block_bytes)
         places = Places.contiguous(LAYOUT, 2)

@@ -13,6 +13,7 @@ from dualpath.kvstore.device import ALIGN_BYTES, MemoryDevice
 from dualpath.kvstore.device_conformance import check_device
 from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
 from dualpath.kvstore.psync_device import PsyncDevice
+from dualpath.kvstore.raw_device import RawDevice
 
 
 def test_the_direct_device_keeps_the_contract(tmp_path: Path) -> None:
@@ -22,6 +23,20 @@ def test_the_direct_device_keeps_the_contract(tmp_path: Path) -> None:
 def test_the_buffered_device_keeps_the_contract(tmp_path: Path) -> None:
     check_device(lambda: PsyncDevice(tmp_path, direct=False))
     assert "off in the configuration" in PsyncDevice(tmp_path, direct=False).description
+
+
+def test_the_raw_device_keeps_the_contract_on_a_file(tmp_path: Path) -> None:
+    place = tmp_path / "raw"
+    place.write_bytes(bytes(8 << 20))
+    devices: list[RawDevice] = []
+
+    def make() -> RawDevice:
+        for device in devices:
+            device.close()
+        devices.append(RawDevice(place, owner="store-1"))
+        return devices[-1]
+
+    check_device(make)
 
 
 def test_the_memory_device_keeps_the_contract() -> None:

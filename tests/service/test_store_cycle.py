@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from dualpath.kvstore.layout import KVLayout
-from dualpath.kvstore.psync_device import PsyncFile
+from dualpath.kvstore.fd_file import FdFile
 from dualpath.proto.status import error_of
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.region import RegionDescriptor
@@ -420,9 +420,9 @@ def test_an_empty_durable_seal_waits_until_what_existed_is_durable(
     in_lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    sync = PsyncFile.sync
+    sync = FdFile.sync
 
-    def slow_sync(file: PsyncFile) -> None:
+    def slow_sync(file: FdFile) -> None:
         assert gate.wait(20)
         sync(file)
 
@@ -431,7 +431,7 @@ def test_an_empty_durable_seal_waits_until_what_existed_is_durable(
         namespace_id = await client.namespace()
         hashes = lab.chain(2)
         await client.save(namespace_id, lab.chain(1, "other"))  # so that there is a segment
-        monkeypatch.setattr(PsyncFile, "sync", slow_sync)
+        monkeypatch.setattr(FdFile, "sync", slow_sync)
         await client.save(namespace_id, hashes, durable=False)
         again = await client.reserve(namespace_id, hashes)
         assert set(again.status) == {store_pb2.RESERVE_STATUS_EXISTS}

@@ -9,83 +9,14 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dualpath.kvstore.device import ALIGN_BYTES, check_aligned
-from dualpath.kvstore.thread_progress import ThreadProgress
-from dualpath.kvstore.transfer_batch import TransferBatch, check_batch, read_one, write_one
+from dualpath.kvstore.device import ALIGN_BYTES
+from dualpath.kvstore.fd_file import FdFile
+from dualpath.kvstore.thread_progress import BatchThreads, ThreadProgress
+from dualpath.kvstore.transfer_batch import TransferBatch
 
-_IOV_MAX = 512
-_STALLS_MAX = 16
-"""Transfers in a row that may make no progress before it is an I/O error."""
 _PROBE_NAME = ".probe"
-THREADS = 8
-"""Transfers of batches that run at the same time, of all batches together."""
-
-
-class PsyncFile:
-    """An open file; see DeviceFile."""
-
-    __slots__ = ("_fd", "_nbytes")
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._nbytes = os.fstat(fd).st_size
-
-    @property
-    def nbytes(self) -> int:
-        """See DeviceFile."""
-        return self._nbytes
-
-    def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """See DeviceFile."""
-        check_aligned(offset, buffers, self._nbytes)
-        self._move(offset, buffers, reading=True)
-
-    def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """See DeviceFile."""
-        check_aligned(offset, buffers, self._nbytes)
-        self._move(offset, buffers, reading=False)
-
-    def _move(self, offset: int, buffers: Sequence[memoryview], *, reading: bool) -> None:
-        """Transfer everything; a short transfer goes on from its last whole 4 KiB."""
-        left = list(buffers)
-        stalls = 0
-        while left:
-            batch = left[:_IOV_MAX]
-            # PEP 475: the interpreter itself repeats calls that a signal interrupted.
-            if reading:
-                moved = os.preadv(self._fd, batch, offset)
-                if moved == 0:
-                    raise OSError(errno.EIO, f"end of file at {offset} of {self._nbytes} bytes")
-            else:
-                moved = os.pwritev(self._fd, batch, offset)
-            whole = moved - moved % ALIGN_BYTES
-            stalls = 0 if whole else stalls + 1
-            if stalls > _STALLS_MAX:
-                raise OSError(errno.EIO, f"no progress at {offset}: {moved} bytes a call")
-            offset += whole
-            left = _rest(left, whole)
-
-    def sync(self) -> None:
-        """See DeviceFile."""
-        os.fdatasync(self._fd)
-
-    def close(self) -> None:
-        """See DeviceFile."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
-    for index, buffer in enumerate(buffers):
-        if done < buffer.nbytes:
-            return [buffer[done:], *buffers[index + 1 :]]
-        done -= buffer.nbytes
-    return []
 
 
 class PsyncDevice:
@@ -96,7 +27,9 @@ class PsyncDevice:
     def __init__(self, path: str | Path, *, direct: bool = True, read_only: bool = False) -> None:
         """With `read_only` the directory is another's, and must be there. Raises OSError."""
         self._path = Path(path)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dualpath-psync")
+        self.remark = ""
+        """What `description` says besides."""
+        self._threads = BatchThreads()
         self._flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
         if read_only:
             self._path.stat()
@@ -115,9 +48,9 @@ class PsyncDevice:
     @property
     def description(self) -> str:
         """See Device."""
-        return self._description
+        return f"{self._description}; {self.remark}" if self.remark else self._description
 
-    def create(self, name: str, nbytes: int) -> PsyncFile:
+    def create(self, name: str, nbytes: int) -> FdFile:
         """See Device."""
         fd = os.open(self._path / name, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -128,11 +61,11 @@ class PsyncDevice:
             os.close(fd)
             self.remove(name)
             raise
-        return PsyncFile(fd)
+        return FdFile(fd)
 
-    def open(self, name: str) -> PsyncFile:
+    def open(self, name: str) -> FdFile:
         """See Device."""
-        return PsyncFile(os.open(self._path / name, self._flags))
+        return FdFile(os.open(self._path / name, self._flags))
 
     def remove(self, name: str) -> None:
         """See Device."""
@@ -144,17 +77,15 @@ class PsyncDevice:
 
     def close(self) -> None:
         """See Device."""
-        self._threads.shutdown(wait=False)
+        self._threads.close()
 
     def read_batch(self, batch: TransferBatch) -> ThreadProgress:
         """See Device."""
-        check_batch(batch, ALIGN_BYTES)
-        return ThreadProgress(batch, read_one, self._threads, THREADS)
+        return self._threads.read(batch)
 
     def write_batch(self, batch: TransferBatch) -> ThreadProgress:
         """See Device."""
-        check_batch(batch, ALIGN_BYTES)
-        return ThreadProgress(batch, write_one, self._threads, THREADS)
+        return self._threads.write(batch)
 
 
 def sync_directory(path: Path) -> None:

@@ -11,12 +11,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
-from dualpath.kvstore.device import DeviceFile
-from dualpath.kvstore.transfer_batch import UNDER_WAY, TransferBatch
+from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
+from dualpath.kvstore.transfer_batch import (
+    UNDER_WAY,
+    TransferBatch,
+    check_batch,
+    read_one,
+    write_one,
+)
 from numpy.typing import NDArray
+
+THREADS = 8
+"""Transfers of batches that run at the same time, of all batches of a device together."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,3 +97,24 @@ class ThreadProgress:
             _log.exception("transfer %d of a batch failed unexpectedly", item)
             return errno.EIO
         return 0
+
+
+class BatchThreads:
+    """The threads of one device: none until the first batch."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="dualpath-psync")
+
+    def read(self, batch: TransferBatch) -> ThreadProgress:
+        """Begin reads. Raises OSError (EINVAL)."""
+        check_batch(batch, ALIGN_BYTES)
+        return ThreadProgress(batch, read_one, self._executor, THREADS)
+
+    def write(self, batch: TransferBatch) -> ThreadProgress:
+        """Begin writes. Raises OSError (EINVAL)."""
+        check_batch(batch, ALIGN_BYTES)
+        return ThreadProgress(batch, write_one, self._executor, THREADS)
+
+    def close(self) -> None:
+        """Take no batch any more."""
+        self._executor.shutdown(wait=False)

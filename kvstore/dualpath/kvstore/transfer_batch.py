@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dualpath.kvstore.device import DeviceFile
 
 BATCH_ITEMS_MAX = 1 << 16
+ITEM_BYTES_MAX = 1 << 30
 UNDER_WAY = -1
 """In `BatchProgress.errors`: the item has not ended."""
 
@@ -91,6 +92,7 @@ def check_batch(batch: TransferBatch, align_bytes: int) -> None:
         raise OSError(errno.EINVAL, "a transfer of the batch is not 4 KiB-aligned")
     # Each number is bounded before two are added: no sum can overflow.
     bad = (batch.nbytes <= 0) | (batch.nbytes > sizes) | (batch.nbytes > batch.memory.nbytes)
+    bad |= batch.nbytes > ITEM_BYTES_MAX
     bad |= (batch.offset < 0) | (batch.offset > sizes - batch.nbytes)
     bad |= (batch.at < 0) | (batch.at > batch.memory.nbytes - batch.nbytes)
     if bad.any():
