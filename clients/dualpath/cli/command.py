@@ -75,6 +75,7 @@ BUILT_IN = (
     CommandSource(
         "drain", "let a daemon finish what runs, and take nothing new", "dualpath.cli.drain"
     ),
+    CommandSource("fsck", "check a data directory, and repair it", "dualpath.cli.fsck"),
     CommandSource("doctor", "show what this machine offers", "dualpath.cli.doctor"),
 )
 

@@ -1,0 +1,277 @@
+"""Repairing a data directory after a check, so that it opens and serves what is right.
+
+Guarantees that nothing is destroyed that could be right: whatever is replaced (META, namespaces,
+segments that cannot be used, the whole index) is first put aside in `damaged/`. What is bad leaves
+the index with its descendants; what the index lost comes back from headers whose data verifies.
+The index is never patched: a new one is written beside it and takes its place by a rename, so a
+crash in the middle leaves the old or the new one. The store then opens as after a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+from dualpath.kvstore import checksum, directory_format
+from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
+from dualpath.kvstore.directory_format import Meta
+from dualpath.kvstore.durable_index import DurableIndex
+from dualpath.kvstore.fsck import Fsck
+from dualpath.kvstore.fsck_report import FsckCode, FsckReport
+from dualpath.kvstore.fsck_segments import CheckedSegment
+from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME
+from dualpath.kvstore.psync_device import PsyncDevice, sync_directory
+from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.segment import (
+    SegmentGeometry,
+    erase_headers,
+    page_buffer,
+    read_headers,
+    write_headers,
+    write_superblock,
+)
+
+_PUTS_MAX = 4096
+_INDEX_CODES = (
+    FsckCode.INDEX_LOST,
+    FsckCode.INDEX_CHANGED,
+    FsckCode.INDEX_UNREADABLE,
+    FsckCode.INDEX_INCOMPLETE,
+    FsckCode.RECORD_DAMAGED,
+)
+"""After these, records may be missing: the headers are asked."""
+
+
+class FsckRepair:
+    """Repairs what `fsck` has checked, under its lock. Segments must be files."""
+
+    def __init__(self, fsck: Fsck) -> None:
+        self._fsck = fsck
+        self._path = fsck.path
+        self._device = PsyncDevice(fsck.path / "segments", direct=False)
+
+    def run(self) -> FsckReport:
+        """Repair, check again, and return that report. Raises OSError (no space, I/O errors)."""
+        report = self._fsck.report
+        if not report.problems and not report.has(FsckCode.FREE_HEADER_DAMAGED):
+            return report
+        asks_headers = report.has(*_INDEX_CODES)
+        self._repair_meta()
+        self._repair_namespaces()
+        self._repair_segments()
+        # What can be served is known only now.
+        report = self._fsck.check()
+        asks_headers = asks_headers or report.has(*_INDEX_CODES)
+        if asks_headers or self._fsck.state.bad_keys:
+            self._replace_index(asks_headers=asks_headers)
+        elif report.has(FsckCode.CLEAN_DAMAGED, FsckCode.SNAPSHOT_DAMAGED):
+            self._forget_clean()
+        self._repair_headers()
+        return self._fsck.check()
+
+    def _did(self, text: str) -> None:
+        self._fsck.report.repairs.append(text)
+
+    def _repair_meta(self) -> None:
+        if self._fsck.report.has(FsckCode.META_DAMAGED):
+            kept = directory_format.set_aside(self._path, self._path / "META")
+            # Of an unknown format: the oldest is brought up to date by the next opening.
+            directory_format.write_meta(self._path, Meta(1, uuid.uuid4().hex))
+            self._did(f"META is written anew, with a new id; the old one is {kept}")
+
+    def _repair_namespaces(self) -> None:
+        for path in self._fsck.state.bad_namespace_files:
+            kept = directory_format.set_aside(self._path, path)
+            self._did(f"namespace {path.name} is put aside as {kept}; its blocks leave the index")
+
+    # Segments
+
+    def _repair_segments(self) -> None:
+        for segment in self._fsck.state.segments.values():
+            if segment.geometry is not None or segment.blank or not segment.readable:
+                continue
+            if self._extend(segment) or self._rewrite_superblock(segment):
+                continue
+            kept = directory_format.set_aside(self._path, self._path / "segments" / segment.name)
+            self._did(f"{segment.name} cannot be read and is put aside as {kept}")
+
+    def _extend(self, segment: CheckedSegment) -> bool:
+        """A segment that was cut short keeps the blocks that are whole."""
+        wanted = segment.wanted_bytes
+        if wanted <= segment.nbytes:
+            return False
+        with (self._path / "segments" / segment.name).open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, wanted)
+            os.fsync(file.fileno())
+        self._did(f"{segment.name} is as long as before again, {wanted} bytes; the rest is lost")
+        return True
+
+    def _rewrite_superblock(self, segment: CheckedSegment) -> bool:
+        """If the records and headers agree on what it must have been."""
+        sizes = {layout.slot_bytes for layout in self._fsck.state.layouts.values()}
+        fits = [
+            geometry
+            for size in sorted(sizes)
+            if (geometry := SegmentGeometry.fitting(size, segment.nbytes)) is not None
+        ]
+        file = self._device.open(segment.name)
+        try:
+            votes = [(self._agreeing(segment, file, geometry), geometry) for geometry in fits]
+            count, geometry = max(votes, key=lambda vote: vote[0], default=(0, None))
+            if not count or geometry is None:
+                return False
+            page = page_buffer()
+            file.read(0, [page])
+            kept = directory_format.keep_bytes(
+                self._path, f"{segment.name}.superblock", bytes(page)
+            )
+            write_superblock(file, segment.number, geometry)
+        finally:
+            file.close()
+        self._did(
+            f"the superblock of {segment.name} is written anew: {geometry.slots} slots of "
+            f"{geometry.slot_bytes} bytes; the old one is {kept}"
+        )
+        return True
+
+    def _agreeing(
+        self, segment: CheckedSegment, file: DeviceFile, geometry: SegmentGeometry
+    ) -> int:
+        """Headers whose block lies where this geometry says."""
+        if geometry.file_bytes > segment.nbytes:
+            return 0
+        found = 0
+        for record in read_headers(file, geometry):
+            layout = self._fsck.state.layouts.get(record.namespace_id)
+            fits = layout is not None and layout.slot_bytes == geometry.slot_bytes
+            if fits and record.segment == segment.number and self._verifies(file, geometry, record):
+                found += 1
+        return found
+
+    def _verifies(self, file: DeviceFile, geometry: SegmentGeometry, record: BlockRecord) -> bool:
+        layout = self._fsck.state.layouts[record.namespace_id]
+        if layout.block_bytes != record.length or record.slot >= geometry.slots:
+            return False
+        buffer = page_buffer(geometry.slot_bytes)
+        try:
+            file.read(geometry.slot_offset(record.slot), [buffer])
+        except OSError:
+            return False
+        return checksum.of_block(buffer, layout) == record.checksums
+
+    def _repair_headers(self) -> None:
+        kept = self._fsck.state
+        for segment in kept.segments.values():
+            if segment.geometry is None or not (segment.bad_headers or segment.bad_free_headers):
+                continue
+            good = {
+                record.slot: record
+                for record in map(BlockRecord.from_bytes, self._left())
+                if record.segment == segment.number and record.slot in segment.bad_headers
+            }
+            file = self._device.open(segment.name)
+            try:
+                table = page_buffer(segment.geometry.data_offset - ALIGN_BYTES)
+                file.read(ALIGN_BYTES, [table])
+                where = directory_format.keep_bytes(
+                    self._path, f"{segment.name}.headers", bytes(table)
+                )
+                write_headers(file, segment.geometry, good)
+                erase_headers(file, segment.geometry, segment.bad_free_headers)
+                file.sync()
+            finally:
+                file.close()
+            self._did(
+                f"{len(good)} headers of {segment.name} are written anew and "
+                f"{len(segment.bad_free_headers)} blanked; the old ones are {where}"
+            )
+
+    # Index
+
+    def _replace_index(self, *, asks_headers: bool) -> None:
+        """Write an index of all that can be served and let it take the place of the old one."""
+        found = dict(self._good_records())
+        brought = 0
+        if asks_headers:
+            for record in self._from_headers(found):
+                found[record.key] = record
+                brought += 1
+        kept = _rooted(found)
+        new = self._path / "index.new"
+        if new.exists():
+            directory_format.set_aside(self._path, new)
+        new.mkdir(mode=0o700)
+        index = DurableIndex(new)
+        try:
+            for start in range(0, len(kept), _PUTS_MAX):
+                part = kept[start : start + _PUTS_MAX]
+                index.apply([], [(record.key, record.to_bytes()) for record in part])
+        finally:
+            index.close()
+        self._forget_clean()
+        old = directory_format.set_aside(self._path, self._path / "index")
+        new.rename(self._path / "index")
+        sync_directory(self._path)
+        dropped = len(self._fsck.state.records) + brought - len(kept)
+        self._did(
+            f"the index is written anew: {len(kept)} blocks, {brought} of them found by their "
+            f"headers, {dropped} left out; the old one is {old}"
+        )
+
+    def _forget_clean(self) -> None:
+        for name in ("CLEAN", SNAPSHOT_NAME):
+            if (self._path / name).exists():
+                kept = directory_format.set_aside(self._path, self._path / name)
+                self._did(f"{name} is put aside as {kept}")
+
+    def _left(self) -> list[bytes]:
+        state = self._fsck.state
+        return [raw for key, raw in state.records.items() if key not in state.bad_keys]
+
+    def _good_records(self) -> Iterator[tuple[bytes, BlockRecord]]:
+        for raw in self._left():
+            record = BlockRecord.from_bytes(raw)
+            yield record.key, record
+
+    def _from_headers(self, known: dict[bytes, BlockRecord]) -> list[BlockRecord]:
+        """Blocks whose header and data are whole, that are not known, in slots that are free."""
+        taken = {(record.segment, record.slot) for record in known.values()}
+        latest: dict[bytes, BlockRecord] = {}
+        for segment in self._fsck.state.segments.values():
+            if segment.geometry is None:
+                continue
+            file = self._device.open(segment.name)
+            try:
+                for record in read_headers(file, segment.geometry):
+                    layout = self._fsck.state.layouts.get(record.namespace_id)
+                    other = latest.get(record.key)
+                    if (
+                        layout is not None
+                        and layout.slot_bytes == segment.geometry.slot_bytes
+                        and record.segment == segment.number
+                        and record.key not in known
+                        and (record.segment, record.slot) not in taken
+                        and (other is None or other.generation < record.generation)
+                        and self._verifies(file, segment.geometry, record)
+                    ):
+                        latest[record.key] = record
+            finally:
+                file.close()
+        return list(latest.values())
+
+
+def _rooted(records: dict[bytes, BlockRecord]) -> list[BlockRecord]:
+    """Those whose whole chain is there; parents before children."""
+    children: dict[bytes, list[BlockRecord]] = {}
+    level = []
+    for record in records.values():
+        if record.parent:
+            children.setdefault(record.namespace_id + record.parent, []).append(record)
+        else:
+            level.append(record)
+    kept = []
+    while level:
+        kept += level
+        level = [child for record in level for child in children.pop(record.key, ())]
+    return kept
