@@ -26,13 +26,13 @@ MODEL := $(STAMP)-model-$(PROJECT)
 TORCH ?= torch==2.13.0
 PROTOS := $(wildcard proto/dualpath/proto/v*/*.proto)
 
-.PHONY: help demo demo-model test lint format bench proto env clean distclean
+.PHONY: help demo demo-model test lint format bench bench-store bench-peers proto env clean distclean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
 		awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	echo
-	echo '  ARGS="..." is handed to demo, demo-model and test.'
+	echo '  ARGS="..." is handed to demo, demo-model, bench-store, bench-peers and test.'
 
 demo: $(RUN) ## Two paths against one, measured on this machine (under 90 s): out/demo.json, .png
 	@mkdir -p out
@@ -75,6 +75,16 @@ bench: $(RUN) ## The headline runs: 1P1D and 1P2D at load, and lone loads; JSON 
 	bench lone --prefill 1 --decode 2 --concurrency 1
 	bench lone-narrow --prefill 1 --decode 2 --concurrency 1 --compute-ratio 1
 
+bench-store: $(RUN) ## The store against fio, memcpy and sockets; exit 0 only if the targets hold
+	@mkdir -p out
+	$(VENV)/bin/dualpath bench store --data out --json out/bench-store.json --plot out/bench-store.png \
+		--markdown out/bench-store.md $(ARGS)
+
+bench-peers: $(RUN) ## Other KV stores and this one, the same work (installs them in .venv-peers)
+	@mkdir -p out
+	$(VENV)/bin/dualpath bench peers --install --data out --json out/bench-peers.json \
+		--plot out/bench-peers.png --markdown out/bench-peers.md $(ARGS)
+
 proto: $(DEV) ## Generate the gRPC stubs again (pinned tools)
 	@PATH='$(CURDIR)/$(VENV)/bin':$$PATH $(PY) -m grpc_tools.protoc -Iproto \
 		--python_out=proto --grpc_python_out=proto \
@@ -84,10 +94,10 @@ env: $(DEV) ## Only make the environment
 
 clean: ## Remove outputs and caches
 	@rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-distclean: clean ## Remove the environment too
-	@rm -rf '$(VENV)'
+distclean: clean ## Remove the environments too
+	@rm -rf '$(VENV)' .venv-peers
 
 # --- the environment -------------------------------------------------------------------------
 

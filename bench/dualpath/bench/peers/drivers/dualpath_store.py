@@ -25,6 +25,7 @@ from dualpath.kvstore.block_copy import copy_blocks, copy_blocks_hashed
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.local_protocol import SUFFIX
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import SealStatus
 from harness import PIECE_BYTES, serve
@@ -259,7 +260,7 @@ class Local(Remote):
 
     def start(self) -> None:
         super().start()
-        path = f"{self._folder}/daemon.sock.local"
+        path = f"{self._folder}/daemon.sock{SUFFIX}"
         self._local = self._stack.enter_context(LocalStore.connect(path))
 
     def _address(self) -> str:
