@@ -198,7 +198,10 @@ def _token(entry: Mapping[str, Any], where: str) -> tuple[bytes, str]:
         raise InvalidRequest(f"{where}: give either token or sha256")
     if "token" in entry:
         token = _text(entry, "token", where)
-        check_tokens([token])
+        try:
+            check_tokens([token])
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{where}: {error}") from error
         return digest_of(token), principal
     text = _text(entry, "sha256", where)
     try:
