@@ -103,18 +103,19 @@ class BlockWriter:
         for start in range(0, len(blocks), _RESERVED_AT_ONCE):
             with state.lock:
                 state.check_open()
-                entry = state.catalog.entry(namespace_id)
                 self._reap()
                 for block in blocks[start : start + _RESERVED_AT_ONCE]:
-                    outcomes.append(self._reserve(entry, block, owner, ttl_s, deadline))
+                    outcomes.append(self._reserve(namespace_id, block, owner, ttl_s, deadline))
         return tuple(outcomes)
 
     def _reserve(
-        self, entry: NamespaceEntry, block: NewBlock, owner: str, ttl_s: float, deadline: float
+        self, namespace_id: bytes, block: NewBlock, owner: str, ttl_s: float, deadline: float
     ) -> Reservation:
         """One block; waits for room that is about to come free."""
         state = self._state
         while True:
+            # Anew after each wait: a namespace that holds nothing may have been forgotten.
+            entry = state.catalog.entry(namespace_id)
             outcome = self._try_reserve(entry, block, owner, ttl_s)
             left = deadline - time.monotonic()
             if outcome.status is not ReserveStatus.FULL or left <= 0 or not self._room_is_coming():

@@ -22,6 +22,7 @@ from dualpath.kvstore.catalog import Catalog, NamespaceEntry
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device, DeviceFile
 from dualpath.kvstore.durable_index import DurableIndex, Probe
+from dualpath.kvstore.heap import trim_heap
 from dualpath.kvstore.index_snapshot import SnapshotState, read_snapshot
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.record_columns import NamespaceShape, RecordColumns
@@ -130,6 +131,7 @@ class Recovery:
             # A page with a bad record may have bad neighbours that only a write would find.
             _log.warning("the index is damaged; it is set aside and written anew")
             self._rewrite(self._records_kept())
+        trim_heap()
         last = int(columns.generations.max()) if len(columns) else 0
         return Recovered(
             generation=max(self._generation, last),
