@@ -15,6 +15,7 @@ from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.unix_path import UNIX_PATH_CHARS_MAX
 
 READERS_MAX = 64
+NAMESPACES_MAX = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class DaemonConfig:
     `principal_attachments_max`, `principal_streams_max`: its joined receivers, and its Read, Write
     and Events streams, 0 for no limit of its own. The access file can set others for some.
     `events_max`: events of blocks that are remembered for readers of the event stream.
+    `namespaces_max`: namespaces that are known at once; those that hold nothing are forgotten when
+    they are too many.
     """
 
     data: str
@@ -102,6 +105,7 @@ class DaemonConfig:
     principal_attachments_max: int = 0
     principal_streams_max: int = 0
     events_max: int = 1 << 16
+    namespaces_max: int = 1 << 12
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -128,6 +132,10 @@ class DaemonConfig:
         ):
             if getattr(self, name) < lowest:
                 raise InvalidRequest(f"{name} must be at least {lowest}, not {getattr(self, name)}")
+        if not 1 <= self.namespaces_max <= NAMESPACES_MAX:
+            raise InvalidRequest(
+                f"namespaces_max must lie in 1..{NAMESPACES_MAX}, not {self.namespaces_max}"
+            )
         if not 1 <= self.readers <= READERS_MAX:
             raise InvalidRequest(f"readers must lie in 1..{READERS_MAX}, not {self.readers}")
         for name in ("send_limit_bytes_per_s", "drain_s"):
