@@ -24,6 +24,7 @@ from typing import Self, TypeVar
 import numpy as np
 from dualpath.client.mapped_blocks import MappedBlocks
 from dualpath.kvstore import local_protocol as protocol
+from dualpath.kvstore.layout import BLOCK_BYTES_MAX
 from dualpath.kvstore.local_frames import LocalFrames
 from dualpath.kvstore.local_protocol import (
     ANSWER,
@@ -35,7 +36,7 @@ from dualpath.kvstore.local_protocol import (
     Parts,
     Welcome,
 )
-from dualpath.kvstore.mapped_read import ReadBlocks
+from dualpath.kvstore.mapped_read import MAPPED_BYTES, ReadBlocks, read_in_parts, unmapped
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.store_api import LEASE_S_MAX, PrefixHit
@@ -43,6 +44,7 @@ from dualpath.transfer.errors import (
     DeadlineExceeded,
     DualPathError,
     InvalidRequest,
+    Overloaded,
     PeerLost,
     PermissionDenied,
     Unavailable,
@@ -53,6 +55,7 @@ from numpy.typing import NDArray
 ANSWER_S = 30.0
 """Longest wait for an answer: a fetch may have to wait for a disk."""
 LEASE_S = 30.0
+_NAMESPACES_KEPT = 1024
 _NO_REFUSAL = DualPathError("nothing was refused")
 
 T = TypeVar("T")
@@ -71,6 +74,7 @@ class LocalStore:
         self._answer_s = answer_s
         self._requests = 0
         self._ended = ""
+        self._block_bytes: dict[bytes, int] = {}
         self.why_no_arena = why_no_arena
         """Why nothing can be mapped over this connection; "" if it can."""
 
@@ -120,7 +124,8 @@ class LocalStore:
         """The longest prefix that is present; see `Store.lookup`. Without `checksums` that array
         has no columns."""
         parts = _lookup_parts(namespace_id, hashes, lease_s, checksums)
-        return self._ask(Kind.LOOKUP, parts, protocol.hit_of)
+        hit, _ = self._ask(Kind.LOOKUP, parts, protocol.hit_of)
+        return hit
 
     def map(
         self,
@@ -134,12 +139,10 @@ class LocalStore:
 
         Raises Overloaded (too many bytes mapped), PermissionDenied (no arena).
         """
-        arena = self._arena
-        if arena is None:
-            raise PermissionDenied(f"nothing can be mapped: {self.why_no_arena}", reason="rights")
+        arena = self._mappable()
         parts = _lookup_parts(namespace_id, hashes, lease_s, checksums)
-        mapped, chunk_bytes = self._ask(Kind.MAP, parts, protocol.mapped_of)
-        return MappedBlocks(self, arena, mapped, chunk_bytes)
+        mapped, sizes = self._ask(Kind.MAP, parts, protocol.mapped_of)
+        return MappedBlocks(self, arena, mapped, sizes.chunk_bytes)
 
     def read_into(
         self,
@@ -154,8 +157,22 @@ class LocalStore:
         another), from DRAM or from the SSD. Returns how many leading blocks are there and right;
         beyond them `target` may hold anything.
         """
-        with self.map(namespace_id, hashes) as mapped:
-            return mapped.read_into(target, at=at, verify=verify)
+        packed = _packed(hashes)
+        bytes_of = self._block_bytes
+
+        def part() -> int:
+            # Before the first answer the size of a block is not known.
+            return max(1, MAPPED_BYTES // bytes_of.get(namespace_id, BLOCK_BYTES_MAX))
+
+        def read(start: int, end: int) -> ReadBlocks:
+            with self._held(namespace_id, packed.part(start, end)) as mapped:
+                if len(bytes_of) >= _NAMESPACES_KEPT:
+                    bytes_of.clear()
+                bytes_of[namespace_id] = mapped.nbytes
+                places = None if at is None else at[start:end]
+                return mapped.read_into(target, at=places, verify=verify, first=start)
+
+        return read_in_parts(read, len(packed), part)
 
     def renew(self, lease_id: int, lease_s: float) -> None:
         """Extend a lease from now. Raises LeaseExpired."""
@@ -199,6 +216,22 @@ class LocalStore:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+    def _mappable(self) -> Region:
+        if self._arena is None:
+            why = self.why_no_arena or "the connection is closed"
+            raise PermissionDenied(f"nothing can be mapped: {why}", reason="rights")
+        return self._arena
+
+    def _held(self, namespace_id: bytes, hashes: PackedHashes) -> MappedBlocks:
+        """Mapped; or only leased, if too much is mapped already: then all of it is fetched."""
+        try:
+            return self.map(namespace_id, hashes)
+        except Overloaded:
+            parts = _lookup_parts(namespace_id, hashes, LEASE_S, True)
+            hit, sizes = self._ask(Kind.LOOKUP, parts, protocol.hit_of)
+            mapped = unmapped(hit, sizes.block_bytes)
+            return MappedBlocks(self, self._mappable(), mapped, sizes.chunk_bytes)
 
     def _ask(self, kind: Kind, parts: Parts, decoded: Callable[[Body], T]) -> T:
         """One request and its answer, taken apart."""
@@ -273,7 +306,7 @@ def _greeted(
 
 
 def _lookup_parts(namespace_id: bytes, hashes: Hashes, lease_s: float, checksums: bool) -> Parts:
-    packed = hashes if isinstance(hashes, PackedHashes) else PackedHashes.of(hashes)
+    packed = _packed(hashes)
     if len(namespace_id) != NAMESPACE_ID_BYTES:
         raise InvalidRequest(
             f"namespace_id has {len(namespace_id)} bytes, not {NAMESPACE_ID_BYTES}: take it from "
@@ -282,6 +315,10 @@ def _lookup_parts(namespace_id: bytes, hashes: Hashes, lease_s: float, checksums
     data = memoryview(packed.data).cast("B")
     lease_ms = _milliseconds(lease_s) if lease_s else 0
     return LookupRequest(namespace_id, packed.hash_bytes, data, lease_ms, checksums).parts()
+
+
+def _packed(hashes: Hashes) -> PackedHashes:
+    return hashes if isinstance(hashes, PackedHashes) else PackedHashes.of(hashes)
 
 
 def _milliseconds(lease_s: float) -> int:

@@ -75,8 +75,10 @@ class MappedBlocks:
         *,
         at: NDArray[np.int64] | None = None,
         verify: bool = True,
+        first: int = 0,
     ) -> ReadBlocks:
-        """Copy the blocks, block i to `at[i]` of `target`; see `LocalStore.read_into`."""
+        """Copy the blocks, block i to `at[i]` of `target`, by default one after another behind
+        room for `first` blocks; see `LocalStore.read_into`."""
         read = MappedRead(
             self._store,
             self.arena.view,
@@ -85,6 +87,7 @@ class MappedBlocks:
             memoryview(target).cast("B"),
             at,
             self.stable,
+            first=first,
         )
         return read.run(verify=verify)
 

@@ -33,6 +33,7 @@ from dualpath.kvstore.clean_close import leave_snapshot
 from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device
+from dualpath.kvstore.device_choice import open_device
 from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.eviction import Lru
@@ -40,12 +41,13 @@ from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.invalidator import Invalidator
 from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
 from dualpath.kvstore.lease_table import LeaseTable
+from dualpath.kvstore.mapped_read import ReadBlocks
 from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.recovery import Recovered, Recovery
 from dualpath.kvstore.reservation_table import ReservationTable
 from dualpath.kvstore.residency import Residency
+from dualpath.kvstore.ring_device import RingDevice
 from dualpath.kvstore.scrubber import Scrubber
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import (
@@ -101,6 +103,8 @@ class BlockStore:
         self._scrubbing = threading.Lock()
         self.recovered = recovered
         """What opening found."""
+        self.own_device: Device | None = None
+        """Closed with the store."""
 
     @classmethod
     def open(
@@ -268,8 +272,21 @@ class BlockStore:
         """The longest prefix that is present, every byte verified; see `embedded.get`."""
         return embedded.get(self, namespace_id, hashes)
 
+    def get_into(
+        self,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        target: memoryview | bytearray,
+        *,
+        at: NDArray[np.int64] | None = None,
+        verify: bool = True,
+    ) -> ReadBlocks:
+        """`get` into memory of the caller's, at its speed; see `embedded.get_into`."""
+        return embedded.get_into(self, namespace_id, hashes, target, at=at, verify=verify)
+
     def stats(self) -> StoreStats:
         """See Store."""
+        self._fetcher.reap()
         state = self._state
         with state.lock:
             state.reap()
@@ -334,6 +351,8 @@ class BlockStore:
                 crc = leave_snapshot(self._directory, self._state, self._index, self._committer)
                 self._index.close()
                 self._state.ssd.close()
+                if self.own_device is not None:
+                    self.own_device.close()
             try:
                 self._directory.mark_clean(crc)
             except OSError as error:
@@ -356,14 +375,38 @@ class BlockStore:
         self.close()
 
 
+def _device(directory: DataDirectory, config: StoreConfig) -> Device:
+    return open_device(
+        directory.segments_path,
+        io=config.io,
+        depth=config.io_depth,
+        direct=config.direct,
+        raw=config.raw_device,
+        owner=directory.store_id,
+    )
+
+
 def _open(
     directory: DataDirectory,
     config: StoreConfig,
     device: Device | None,
     clock: Callable[[], float],
 ) -> BlockStore:
-    if device is None:
-        device = PsyncDevice(directory.segments_path, direct=config.direct)
+    if device is not None:
+        return _open_on(device, directory, config, clock)
+    device = _device(directory, config)
+    try:
+        store = _open_on(device, directory, config, clock)
+    except BaseException:
+        device.close()
+        raise
+    store.own_device = device
+    return store
+
+
+def _open_on(
+    device: Device, directory: DataDirectory, config: StoreConfig, clock: Callable[[], float]
+) -> BlockStore:
     table = BlockTable(rows_max=config.disk_bytes // ALIGN_BYTES)
     catalog = Catalog(table, config.namespaces_max, config.removals_remembered_max)
     ssd = SsdTier(device, config.disk_bytes, config.segment_bytes)
@@ -374,6 +417,9 @@ def _open(
         numa_node=config.numa_node,
         prefault=config.prefault,
     )
+    if isinstance(device, RingDevice) and dram.memory.huge_bytes >= dram.region.nbytes:
+        # On small pages the kernel would keep a list as long as the arena, a ring.
+        device.register(dram.region.view)
     events = BlockEvents(config.events_remembered_max)
     committers: list[Committer] = []
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 
-from dualpath.kvstore import checksum
+import numpy as np
+from dualpath.kvstore.block_copy import copy_blocks
 from dualpath.kvstore.checksum import Buffer
+from dualpath.kvstore.fetched_batch import FetchedBatch, FetchStatus
+from dualpath.kvstore.mapped_read import (
+    MAPPED_BYTES,
+    MappedRead,
+    ReadBlocks,
+    read_in_parts,
+    unmapped,
+)
+from dualpath.kvstore.mapping_table import GUARD_BYTES
+from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.store_api import (
+    MappedPrefix,
     NewBlock,
     Reservation,
     ReserveStatus,
@@ -14,13 +28,15 @@ from dualpath.kvstore.store_api import (
     SealStatus,
     Store,
 )
-from dualpath.transfer.errors import Corrupt, InvalidRequest
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+from numpy.typing import NDArray
 
 OWNER = "embedded"
 _BATCH_BYTES = 32 << 20
 _BATCH_BLOCKS = 64
 _TTL_S = 60.0
 _LEASE_S = 60.0
+_FROM_0: NDArray[np.int64] = np.zeros(1, np.int64)
 
 PutStatus = ReserveStatus | SealStatus
 """A block's seal status if it was reserved, else why it was not."""
@@ -96,8 +112,9 @@ def _fill_and_seal(
     try:
         for reservation, block in zip(reservations, data, strict=True):
             if reservation.extent is not None:
-                start, end = reservation.extent.start, reservation.extent.end
-                store.arena.view[start:end] = memoryview(block).cast("B")
+                at = np.array([reservation.extent.start])
+                source = memoryview(block).cast("B")
+                copy_blocks(store.arena.view, at, source, _FROM_0, source.nbytes)
         sealed = iter(store.seal(requests, owner=owner, durable=durable))
     finally:
         # A block whose parent somebody is still writing was not sealed and stays reserved.
@@ -109,37 +126,104 @@ def get(
     store: Store, namespace_id: bytes, hashes: Sequence[bytes], *, owner: str = OWNER
 ) -> list[bytes]:
     """The longest prefix that is present and verifies, block by block."""
-    hit = store.lookup(namespace_id, hashes, owner=owner, lease_s=_LEASE_S)
+    nbytes = store.layout(namespace_id).block_bytes
+    step = max(1, MAPPED_BYTES // nbytes)
     blocks: list[bytes] = []
-    try:
-        for block in range(hit.blocks):
-            found = _get_block(store, hit.lease_id, block, hit.checksums[block].tolist())
-            if found is None:
+    with memoryview(bytearray(min(step, len(hashes)) * nbytes)) as target:
+        for start in range(0, len(hashes), step):
+            part = hashes[start : start + step]
+            read = get_into(store, namespace_id, part, target, owner=owner)
+            blocks += (bytes(target[i * nbytes : (i + 1) * nbytes]) for i in range(read.blocks))
+            if read.blocks < len(part):
                 break
-            blocks.append(found)
-            store.renew(hit.lease_id, owner=owner, lease_s=_LEASE_S)
-    finally:
-        if hit.lease_id:
-            store.release(hit.lease_id, owner=owner)
     return blocks
 
 
-def _get_block(store: Store, lease_id: int, block: int, checksums: Sequence[int]) -> bytes | None:
-    """A verified block; None if it is corrupt even when read again."""
-    parts = []
-    for chunk, expected in enumerate(checksums):
-        for _ in range(2):
+def get_into(
+    store: Store,
+    namespace_id: bytes,
+    hashes: Sequence[bytes],
+    target: memoryview | bytearray,
+    *,
+    at: NDArray[np.int64] | None = None,
+    verify: bool = True,
+    owner: str = OWNER,
+) -> ReadBlocks:
+    """Copy the longest prefix into `target`, block i to `at[i]` (by default one after another).
+
+    Returns how many leading blocks are there and right; beyond them `target` may hold anything.
+    Blocks in DRAM are copied at the speed of memory and verified on the way; without `verify` only
+    those that the SSD had to be asked for are.
+    """
+    packed = PackedHashes.of(hashes)
+    layout = store.layout(namespace_id)
+
+    def read(start: int, end: int) -> ReadBlocks:
+        part = packed.part(start, end)
+        mapped = _map(store, namespace_id, part, owner)
+        places = None if at is None else at[start:end]
+        source = _StoreChunks(store, owner)
+        with memoryview(target).cast("B") as into:
             try:
-                fetched = store.fetch(lease_id, block, chunk)
-            except Corrupt:
-                return None
-            with fetched:
-                part = bytes(fetched.region.view[fetched.slices.start : fetched.slices.end])
-            if checksum.xxh3_64(part) == expected:
-                parts.append(part)
-                break
-            if store.report_corrupt(lease_id, block, chunk):
-                return None
-        else:
-            return None
-    return b"".join(parts)
+                one = MappedRead(
+                    source,
+                    store.arena.view,
+                    mapped,
+                    layout.chunk_bytes,
+                    into,
+                    places,
+                    partial(_holds, store, mapped),
+                    first=start,
+                )
+                return one.run(verify=verify)
+            finally:
+                source.done()
+                if mapped.hit.lease_id:
+                    store.release(mapped.hit.lease_id, owner=owner)
+
+    return read_in_parts(read, len(packed), lambda: max(1, MAPPED_BYTES // layout.block_bytes))
+
+
+def _map(store: Store, namespace_id: bytes, part: PackedHashes, owner: str) -> MappedPrefix:
+    """Mapped; or only leased, if too much is mapped already."""
+    data, size = part.data, part.hash_bytes
+    try:
+        return store.map_packed(namespace_id, data, size, owner=owner, lease_s=_LEASE_S)
+    except Overloaded:
+        hit = store.lookup_packed(namespace_id, data, size, owner=owner, lease_s=_LEASE_S)
+        return unmapped(hit, store.layout(namespace_id).block_bytes)
+
+
+class _StoreChunks:
+    """A ChunkSource in the same process."""
+
+    def __init__(self, store: Store, owner: str) -> None:
+        self._store = store
+        self._owner = owner
+        self._batch: FetchedBatch | None = None
+
+    def fetch(
+        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """See ChunkSource."""
+        self._batch = self._store.fetch_batch(lease_id, blocks, chunks)
+        return self._batch.offsets, self._batch.status == FetchStatus.OK
+
+    def done(self) -> None:
+        """See ChunkSource."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            batch.release()
+
+    def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
+        """See ChunkSource."""
+        return self._store.report_corrupt(lease_id, block, chunk)
+
+    def renew(self, lease_id: int, lease_s: float) -> None:
+        """See ChunkSource."""
+        self._store.renew(lease_id, owner=self._owner, lease_s=lease_s)
+
+
+def _holds(store: Store, mapped: MappedPrefix) -> bool:
+    with store.arena.view[mapped.guard : mapped.guard + GUARD_BYTES] as word:
+        return int.from_bytes(word, sys.byteorder) == mapped.hit.lease_id

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from dualpath.kvstore.fetched_batch import FetchStatus
+from dualpath.kvstore.layout import BLOCK_BYTES_MAX
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.store_api import (
     BATCH_BLOCKS_MAX,
@@ -61,8 +62,9 @@ Parts = list[bytes | memoryview]
 _HELLO = struct.Struct("<8sHHI")  # magic, least, newest, bytes of the token
 _WELCOME = struct.Struct("<HHIQ")  # version, zero, bytes of the text, bytes of the arena
 _LOOKUP = struct.Struct(f"<{NAMESPACE_ID_BYTES}sHHII")  # hash bytes, flags, count, lease ms
-_HIT = struct.Struct("<IIQIHH")  # blocks, chunks, lease, lease ms, miss, bytes of the detail
-_MAPPED = struct.Struct("<QQq")  # bytes of a block, of a chunk, guard
+_HIT = struct.Struct("<IIQIHHQQ")
+# blocks, checksums of each, lease, lease ms, miss, bytes of the detail, of a block, of a chunk
+_MAPPED = struct.Struct("<q")  # guard
 _RENEW = struct.Struct("<QII")  # lease, lease ms, zero
 _COUNT = struct.Struct("<II")  # how many follow, zero
 _FETCH = struct.Struct("<QII")  # lease, how many follow, zero
@@ -89,6 +91,8 @@ _MISSES = (
     MissReason.CORRUPT,
     MissReason.INVALIDATED,
     MissReason.NAMESPACE,
+    MissReason.QUOTA,
+    MissReason.EXPIRED,
 )
 _MISS_CODES = {reason: code for code, reason in enumerate(_MISSES)}
 
@@ -201,7 +205,15 @@ class LookupRequest:
         )
 
 
-def hit_parts(hit: PrefixHit, *, checksums: bool) -> Parts:
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """Bytes of a block and of its chunks, as answers tell them."""
+
+    block_bytes: int
+    chunk_bytes: int
+
+
+def hit_parts(hit: PrefixHit, sizes: BlockSizes, *, checksums: bool) -> Parts:
     """The answer to LOOKUP."""
     detail = _cut(hit.detail)
     sums = hit.checksums if checksums else hit.checksums[:, :0]
@@ -212,34 +224,34 @@ def hit_parts(hit: PrefixHit, *, checksums: bool) -> Parts:
         round(hit.lease_s * 1000),
         _MISS_CODES[hit.miss],
         len(detail),
+        sizes.block_bytes,
+        sizes.chunk_bytes,
     )
     return [head, _packed(sums, "<u8"), _packed(hit.tiers, "u1"), detail]
 
 
-def hit_of(body: Body) -> PrefixHit:
+def hit_of(body: Body) -> tuple[PrefixHit, BlockSizes]:
     """The inverse; nothing refers to the body. Raises MalformedMessage."""
-    hit, used = _hit(body)
+    hit, sizes, used = _hit(body)
     _rest(body, used, 0)
-    return hit
+    return hit, sizes
 
 
 def mapped_parts(mapped: MappedPrefix, chunk_bytes: int, *, checksums: bool) -> Parts:
     """The answer to MAP."""
-    head = _MAPPED.pack(mapped.nbytes, chunk_bytes, mapped.guard)
-    parts = hit_parts(mapped.hit, checksums=checksums)
-    return [*parts, head, _packed(mapped.offsets, "<i8")]
+    sizes = BlockSizes(mapped.nbytes, chunk_bytes)
+    parts = hit_parts(mapped.hit, sizes, checksums=checksums)
+    return [*parts, _MAPPED.pack(mapped.guard), _packed(mapped.offsets, "<i8")]
 
 
-def mapped_of(body: Body) -> tuple[MappedPrefix, int]:
-    """(mapped prefix, bytes of a chunk). Raises MalformedMessage."""
-    hit, used = _hit(body)
-    nbytes, chunk_bytes, guard = _unpack(_MAPPED, body, "mapped prefix", used)
+def mapped_of(body: Body) -> tuple[MappedPrefix, BlockSizes]:
+    """The inverse; nothing refers to the body. Raises MalformedMessage."""
+    hit, sizes, used = _hit(body)
+    (guard,) = _unpack(_MAPPED, body, "mapped prefix", used)
     used += _MAPPED.size
     mapped = hit.blocks if hit.lease_id else 0
-    if not chunk_bytes or not nbytes:
-        raise MalformedMessage(f"a block of {nbytes} bytes in chunks of {chunk_bytes}")
     offsets = _array(_rest(body, used, 8 * mapped), "<i8")
-    return MappedPrefix(hit, offsets, nbytes, guard), chunk_bytes
+    return MappedPrefix(hit, offsets, sizes.block_bytes, guard), sizes
 
 
 def renew_parts(lease_id: int, lease_ms: int) -> Parts:
@@ -337,8 +349,12 @@ def error_of(body: Body) -> DualPathError:
     return kind(text, reason=reason)
 
 
-def _hit(body: Body) -> tuple[PrefixHit, int]:
-    blocks, chunks, lease_id, lease_ms, miss, detail_bytes = _unpack(_HIT, body, "prefix hit")
+def _hit(body: Body) -> tuple[PrefixHit, BlockSizes, int]:
+    blocks, chunks, lease_id, lease_ms, miss, detail_bytes, block_bytes, chunk_bytes = _unpack(
+        _HIT, body, "prefix hit"
+    )
+    if not 0 < block_bytes <= BLOCK_BYTES_MAX or not 0 < chunk_bytes <= BLOCK_BYTES_MAX:
+        raise MalformedMessage(f"blocks of {block_bytes} bytes, chunks of {chunk_bytes}")
     if blocks > BATCH_BLOCKS_MAX or blocks * chunks > CHECKSUMS_MAX or miss >= len(_MISSES):
         raise MalformedMessage(f"{blocks} blocks of {chunks} chunks, miss {miss}: out of limits")
     at = _HIT.size
@@ -348,7 +364,7 @@ def _hit(body: Body) -> tuple[PrefixHit, int]:
     at += blocks
     detail = _text(_slice(body, at, detail_bytes))
     hit = PrefixHit(blocks, lease_id, lease_ms / 1000, tiers, sums, _MISSES[miss], detail)
-    return hit, at + detail_bytes
+    return hit, BlockSizes(block_bytes, chunk_bytes), at + detail_bytes
 
 
 def _unpack(form: struct.Struct, body: Body, what: str, at: int = 0) -> tuple[Any, ...]:

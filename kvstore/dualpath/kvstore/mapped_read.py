@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from dualpath.kvstore.block_copy import copy_blocks, copy_blocks_hashed
-from dualpath.kvstore.store_api import MappedPrefix, MissReason
+from dualpath.kvstore.store_api import MappedPrefix, MissReason, PrefixHit
 from dualpath.transfer.errors import InvalidRequest, LeaseExpired, Overloaded
 from numpy.typing import NDArray
 
+MAPPED_BYTES = 64 << 20
+"""What a reader has mapped at once; large enough that a round trip does not count."""
 FETCHED_AT_ONCE = 256
 """Chunks that are asked for at once."""
 _WAITS_MAX = 20
@@ -54,8 +56,31 @@ class ChunkSource(Protocol):
         """Extend the lease from now."""
 
 
+def unmapped(hit: PrefixHit, nbytes: int) -> MappedPrefix:
+    """A leased prefix none of whose blocks is mapped: all of it is fetched."""
+    return MappedPrefix(hit, np.full(hit.blocks, -1, np.int64), nbytes, -1)
+
+
+def read_in_parts(
+    read: Callable[[int, int], ReadBlocks], blocks: int, part_of: Callable[[], int]
+) -> ReadBlocks:
+    """Read a long prefix in parts, so that no reader has all of it mapped at once: `read(start,
+    end)` reads blocks, `part_of()` says how many at once."""
+    done = fetched = 0
+    if not blocks:
+        return ReadBlocks(0, 0, MissReason.NONE)
+    while True:
+        end = min(done + part_of(), blocks)
+        part = read(done, end)
+        fetched += part.fetched
+        done += part.blocks
+        if done < end or end == blocks:
+            return replace(part, blocks=done, fetched=fetched)
+
+
 class MappedRead:
-    """One read. `arena` are the bytes that offsets count in; `at[i]` is where block i goes."""
+    """One read. `arena` are the bytes that offsets count in; `at[i]` is where block i goes, by
+    default one after another behind room for `first` blocks."""
 
     def __init__(
         self,
@@ -66,6 +91,8 @@ class MappedRead:
         target: memoryview,
         at: NDArray[np.int64] | None,
         stable: Callable[[], bool],
+        *,
+        first: int = 0,
     ) -> None:
         self._source = source
         self._arena = arena
@@ -74,7 +101,9 @@ class MappedRead:
         self._target = target
         self._stable = stable
         blocks = mapped.hit.blocks
-        self._at = np.arange(blocks, dtype=np.int64) * mapped.nbytes if at is None else at[:blocks]
+        if at is None:
+            at = np.arange(first, first + blocks, dtype=np.int64) * mapped.nbytes
+        self._at = at[:blocks]
         if len(self._at) < blocks:
             raise InvalidRequest(f"places for {len(self._at)} blocks, {blocks} were found")
         self._chunks = -(-mapped.nbytes // chunk_bytes)

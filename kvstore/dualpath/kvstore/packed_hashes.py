@@ -55,6 +55,11 @@ class PackedHashes:
             )
         return cls(data, hash_bytes)
 
+    def part(self, start: int, end: int) -> PackedHashes:
+        """Hashes [start, end), without a copy."""
+        view = memoryview(self.data)[start * self.hash_bytes : end * self.hash_bytes]
+        return PackedHashes(view, self.hash_bytes)
+
     def __len__(self) -> int:
         return memoryview(self.data).nbytes // self.hash_bytes
 

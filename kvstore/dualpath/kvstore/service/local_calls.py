@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from dualpath.kvstore import local_protocol as protocol
 from dualpath.kvstore.fetched_batch import FetchedBatch
-from dualpath.kvstore.local_protocol import Body, Kind, LookupRequest, Parts
+from dualpath.kvstore.local_protocol import BlockSizes, Body, Kind, LookupRequest, Parts
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.principal import Rights
@@ -91,7 +91,9 @@ class LocalCalls:
             lease_s=lease_s,
         )
         self._count(request.namespace_id, len(hashes), hit)
-        return protocol.hit_parts(hit, checksums=request.checksums)
+        layout = self._store.layout(request.namespace_id)
+        sizes = BlockSizes(layout.block_bytes, layout.chunk_bytes)
+        return protocol.hit_parts(hit, sizes, checksums=request.checksums)
 
     def _map(self, body: Body) -> Parts:
         request = LookupRequest.of(body)
