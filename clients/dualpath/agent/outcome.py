@@ -24,6 +24,8 @@ class MissReason(enum.Enum):
     EVICTED = "evicted"
     CORRUPT = "corrupt"
     INVALIDATED = "invalidated"
+    QUOTA = "quota"
+    EXPIRED = "expired"
     NAMESPACE = "namespace"
     DEADLINE = "deadline"
     OVERLOADED = "overloaded"

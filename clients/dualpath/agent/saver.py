@@ -196,7 +196,12 @@ class Saver:
             save.reserved[block] = status
             if status is ReserveStatus.RESERVED:
                 fresh[block] = position
-            elif status in (ReserveStatus.FULL, ReserveStatus.NO_PARENT, None):
+            elif status in (
+                ReserveStatus.FULL,
+                ReserveStatus.QUOTA,
+                ReserveStatus.NO_PARENT,
+                None,
+            ):
                 word = status.value if status else "unknown status"
                 save.fail(word, f"block {block} was not reserved: {word}")
         if not fresh:

@@ -48,6 +48,10 @@ class MissReason(enum.Enum):
     PENDING = "pending"
     """Reserved and not sealed yet: worth asking again soon."""
     EVICTED = "evicted"
+    QUOTA = "quota"
+    """Its tenant was at its quota of disk space and stored something else."""
+    EXPIRED = "expired"
+    """It was not used for as long as its tenant's blocks are kept."""
     CORRUPT = "corrupt"
     """A checksum failed earlier and the block was dropped."""
     INVALIDATED = "invalidated"
@@ -131,6 +135,8 @@ class ReserveStatus(enum.Enum):
     """The parent is neither present nor reserved by the same owner."""
     FULL = "full"
     """No space could be freed: everything else is leased or pending."""
+    QUOTA = "quota"
+    """The tenant is at its quota, and all of its own blocks are leased or pending."""
 
 
 @dataclass(frozen=True, slots=True)

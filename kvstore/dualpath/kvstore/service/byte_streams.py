@@ -294,9 +294,10 @@ class _Intake:
                 f"frame {number}: parent {frame.parent.hex()} of block {index} is not stored; "
                 "write parents first"
             )
-        if reservation.status is ReserveStatus.FULL:
+        if reservation.status in (ReserveStatus.FULL, ReserveStatus.QUOTA):
+            whose = "" if reservation.status is ReserveStatus.FULL else " within the tenant's quota"
             raise Overloaded(
-                f"block {index}: no space could be freed: all else is leased or pending",
+                f"block {index}: no space could be freed{whose}: all else is leased or pending",
                 retry_after_s=1.0,
             )
         exists = reservation.status is ReserveStatus.EXISTS

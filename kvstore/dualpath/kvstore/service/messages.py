@@ -52,6 +52,8 @@ _MISS: Mapping[MissReason, store_pb2.MissReason.ValueType] = {
     MissReason.CORRUPT: store_pb2.MISS_REASON_CORRUPT,
     MissReason.NAMESPACE: store_pb2.MISS_REASON_NAMESPACE,
     MissReason.INVALIDATED: store_pb2.MISS_REASON_INVALIDATED,
+    MissReason.QUOTA: store_pb2.MISS_REASON_QUOTA,
+    MissReason.EXPIRED: store_pb2.MISS_REASON_EXPIRED,
 }
 _RESERVE: Mapping[ReserveStatus, store_pb2.ReserveStatus.ValueType] = {
     ReserveStatus.RESERVED: store_pb2.RESERVE_STATUS_RESERVED,
@@ -59,6 +61,7 @@ _RESERVE: Mapping[ReserveStatus, store_pb2.ReserveStatus.ValueType] = {
     ReserveStatus.PENDING: store_pb2.RESERVE_STATUS_PENDING,
     ReserveStatus.NO_PARENT: store_pb2.RESERVE_STATUS_NO_PARENT,
     ReserveStatus.FULL: store_pb2.RESERVE_STATUS_FULL,
+    ReserveStatus.QUOTA: store_pb2.RESERVE_STATUS_QUOTA,
 }
 _SEAL: Mapping[SealStatus | None, store_pb2.SealStatus.ValueType] = {
     SealStatus.SEALED: store_pb2.SEAL_STATUS_SEALED,

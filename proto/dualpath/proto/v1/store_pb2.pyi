@@ -41,6 +41,10 @@ class _MissReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     MISS_REASON_UNAVAILABLE: _MissReason.ValueType  # 9
     MISS_REASON_INVALIDATED: _MissReason.ValueType  # 10
     """removed by an operator"""
+    MISS_REASON_QUOTA: _MissReason.ValueType  # 11
+    """made way for a newer block of its tenant, at its quota"""
+    MISS_REASON_EXPIRED: _MissReason.ValueType  # 12
+    """not used for the tenant's time to live"""
 
 class MissReason(_MissReason, metaclass=_MissReasonEnumTypeWrapper): ...
 
@@ -56,6 +60,10 @@ MISS_REASON_OVERLOADED: MissReason.ValueType  # 8
 MISS_REASON_UNAVAILABLE: MissReason.ValueType  # 9
 MISS_REASON_INVALIDATED: MissReason.ValueType  # 10
 """removed by an operator"""
+MISS_REASON_QUOTA: MissReason.ValueType  # 11
+"""made way for a newer block of its tenant, at its quota"""
+MISS_REASON_EXPIRED: MissReason.ValueType  # 12
+"""not used for the tenant's time to live"""
 global___MissReason = MissReason
 
 class _ReserveStatus:
@@ -70,6 +78,7 @@ class _ReserveStatusEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     RESERVE_STATUS_PENDING: _ReserveStatus.ValueType  # 3
     RESERVE_STATUS_NO_PARENT: _ReserveStatus.ValueType  # 4
     RESERVE_STATUS_FULL: _ReserveStatus.ValueType  # 5
+    RESERVE_STATUS_QUOTA: _ReserveStatus.ValueType  # 6
 
 class ReserveStatus(_ReserveStatus, metaclass=_ReserveStatusEnumTypeWrapper): ...
 
@@ -79,6 +88,7 @@ RESERVE_STATUS_EXISTS: ReserveStatus.ValueType  # 2
 RESERVE_STATUS_PENDING: ReserveStatus.ValueType  # 3
 RESERVE_STATUS_NO_PARENT: ReserveStatus.ValueType  # 4
 RESERVE_STATUS_FULL: ReserveStatus.ValueType  # 5
+RESERVE_STATUS_QUOTA: ReserveStatus.ValueType  # 6
 global___ReserveStatus = ReserveStatus
 
 class _SealStatus:
