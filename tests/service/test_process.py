@@ -239,7 +239,14 @@ def test_a_signal_stops_the_process_cleanly(in_lab: Any, number: signal.Signals)
         try:
             line = await asyncio.wait_for(child.stdout.readline(), WAIT_S)
             where = json.loads(line)
-            assert set(where) == {"data", "listen", "unix", "data_listen", "metrics_listen"}
+            assert set(where) == {
+                "data",
+                "listen",
+                "unix",
+                "local",
+                "data_listen",
+                "metrics_listen",
+            }
             client = await lab.client(where["listen"]).attach()
             namespace_id = await client.namespace()
             await client.save(namespace_id, lab.chain(2), durable=False)

@@ -48,8 +48,9 @@ class DaemonConfig:
 
     `data`: directory of the store, made if absent. `listen`: host:port of gRPC, port 0 for any.
     `unix`: path of a Unix socket for gRPC; its callers get their data over shared memory at
-    `<unix>.data`. `data_listen`: host:port where receivers dial the data plane; by default the
-    host of `listen` with any port. `advertise_host`: the host that callers are told to dial when
+    `<unix>.data`, and engines of this machine look up and map blocks at `<unix>.local`.
+    `data_listen`: host:port where receivers dial the data plane; by default the host of `listen`
+    with any port. `advertise_host`: the host that callers are told to dial when
     `data_listen` is a wildcard. `tokens`: any of them opens the daemon; with tokens every TCP
     caller needs one, also on loopback. `insecure`: allow listening beyond loopback without.
     `metrics_listen`: host:port of the Prometheus endpoint, "" for none; it carries counters only
@@ -73,6 +74,10 @@ class DaemonConfig:
     `events_max`: events of blocks that are remembered for readers of the event stream.
     `namespaces_max`: namespaces that are known at once; those that hold nothing are forgotten when
     they are too many.
+    `numa_node`: node that the DRAM tier's memory comes from, -1 for that of the processors that
+    the daemon may run on, if it is one. `mapped_client_bytes_max`: bytes of the DRAM tier that one
+    client of the local socket may have mapped, 0 for half of `dram_bytes`. `mapped_bytes_max`: that
+    all may, 0 for three quarters.
     """
 
     data: str
@@ -106,6 +111,9 @@ class DaemonConfig:
     principal_streams_max: int = 0
     events_max: int = 1 << 16
     namespaces_max: int = 1 << 12
+    numa_node: int = -1
+    mapped_client_bytes_max: int = 0
+    mapped_bytes_max: int = 0
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -17,7 +17,6 @@ import socket
 import struct
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 
 from dualpath.kvstore import local_protocol as protocol
@@ -77,7 +76,7 @@ class LocalSocket:
         self._hello_s = hello_s
         self._fetched_s = fetched_s
         self._lock = threading.Lock()
-        self._connections: dict[threading.Thread, tuple[LocalFrames, int]] = {}
+        self._connections: dict[threading.Thread, tuple[LocalFrames, int, str]] = {}
         self._numbers = itertools.count(1)
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
@@ -86,6 +85,14 @@ class LocalSocket:
     def __len__(self) -> int:
         """Connections."""
         return len(self._connections)
+
+    def drop_principals(self, gone: Callable[[str], bool]) -> None:
+        """End the connections of principals that are no more. From any thread."""
+        with self._lock:
+            connections = list(self._connections.values())
+        for frames, _, principal in connections:
+            if gone(principal):
+                frames.shut()
 
     def start(self) -> None:
         """Listen. Raises InvalidRequest, Unavailable if the path cannot be bound."""
@@ -121,7 +128,7 @@ class LocalSocket:
         remove(self.path)
         with self._lock:
             connections = dict(self._connections)
-        for frames, _ in connections.values():
+        for frames, _, _ in connections.values():
             frames.shut()
         for thread in connections:
             thread.join(JOIN_S_MAX)
@@ -154,13 +161,13 @@ class LocalSocket:
             target=self._serve, args=(frames, number), name=f"local-{number}", daemon=True
         )
         with self._lock:
-            of_process = Counter(pid for _, pid in self._connections.values())[process]
+            of_process = sum(pid == process for _, pid, _ in self._connections.values())
             full = len(self._connections) >= CONNECTIONS_MAX
             if self._closing.is_set() or full or of_process >= CONNECTIONS_PER_PROCESS_MAX:
                 _log.warning("process %d has %d connections: refused one", process, of_process)
                 frames.close()
                 return
-            self._connections[thread] = frames, process
+            self._connections[thread] = frames, process, ""
         thread.start()
 
     def _serve(self, frames: LocalFrames, number: int) -> None:
@@ -200,6 +207,7 @@ class LocalSocket:
             raise
         finally:
             frames.consume(body)
+        self._known_as(principal)
         arena = self._store.arena
         refusal = self._why_no_arena(principal)
         welcome = Welcome(version, 0 if refusal else arena.nbytes, refusal)
@@ -213,6 +221,12 @@ class LocalSocket:
             arena=not refusal,
             clock=self._clock,
         )
+
+    def _known_as(self, principal: str) -> None:
+        thread = threading.current_thread()
+        with self._lock:
+            frames, process, _ = self._connections[thread]
+            self._connections[thread] = frames, process, principal
 
     def _principal(self, sock: socket.socket, token: bytes) -> str:
         if token:

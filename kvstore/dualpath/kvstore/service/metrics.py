@@ -64,9 +64,14 @@ class StoreCollector(Collector):
         yield from _delivery(snapshot.deliveries)
         yield from _principals(snapshot)
         yield CounterMetricFamily("dualpath_events", "Events of blocks", snapshot.last_sequence)
-        info = InfoMetricFamily("dualpath_device", "How the SSD tier is read")
-        info.add_metric([], {"device": stats.device})
-        yield info
+        yield _info("dualpath_device", "How the SSD tier is read", {"device": stats.device})
+        yield _info("dualpath_arena", "What memory the DRAM tier has", {"memory": stats.arena})
+
+
+def _info(name: str, text: str, labels: dict[str, str]) -> Metric:
+    info = InfoMetricFamily(name, text)
+    info.add_metric([], labels)
+    return info
 
 
 def _state(readiness: Readiness, reload: KeyReload) -> Iterator[Metric]:
@@ -111,6 +116,8 @@ def _gauges(stats: StoreStats) -> Iterator[Metric]:
     yield _gauge("dualpath_namespaces", "Known namespaces", stats.namespaces)
     yield _gauge("dualpath_leases", "Live leases", stats.leases)
     yield _gauge("dualpath_reservations", "Blocks being written", stats.reservations)
+    yield _gauge("dualpath_mapped_leases", "Leases whose blocks are mapped", stats.mapped_leases)
+    yield _gauge("dualpath_mapped_bytes", "DRAM that is mapped by readers", stats.mapped_bytes)
 
 
 def _counters(stats: StoreStats) -> Iterator[Metric]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from dualpath.kvstore import local_protocol
 from dualpath.kvstore.block_store import BlockStore
 from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.access_rules import AccessRules, parse_access
@@ -30,6 +31,7 @@ from dualpath.kvstore.service.config import DaemonConfig, split_address
 from dualpath.kvstore.service.deliver import DeliveryConfig, DeliveryEngine
 from dualpath.kvstore.service.fair_executor import FairExecutor
 from dualpath.kvstore.service.key_reload import KeyReload
+from dualpath.kvstore.service.local_socket import LocalSocket
 from dualpath.kvstore.service.metrics import ServiceSnapshot, StoreCollector
 from dualpath.kvstore.service.metrics_server import MetricsServer
 from dualpath.kvstore.service.quotas import Quotas
@@ -74,6 +76,7 @@ class Daemon:
         self._clock = clock
         self._stack = contextlib.AsyncExitStack()
         self._service: StoreService | None = None
+        self._local: LocalSocket | None = None
         self._health: Any = None
         self._telling: set[asyncio.Future[None]] = set()
         self._tls: ServerTls | None = None
@@ -137,12 +140,13 @@ class Daemon:
         stack.push_async_callback(service.attachments.close, STOP_S_MAX)
         duties = asyncio.create_task(service.do_duties(), name="duties")
         stack.push_async_callback(_cancelled, duties)
-        listen = await self._serve(service, engine, access, quotas)
+        listen = await self._serve(store, service, engine, access, quotas)
         _log.info("serving %s at %s", config.data, listen or config.unix)
         return {
             "data": config.data,
             "listen": listen,
             "unix": config.unix,
+            "local": self._local.path if self._local is not None else "",
             "data_listen": planes["tcp"].address,
             "metrics_listen": metrics,
         }
@@ -191,11 +195,15 @@ class Daemon:
             rules = self._read_rules()
             access.replace(rules)
             known = set(rules.tokens.values())
+
+            def gone(name: str) -> bool:
+                return name.startswith("token:") and name not in known
+
             loop.call_soon_threadsafe(
-                service.attachments.drop_principals,
-                lambda name: name.startswith("token:") and name not in known,
-                "its token is not valid any more",
+                service.attachments.drop_principals, gone, "its token is not valid any more"
             )
+            if self._local is not None:
+                self._local.drop_principals(gone)
 
         if config.access_file:
             self.reload.watch("access file", [config.access_file], apply)
@@ -218,7 +226,12 @@ class Daemon:
         return server.address
 
     async def _serve(
-        self, service: StoreService, engine: DeliveryEngine, access: Access, quotas: Quotas
+        self,
+        store: BlockStore,
+        service: StoreService,
+        engine: DeliveryEngine,
+        access: Access,
+        quotas: Quotas,
     ) -> str:
         """Start gRPC; return the bound host:port, "" if there is none."""
         auth = Auth(lambda: access.rules, certificates=bool(self.config.tls_client_ca))
@@ -241,12 +254,22 @@ class Daemon:
         if self.config.unix:
             self._bind_unix(server, self.config.unix)
         await server.start()
+        self._open_local(store, service, auth)
         self._stack.push_async_callback(self._end_calls, server, state, service, engine)
         self.readiness.on_change = self._tell_health
         self.readiness.watch(self._troubles)
         self.readiness.enter(Phase.SERVING)
         await self._set_health(Phase.SERVING)
         return listen
+
+    def _open_local(self, store: BlockStore, service: StoreService, auth: Auth) -> None:
+        """Engines of this machine, without gRPC."""
+        if not self.config.unix:
+            return
+        path = self.config.unix + local_protocol.SUFFIX
+        self._local = LocalSocket(path, store, auth, service.gate, clock=self._clock)
+        self._local.start()
+        self._stack.push_async_callback(_in_thread, self._local.close)
 
     def _troubles(self) -> Mapping[str, str]:
         """What is degraded: of the store, and of the keys."""
@@ -301,8 +324,8 @@ async def run_daemon(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal does not wait.
 
-    `on_ready` gets `listen`, `unix`, `data_listen`, `metrics_listen` and `data` once calls are
-    answered. Raises what made the start fail, with the remedy in its message.
+    `on_ready` gets `listen`, `unix`, `local`, `data_listen`, `metrics_listen` and `data` once calls
+    are answered. Raises what made the start fail, with the remedy in its message.
     """
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
@@ -351,6 +374,9 @@ def _store_config(config: DaemonConfig) -> StoreConfig:
         shared_arena=bool(config.unix),
         events_remembered_max=config.events_max,
         namespaces_max=config.namespaces_max,
+        numa_node=config.numa_node,
+        mapped_owner_bytes_max=config.mapped_client_bytes_max,
+        mapped_bytes_max=config.mapped_bytes_max,
     )
 
 

@@ -75,6 +75,8 @@ class StoreService(store_pb2_grpc.StoreServicer):
         mint = TicketMint()
         self.attachments = Attachments(store, planes, executor, self._dropped)
         gate = Gate(readiness, access, quotas, FairTurns(), self.attachments.held)
+        self.gate = gate
+        """What other ways in than gRPC have to pass, too."""
         self._lookups = LookupCalls(
             store=store,
             attachments=self.attachments,
