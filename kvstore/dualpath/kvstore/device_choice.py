@@ -6,17 +6,17 @@ description then tells the reason and the remedy.
 
 from __future__ import annotations
 
-import enum
 import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from dualpath.kvstore.io_mode import IO_DEPTH, IoMode, check_io
 from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.raw_device import RawDevice
-from dualpath.kvstore.ring_device import DEPTH, DEPTH_MAX, RingDevice
+from dualpath.kvstore.ring_device import RingDevice
 from dualpath.kvstore.ring_pool import NativeRing
-from dualpath.transfer.errors import InvalidRequest, Unavailable
+from dualpath.transfer.errors import Unavailable
 
 make_ring: Callable[[int], NativeRing] | None
 try:
@@ -30,30 +30,11 @@ _DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
 _log = logging.getLogger(__name__)
 
 
-class IoMode(enum.Enum):
-    """The setting `io`."""
-
-    AUTO = "auto"
-    IO_URING = "io_uring"
-    """io_uring or an error."""
-    PSYNC = "psync"
-
-
-def check_io(io: str, depth: int) -> None:
-    """Raises InvalidRequest naming the setting."""
-    if io not in (mode.value for mode in IoMode):
-        raise InvalidRequest(
-            f"io must be one of {', '.join(mode.value for mode in IoMode)}, not {io!r}"
-        )
-    if not 1 <= depth <= DEPTH_MAX:
-        raise InvalidRequest(f"io_depth must lie in 1..{DEPTH_MAX}, not {depth}")
-
-
 def open_device(
     path: str | Path,
     *,
     io: str = IoMode.AUTO.value,
-    depth: int = DEPTH,
+    depth: int = IO_DEPTH,
     direct: bool = True,
     read_only: bool = False,
     raw: str = "",

@@ -18,13 +18,11 @@ from typing import Protocol
 import numpy as np
 from dualpath.kvstore.device import ALIGN_BYTES, Device
 from dualpath.kvstore.fd_file import FdFile
+from dualpath.kvstore.io_mode import IO_DEPTH
 from dualpath.kvstore.ring_pool import NativeRing, RingPool
 from dualpath.kvstore.transfer_batch import UNDER_WAY, TransferBatch, check_batch
 from numpy.typing import NDArray
 
-DEPTH = 32
-"""Transfers in flight of one batch."""
-DEPTH_MAX = 1024
 RINGS_MAX = 8
 """Batches that move at the same time."""
 
@@ -131,7 +129,7 @@ class RingDevice:
     """See the module docstring."""
 
     def __init__(
-        self, inner: FdDevice, make_ring: Callable[[int], NativeRing], *, depth: int = DEPTH
+        self, inner: FdDevice, make_ring: Callable[[int], NativeRing], *, depth: int = IO_DEPTH
     ) -> None:
         """Raises OSError if there can be no ring here: the caller then uses `inner`."""
         self._inner = inner

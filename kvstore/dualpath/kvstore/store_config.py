@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dualpath.kvstore.eviction_choice import check_policy
+from dualpath.kvstore.io_mode import IO_DEPTH, IoMode, check_io
 from dualpath.kvstore.layout import ALIGN_BYTES
 from dualpath.kvstore.numa import ANY_NODE
 from dualpath.transfer.errors import InvalidRequest
@@ -28,6 +30,12 @@ class StoreConfig:
     direct: bool = True
     shared_arena: bool = False
     numa_node: int = ANY_NODE
+    io: str = IoMode.AUTO.value
+    """`auto`, `io_uring` or `psync`: see io_mode.py."""
+    io_depth: int = IO_DEPTH
+    """Transfers of one batch that are in flight on the SSD at once."""
+    raw_device: str = ""
+    """Block device, or file that stands for one, that holds the segments; "": files beside."""
     """Node that the arena's memory comes from; ANY_NODE: that of our processors, if it is one."""
     prefault: bool = True
     """Have all memory of the arena at opening: no read pays for it, and none fails for it."""
@@ -62,6 +70,11 @@ class StoreConfig:
     def mapped_limits(self) -> tuple[int, int]:
         """Most bytes that one owner, and that all may have mapped."""
         return (
+        check_io(self.io, self.io_depth)
+        check_policy(self.eviction)
+        check_tenants(self.tenants)
+        if not 0 <= self.ttl_s < float("inf"):
+            raise InvalidRequest(f"ttl_s must not be negative, not {self.ttl_s}")
             self.mapped_owner_bytes_max or self.dram_bytes // 2,
             self.mapped_bytes_max or self.dram_bytes // 4 * 3,
         )
