@@ -1,8 +1,8 @@
 """A data directory that indexes a million blocks, made in seconds and without their bytes.
 
-Chains of random hashes in one namespace of 4 KiB blocks. Namespace, segments and records are
-written by the store's own code as a daemon that was killed would have left them. The blocks' bytes
-are zeros in sparse files, with the checksums of zeros: a reader finds every block intact.
+Chains of random hashes in one namespace of blocks of two chunks. Namespace, segments and records
+are written by the store's own code, as a daemon that was killed would have left them. The blocks'
+bytes are zeros in sparse files, with the checksums of zeros: a reader finds every block intact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dualpath.kvstore.block_store import StoreConfig
 from dualpath.kvstore.checksum import of_block
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.durable_index import DurableIndex
-from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.layout import ALIGN_BYTES, CHUNK_BYTES_MIN, KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.record import RECORD_FIELDS, RECORD_MAGIC
@@ -25,9 +25,14 @@ from dualpath.kvstore.ssd_tier import segment_name
 from numpy.typing import NDArray
 
 CHAIN_BLOCKS = 1000
+DRAM_BYTES = 32 << 20
 _TURN_BLOCKS = 40
 """Chains grow in turns of so many blocks, as those of many clients at once do."""
-_SEGMENT_BYTES = 64 << 20
+_SLOTS = 1 << 14
+"""Slots of a segment."""
+_LAYOUT = KVLayout(
+    layers=1, block_tokens=16, layer_bytes=CHUNK_BYTES_MIN + ALIGN_BYTES, dtype="bfloat16"
+)
 _PUTS = 1 << 16
 _HASH_BYTES = 32
 _SEED = 20261122
@@ -50,7 +55,7 @@ class IndexFixture:
     @property
     def config(self) -> StoreConfig:
         """With which to open it in this process."""
-        return StoreConfig(disk_bytes=self.disk_bytes, dram_bytes=32 << 20, prefault=False)
+        return StoreConfig(disk_bytes=self.disk_bytes, dram_bytes=DRAM_BYTES, prefault=False)
 
     def chain(self, number: int) -> bytes:
         """The packed hashes of a chain."""
@@ -61,14 +66,12 @@ class IndexFixture:
 def make_index(path: Path, blocks: int) -> IndexFixture:
     """Make the directory; `blocks` is a multiple of CHAIN_BLOCKS."""
     assert blocks % CHAIN_BLOCKS == 0, blocks
-    layout = KVLayout(layers=1, block_tokens=16, layer_bytes=4096, dtype="bfloat16")
-    namespace = Namespace(model="bench-index", layout=layout)
+    namespace = Namespace(model="bench-index", layout=_LAYOUT)
     hashes = np.random.default_rng(_SEED).integers(0, 256, (blocks, _HASH_BYTES), np.uint8)
     directory = DataDirectory(path)
     try:
         directory.save_namespace(namespace)
-        geometry = SegmentGeometry.fitting(layout.slot_bytes, _SEGMENT_BYTES)
-        assert geometry is not None
+        geometry = SegmentGeometry(_LAYOUT.slot_bytes, _SLOTS)
         segments = -(-blocks // geometry.slots)
         for number in range(segments):
             _make_segment(directory.segments_path, number, geometry)
