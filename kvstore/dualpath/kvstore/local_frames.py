@@ -111,10 +111,14 @@ class LocalFrames:
                     deadline = time.monotonic() + self._message_s
                 if deadline:
                     limit_s = deadline - time.monotonic()
-                    if limit_s <= 0:
-                        raise DeadlineExceeded(f"no whole message within {self._message_s} s")
-                self._set_receive_timeout(limit_s)
-                got = self._receive_into(whole[self._have :], with_fds)
+                got = -1
+                if limit_s > 0 or not deadline:
+                    self._set_receive_timeout(limit_s)
+                    got = self._receive_into(whole[self._have :], with_fds)
+                if got < 0:
+                    what = "no whole message" if deadline else "no message"
+                    seconds = self._message_s if deadline else begin_s
+                    raise DeadlineExceeded(f"{what} came within {seconds:g} s")
                 if not got:
                     if self._have:
                         raise PeerLost("closed within a message")
@@ -123,12 +127,13 @@ class LocalFrames:
         return True
 
     def _receive_into(self, target: memoryview, with_fds: bool) -> int:
+        """Bytes got; 0 if the peer has closed, -1 if the time is over."""
         try:
             if not with_fds:
                 return self.socket.recv_into(target)
             got, fds = receive_with_fds(self.socket, target)
         except BlockingIOError:
-            raise DeadlineExceeded("nothing came in time") from None
+            return -1
         except OSError as error:
             raise PeerLost(f"the connection broke: {error.strerror}") from error
         self.fds += fds
