@@ -82,8 +82,8 @@ def test_progress_equals_a_brute_force_model(
         block, chunk = progress.chunk_ref(index)
         if block < model.valid:
             model.done.add((block, chunk))
-        progress.verified(index)
-        progress.verified(index)
+        progress.verified([index])
+        progress.verified([index])
 
 
 @given(st.sampled_from(LAYOUTS), st.integers(1, 9))
@@ -103,7 +103,7 @@ def test_layers_become_ready_in_order_while_later_chunks_are_missing() -> None:
     per_layer = layout.layer_bytes // layout.chunk_bytes * 2
     for index in range(per_layer):
         assert progress.layers_ready == 0
-        progress.verified(index)
+        progress.verified([index])
     assert progress.layers_ready == 1
     assert not progress.complete
     assert progress.complete_blocks() == 0
@@ -121,7 +121,7 @@ def test_cutting_all_blocks_leaves_nothing_to_wait_for() -> None:
 def test_wrong_indices_are_refused_by_value() -> None:
     progress = LoadProgress(LAYOUTS[0], 2)
     with pytest.raises(InvalidRequest, match=r"chunk index 2 is outside of 0\.\.1"):
-        progress.verified(2)
+        progress.verified([2])
     with pytest.raises(InvalidRequest, match="chunk index -1"):
         progress.chunk_ref(-1)
     with pytest.raises(InvalidRequest, match="-1 blocks"):

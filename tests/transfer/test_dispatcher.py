@@ -7,6 +7,7 @@ import time
 
 import pytest
 from dualpath.transfer.chunk_queue import ChunkQueue, ChunkState
+from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.dispatcher import Dispatcher, Grant
 from dualpath.transfer.errors import InvalidRequest, Overloaded
@@ -61,7 +62,7 @@ def test_a_corrupt_chunk_goes_once_more_by_the_same_path_if_there_is_no_other() 
     assert by_path(made.grants(0.0)) == {"relay:d0": [("load", 0)]}
     assert made.failed("load", 0, "relay:d0", "corrupt", 0.1)
     assert by_path(made.grants(0.1)) == {"relay:d0": [("load", 0)]}
-    assert made.verified("load", 0, "relay:d0", 0.2)
+    assert made.verified("load", [0], "relay:d0", 0.2)
     assert made.is_done("load")
 
 
@@ -104,7 +105,7 @@ def test_a_lost_path_is_tried_again_with_one_chunk_after_a_growing_backoff() -> 
         now += waits[-1]
         assert by_path(made.grants(now)) == {"direct": [("load", 0)]}
     assert waits == pytest.approx([0.25, 0.5, 1.0, 2.0])
-    assert made.verified("load", 0, "direct", now + 0.01)
+    assert made.verified("load", [0], "direct", now + 0.01)
     assert len(by_path(made.grants(now + 0.01))["direct"]) > 1
 
 
@@ -129,7 +130,7 @@ def test_a_path_without_progress_stalls_and_progress_puts_it_off() -> None:
     made.add_load("load", [CHUNK] * 50, SPLIT, 0.0)
     made.grants(0.0)
     assert made.stalled(1.9) == ()
-    made.verified("load", 0, "direct", 1.9)
+    made.verified("load", [0], "direct", 1.9)
     assert made.stalled(2.1) == ()
     assert made.stalled(1.9 + made.next_event_s(1.9)) == ("direct",)
     made.path_lost("direct", "stalled", 10.0)
@@ -142,7 +143,7 @@ def test_a_slow_path_is_given_the_time_of_a_few_chunks() -> None:
     made.grants(0.0)
     for chunk, now in enumerate([1.5, 3.0, 4.5]):
         made.grants(now)
-        made.verified("load", chunk, "direct", now)
+        made.verified("load", [chunk], "direct", now)
     made.grants(4.5)
     assert made.stalled(4.5 + 5.5) == ()
     assert made.stalled(4.5 + 6.5) == ("direct",)
@@ -153,9 +154,9 @@ def test_a_slow_path_leaves_the_last_chunks_to_a_fast_one() -> None:
     made.add_load("warm", [CHUNK] * 12, SPLIT, 0.0)
     granted = by_path(made.grants(0.0))
     for step, (load_id, chunk) in enumerate(granted["direct"], 1):
-        made.verified(load_id, chunk, "direct", step * CHUNK / 50e6)
+        made.verified(load_id, [chunk], "direct", step * CHUNK / 50e6)
     for step, (load_id, chunk) in enumerate(granted["relay:d0"], 1):
-        made.verified(load_id, chunk, "relay:d0", step * CHUNK / 1e6)
+        made.verified(load_id, [chunk], "relay:d0", step * CHUNK / 1e6)
     assert made.is_done("warm")
     made.add_load("load", [CHUNK] * 4, SPLIT, 9.0)
     assert set(by_path(made.grants(9.0))) == {"direct"}
@@ -170,7 +171,7 @@ def test_chunks_stuck_on_a_slow_path_are_offered_to_an_idle_one() -> None:
     made.add_load("load", [CHUNK] * 12, SPLIT, 0.0)
     granted = by_path(made.grants(0.0))
     for step, (load_id, chunk) in enumerate(granted["direct"], 1):
-        made.verified(load_id, chunk, "direct", step * CHUNK / 50e6)
+        made.verified(load_id, [chunk], "direct", step * CHUNK / 50e6)
     assert made.overtaken(0.05) == []
     stuck = made.overtaken(0.5)
     assert by_path(stuck).keys() == {"relay:d0"}
@@ -271,7 +272,8 @@ def test_granting_costs_the_same_however_many_chunks_wait() -> None:
             started = time.thread_time()
             for step in range(400):
                 now = 0.005 * (step + 1)
-                made.verified(*flying.pop(0), now)
+                load_id, chunk, path = flying.pop(0)
+                made.verified(load_id, [chunk], path, now)
                 flying += [
                     (one.load_id, chunk, one.path)
                     for one in made.grants(now)
@@ -281,3 +283,21 @@ def test_granting_costs_the_same_however_many_chunks_wait() -> None:
         return best
 
     assert cost_s(4000) <= 5 * cost_s(40)
+
+
+def test_a_lone_path_takes_runs_of_equal_chunks_within_its_credit() -> None:
+    config = DispatchConfig(credit=CreditConfig(window_bytes_start=8 * CHUNK))
+    made = Dispatcher(config)
+    made.add_path("direct", PathKind.DIRECT, 0.0)
+    sizes = [CHUNK] * 3 + [CHUNK // 2] * 3 + [CHUNK] * 20
+    made.add_load("load", sizes, policy_named("direct"), 0.0)
+    (first,) = made.grants(0.0)
+    assert first.chunks == tuple(range(8))
+    assert first.nbytes == sum(sizes[:8]) <= 8 * CHUNK
+    assert made.verified("load", [0, 1, 99, 1, 25], "direct", 0.1) == [0, 1]
+    assert made.counters["late"] == 3
+    assert made.failed("load", 4, "direct", "cancelled", 0.1)
+    granted = [chunk for grant in made.grants(0.1) for chunk in grant.chunks]
+    assert granted[0] == 4
+    assert granted[1:] == list(range(8, 8 + len(granted) - 1))
+    assert made.progress("load")[ChunkState.DONE] == 2

@@ -214,8 +214,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         load = self.loads[load_id]
         self.now += load.nbytes[chunk] / self.paths[path]
         before = self.dispatcher.shares(load_id).get(path, 0)
-        assert self.dispatcher.verified(load_id, chunk, path, self.now)
-        assert not self.dispatcher.verified(load_id, chunk, path, self.now)
+        assert self.dispatcher.verified(load_id, [chunk], path, self.now)
+        assert not self.dispatcher.verified(load_id, [chunk], path, self.now)
         assert self.dispatcher.shares(load_id)[path] == before + load.nbytes[chunk]
         load.state[chunk] = ChunkState.DONE
 
@@ -251,7 +251,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         load_id = data.draw(st.sampled_from([*sorted(self.loads), "gone"]))
         path = data.draw(st.sampled_from(NAMES))
         assume((load_id, chunk, path) not in self._inflight())
-        assert not self.dispatcher.verified(load_id, chunk, path, self.now)
+        assert not self.dispatcher.verified(load_id, [chunk], path, self.now)
         assert self.dispatcher.failed(load_id, chunk, path, "corrupt", self.now)
 
     # ------------------------------------------------------------ always

@@ -99,7 +99,7 @@ class Simulation:
         event_s = self.now + self.dispatcher.next_event_s(self.now)
         if self.landing and self.landing[0][0] <= event_s:
             self.now, _, load_id, chunk, path = heapq.heappop(self.landing)
-            if self.dispatcher.verified(load_id, chunk, path, self.now):
+            if self.dispatcher.verified(load_id, [chunk], path, self.now):
                 self.run.bytes_by_path[path] += self.sizes[load_id][chunk]
             else:
                 self.run.wasted_bytes += CHUNK

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from dualpath.agent.load_progress import LoadProgress
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate
-from dualpath.agent.load_window import ArmedChunk, LoadWindow
+from dualpath.agent.load_window import ArmedChunks, LoadWindow
 from dualpath.agent.outcome import LoadResult, LoadStarted, MissReason
 from dualpath.agent.regions import EngineRegion
 from dualpath.kvstore.layout import KVLayout
 from dualpath.transfer.dispatcher import Grant
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
 from numpy.typing import NDArray
 
 
@@ -65,7 +65,7 @@ class ActiveLoad:
         self._span = (0, 0)
         self._next_tag = 1
         self._changed = asyncio.Event()
-        self._block_slices: list[Slices | None] = []
+        self._shown = (0, 0, False)
         self._extents = [layout.chunk_extent(chunk) for chunk in range(layout.chunk_count)]
 
     def begin(self, hit: LoadStarted, lease_id: int, checksums: NDArray[np.uint64]) -> None:
@@ -76,36 +76,46 @@ class ActiveLoad:
         self.miss, self.detail = hit.miss, hit.detail
         self.progress = LoadProgress(self.layout, hit.hit_blocks)
         self._span = self.spec.places.span(self.layout, hit.hit_blocks)
-        self._block_slices = [None] * hit.hit_blocks
 
     @property
     def span(self) -> tuple[int, int]:
         """(start, end) in the region of everything that may be written."""
         return self._span
 
-    def arm_chunk(self, index: int) -> tuple[int, int, ArmedChunk]:
-        """(block, chunk, what to arm) of one attempt at a load-chunk; each has a tag of its own."""
-        block, chunk = self.progress.chunk_ref(index)
-        whole = self._block_slices[block]
-        if whole is None:
-            whole = self._block_slices[block] = self.spec.places.block(self.layout, block)
-        offset, nbytes = self._extents[chunk]
-        slices = Slices(
-            whole.base, whole.stride, whole.count, whole.length, whole.skip + offset, nbytes
+    def arm(self, indices: Sequence[int]) -> ArmedChunks:
+        """What to arm for one attempt at these load-chunks; each has a tag of its own."""
+        count, per_block, extents = self.progress.blocks, len(self._extents), self._extents
+        chunks = [index // count for index in indices]
+        blocks = [index % count for index in indices]
+        layout, places = self.layout, self.spec.places
+        targets = SliceTable(
+            places.layer_stride_bytes,
+            layout.layers,
+            layout.layer_bytes,
+            [places.base_bytes[block] for block in blocks],
+            [extents[chunk][0] for chunk in chunks],
+            [extents[chunk][1] for chunk in chunks],
         )
-        tag = self._next_tag
-        self._next_tag += 1
-        checksum = int(self.checksums[block * len(self._extents) + chunk])
-        return block, chunk, ArmedChunk(tag, index, slices, checksum)
+        at = [block * per_block + chunk for block, chunk in zip(blocks, chunks, strict=True)]
+        first_tag = self._next_tag
+        self._next_tag += len(indices)
+        sums = self.checksums[at].tolist()
+        return ArmedChunks(first_tag, indices, blocks, chunks, targets, sums)
 
-    def verified(self, index: int, path: str) -> None:
-        """A chunk is in place and intact."""
-        self.progress.verified(index)
-        self.shares[path] += self.progress.chunk_nbytes[index]
+    def verified(self, indices: Sequence[int], path: str) -> int:
+        """Chunks are in place and intact; how many bytes that is."""
+        self.progress.verified(indices)
+        sizes = self.progress.chunk_nbytes
+        nbytes: int = sum(sizes[index] for index in indices)
+        self.shares[path] += nbytes
+        return nbytes
 
     def changed(self) -> None:
-        """Wake whoever follows the load."""
-        self._changed.set()
+        """Wake whoever follows the load, if there is something new to say."""
+        state = (self.progress.layers_ready, self.progress.blocks_valid, self.result is not None)
+        if state != self._shown:
+            self._shown = state
+            self._changed.set()
 
     async def next_change(self) -> LoadUpdate:
         """Wait for news; the last one has the result."""

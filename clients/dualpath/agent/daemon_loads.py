@@ -17,7 +17,7 @@ from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.load_refresh import LoadRefresh
 from dualpath.agent.load_routes import LoadRoutes
-from dualpath.agent.load_window import LoadWindow, Verdict
+from dualpath.agent.load_window import LoadWindow
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
 from dualpath.agent.outcome import LoadResult, MissReason
@@ -25,7 +25,7 @@ from dualpath.agent.path_counts import PathCounts
 from dualpath.agent.relay_job import REASON_OF_FAILURE
 from dualpath.agent.relay_link import RelayLink
 from dualpath.agent.self_relay import SelfRelay
-from dualpath.agent.slice_table import GRANT_CHUNKS_MAX, table_of
+from dualpath.agent.slice_table import GRANT_CHUNKS_MAX, message_of
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.dispatcher import OVERTAKEN_REASON, Dispatcher, Grant
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 STALLS_MAX = 2
 """Stalls of a path without a chunk in between; then its link is made anew."""
+ARRIVALS_PAUSE_S = 0.002
+"""Time between two looks at what has landed, but for the last of what is in flight."""
 REFRESHES_MAX = 3
 """Most new leases of one load after failures; then they count against its chunks."""
 
@@ -70,7 +72,7 @@ class DaemonLoads:
         self._routes = LoadRoutes(daemon, by_path, compute, self_relay)
         self._loop = loop
         self._grace_s = grace_s
-        self._verdicts: Mailbox[Verdict] = Mailbox(loop, self._on_verdicts)
+        self._arrivals: Mailbox[LoadWindow] = Mailbox(loop, self._on_arrivals, ARRIVALS_PAUSE_S)
         self._stalls: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._stranded_timer: asyncio.TimerHandle | None = None
@@ -122,7 +124,7 @@ class DaemonLoads:
 
     def _lose(self, path: str, reason: str) -> None:
         """Fence everything in flight on a path and give it back."""
-        self._verdicts.drain()
+        self._arrivals.drain()
         now = self._loop.time()
         inflight = {
             load_id: chunks
@@ -131,7 +133,7 @@ class DaemonLoads:
         }
         for load_id in tuple(self.loads):
             self._close_window(self.loads[load_id], path)
-        self._verdicts.drain()  # those that had landed before the fence
+        self._arrivals.drain()  # those that had landed before the fence
         self.dispatcher.path_lost(path, reason, now)
         for load_id in inflight:
             load = self.loads.get(load_id)
@@ -180,7 +182,7 @@ class DaemonLoads:
             return load.result
         for window in load.windows.values():
             window.close()
-        self._verdicts.drain()  # what had landed before the fence; it may complete the load
+        self._arrivals.drain()  # what had landed before the fence; it may complete the load
         if self.loads.get(load_id) is not load:
             return load.result
         if not load.progress.complete:
@@ -339,23 +341,22 @@ class DaemonLoads:
 
     def _grant(self, load: ActiveLoad, path: str, chunks: Sequence[int]) -> None:
         # A path that was lost since this grant was made has its chunks no more.
-        inflight = set(self.dispatcher.inflight(load.spec.load_id).get(path, ()))
-        chunks = [index for index in chunks if index in inflight]
+        chunks = self.dispatcher.inflight_on(load.spec.load_id, path, chunks)
         if not chunks:
             return
         window = self._window(load, path)
-        armed = [load.arm_chunk(index) for index in chunks]
+        armed = load.arm(chunks)
         now = self._loop.time()
-        window.arm([item for _, _, item in armed], now)
+        window.arm(armed, now)
         left_s = load.deadline_at - now
         message = common_pb2.ChunkGrant(
             window=window.descriptor.to_bytes(),
             lane=Lane.LOAD_PREFILL,
             deadline_ms=max(1, round(left_s * 1000)),
-            block=[block for block, _, _ in armed],
-            chunk=[chunk for _, chunk, _ in armed],
-            tag=[item.tag for _, _, item in armed],
-            target=table_of([item.slices for _, _, item in armed]),
+            block=armed.blocks,
+            chunk=armed.chunks,
+            tag=armed.tags,
+            target=message_of(armed.targets),
         )
         on_progress = partial(self._on_progress, window)
         grant_id = self._routes.send(load, path, message, on_progress)
@@ -366,7 +367,7 @@ class DaemonLoads:
         if window is None:
             network = self._routes.network(load, path)
             window = load.windows[path] = LoadWindow(
-                load.spec.load_id, path, network, load.entry.region, load.span, self._verdicts
+                load.spec.load_id, path, network, load.entry.region, load.span, self._arrivals
             )
         return window
 
@@ -394,31 +395,36 @@ class DaemonLoads:
 
     # News.
 
-    def _on_verdicts(self, verdicts: list[Verdict]) -> None:
+    def _on_arrivals(self, windows: list[LoadWindow]) -> None:
         now = self._loop.time()
         touched: dict[str, ActiveLoad] = {}
-        for verdict in verdicts:
-            window = verdict.window
-            armed_at = window.armed_at.get(verdict.tag, now)
-            index = window.settle(verdict.tag)
+        for window in windows:
             load = self.loads.get(window.load_id)
-            if index is None or load is None:
+            waits_s: Counter[float] = Counter()
+            intact: list[int] = []
+            corrupt: list[int] = []
+            for tag, holds in window.verdicts():
+                armed_at = window.armed_at.get(tag, now)
+                index = window.settle(tag)
+                if index is not None and load is not None:
+                    (intact if holds else corrupt).append(index)
+                    waits_s[now - armed_at] += holds
+            if load is None or not (intact or corrupt):
                 continue
             touched[window.load_id] = load
-            if not verdict.intact:
-                self._failed(load, window.path, index, "corrupt", "checksum does not hold")
-            elif self.dispatcher.verified(window.load_id, index, window.path, now):
-                load.verified(index, window.path)
+            if fresh := self.dispatcher.verified(window.load_id, intact, window.path, now):
+                nbytes = load.verified(fresh, window.path)
                 self._stalls[window.path] = 0
-                nbytes = load.progress.chunk_nbytes[index]
-                self.counts.verified(window.path, nbytes, now - armed_at)
+                self.counts.verified(window.path, nbytes, waits_s)
+            for index in corrupt:
+                self._failed(load, window.path, index, "corrupt", "checksum does not hold")
         for load in touched.values():
             load.changed()
             self._check_done(load)
         self.pump()
 
     def _on_progress(self, window: LoadWindow, progress: common_pb2.GrantProgress) -> None:
-        self._verdicts.drain()  # what landed before this message was sent
+        self._arrivals.drain()  # what landed before this message was sent
         if window.path != DIRECT_PATH:
             self.report_queue(window.path, progress.queue_bytes)
         if progress.done:

@@ -8,7 +8,7 @@ moves nor verifies bytes itself. Each call costs O(1), except `cut`: O(chunks th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dualpath.kvstore.layout import KVLayout
 from dualpath.transfer.errors import InvalidRequest
@@ -75,21 +75,29 @@ class LoadProgress:
         """Leading blocks that are fully verified; never more than `blocks_valid`."""
         return self._complete
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of the load at its start, by which its indices count."""
+        return self._blocks
+
     def chunk_ref(self, index: int) -> tuple[int, int]:
         """(block, chunk of the block) of load-chunk `index`."""
         self._check(index)
         chunk, block = divmod(index, self._blocks)
         return block, chunk
 
-    def verified(self, index: int) -> None:
-        """Mark a chunk; marking twice, or a chunk of a cut block, changes nothing."""
-        block, chunk = self.chunk_ref(index)
-        if block >= self._valid or self._marks[index]:
-            return
-        self._marks[index] = 1
-        self._verified += 1
-        self._by_block[block] += 1
-        self._by_chunk[chunk] += 1
+    def verified(self, indices: Iterable[int]) -> None:
+        """Mark chunks; marking twice, or chunks of a cut block, changes nothing."""
+        blocks, valid, marks = self._blocks, self._valid, self._marks
+        for index in indices:
+            self._check(index)
+            chunk, block = divmod(index, blocks)
+            if block >= valid or marks[index]:
+                continue
+            marks[index] = 1
+            self._verified += 1
+            self._by_block[block] += 1
+            self._by_chunk[chunk] += 1
         self._settle()
 
     def cut(self, blocks: int) -> tuple[int, ...]:

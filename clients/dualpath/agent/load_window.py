@@ -7,34 +7,34 @@ a wrong checksum never count, and that after `close` nothing more lands in the m
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
-from dualpath.kvstore.checksum import of_slices
+from dualpath.kvstore.checksum import of_fields
 from dualpath.transfer.region import Region, RegionDescriptor
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.transport import Arrival
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A chunk arrived under `tag`; `intact` says whether its checksum holds."""
+class ArmedChunks:
+    """Chunks that may land, with the tags `first_tag`, ... : `indices` in their load, where, and
+    what each must hash to."""
 
-    window: LoadWindow
-    tag: int
-    intact: bool
+    first_tag: int
+    indices: Sequence[int]
+    blocks: Sequence[int]
+    chunks: Sequence[int]
+    targets: SliceTable
+    checksums: Sequence[int]
 
-
-@dataclass(frozen=True, slots=True)
-class ArmedChunk:
-    """A chunk that may land: `index` in its load, where, and what it must hash to."""
-
-    tag: int
-    index: int
-    slices: Slices
-    checksum: int
+    @property
+    def tags(self) -> range:
+        """The tag of each."""
+        return range(self.first_tag, self.first_tag + len(self.indices))
 
 
 class LoadWindow:
@@ -47,8 +47,9 @@ class LoadWindow:
         network: Network,
         region: Region,
         span: tuple[int, int],
-        verdicts: Mailbox[Verdict],
+        arrivals: Mailbox[LoadWindow],
     ) -> None:
+        """`arrivals` gets the window when something has landed: see `verdicts`."""
         self.load_id = load_id
         self.path = path
         self.outstanding: dict[int, int] = {}
@@ -58,24 +59,31 @@ class LoadWindow:
         self.grant_ids: set[int] = set()
         self._network = network
         self._view = region.view
-        self._verdicts = verdicts
+        self._arrivals = arrivals
         self._checksums: dict[int, int] = {}
+        self._landed: deque[tuple[int, bool]] = deque()
+        self._told = False
         start, end = span
         self.descriptor: RegionDescriptor = network.transport.expose(
             region, start, end - start, self._arrived
         )
         self.open = True
 
-    def arm(self, chunks: Sequence[ArmedChunk], now: float) -> None:
+    def arm(self, armed: ArmedChunks, now: float) -> None:
         """Let these chunks land."""
-        for chunk in chunks:
-            self._checksums[chunk.tag] = chunk.checksum
-        self._network.transport.arm(
-            self.descriptor, [(chunk.tag, chunk.slices) for chunk in chunks]
-        )
-        for chunk in chunks:
-            self.outstanding[chunk.tag] = chunk.index
-            self.armed_at[chunk.tag] = now
+        tags = armed.tags
+        self._checksums.update(zip(tags, armed.checksums, strict=True))
+        self._network.transport.arm_table(self.descriptor, armed.first_tag, armed.targets)
+        self.outstanding.update(zip(tags, armed.indices, strict=True))
+        self.armed_at.update(dict.fromkeys(tags, now))
+
+    def verdicts(self) -> list[tuple[int, bool]]:
+        """Take (tag, whether its checksum held) of what has landed since the last time."""
+        self._told = False  # first: what lands from now on is told again
+        taken: list[tuple[int, bool]] = []
+        while self._landed:
+            taken.append(self._landed.popleft())
+        return taken
 
     def settle(self, tag: int) -> int | None:
         """A verdict on `tag` was taken: its chunk, or None if it was given up before."""
@@ -113,6 +121,10 @@ class LoadWindow:
         expected = self._checksums.get(arrival.tag)
         if expected is None:
             return False
-        intact = of_slices(self._view, arrival.slices) == expected
-        self._verdicts.put(Verdict(self, arrival.tag, intact))
+        intact = of_fields(self._view, arrival.fields) == expected
+        self._landed.append((arrival.tag, intact))
+        last = len(self._landed) >= len(self.outstanding)
+        if last or not self._told:
+            self._told = True
+            self._arrivals.put(self, urgent=last or not intact)
         return intact

@@ -6,6 +6,7 @@ Paths are those of the configuration, so their number is bounded. Belongs to the
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from dualpath.kvstore.service.histogram import Histogram
 
@@ -18,8 +19,9 @@ class PathCounts:
         self.chunks: Counter[str] = Counter()
         self.chunk_s: defaultdict[str, Histogram] = defaultdict(Histogram)
 
-    def verified(self, path: str, nbytes: int, seconds: float) -> None:
-        """A chunk is in place and intact, `seconds` after it was granted."""
+    def verified(self, path: str, nbytes: int, waits_s: Mapping[float, int]) -> None:
+        """Chunks are in place and intact; how many of them so many seconds after their grant."""
         self.bytes[path] += nbytes
-        self.chunks[path] += 1
-        self.chunk_s[path].observe(seconds)
+        for seconds, count in waits_s.items():
+            self.chunks[path] += count
+            self.chunk_s[path].observe(seconds, count)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 
 GRANT_CHUNKS_MAX = 4096
@@ -20,13 +21,24 @@ def table_of(targets: Sequence[Slices]) -> common_pb2.SliceTable:
     first = targets[0]
     common = (first.stride, first.count, first.length)
     assert all((s.stride, s.count, s.length) == common for s in targets), "slices differ in shape"
+    table = SliceTable(
+        *common,
+        [slices.base for slices in targets],
+        [slices.skip for slices in targets],
+        [slices.nbytes for slices in targets],
+    )
+    return message_of(table)
+
+
+def message_of(table: SliceTable) -> common_pb2.SliceTable:
+    """The protocol's form of a table."""
     return common_pb2.SliceTable(
-        stride_bytes=first.stride,
-        count=first.count,
-        length_bytes=first.length,
-        base_bytes=[slices.base for slices in targets],
-        skip_bytes=[slices.skip for slices in targets],
-        nbytes=[slices.nbytes for slices in targets],
+        stride_bytes=table.stride,
+        count=table.count,
+        length_bytes=table.length,
+        base_bytes=table.bases,
+        skip_bytes=table.skips,
+        nbytes=table.sizes,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import xxhash
 from dualpath.kvstore.layout import KVLayout
+from dualpath.transfer.slice_table import Fields
 from dualpath.transfer.slices import Slices
 
 Buffer = bytes | bytearray | memoryview
@@ -28,6 +29,15 @@ def of_slices(view: memoryview, slices: Slices) -> int:
     for offset, nbytes in pieces:
         state.update(view[offset : offset + nbytes])
     return state.intdigest()
+
+
+def of_fields(view: memoryview, fields: Fields) -> int:
+    """`of_slices` of the Slices of these fields."""
+    base, stride, count, length, skip, nbytes = fields
+    if count > 1 and stride != length:
+        return of_slices(view, Slices(*fields))
+    start = base + skip
+    return xxhash.xxh3_64_intdigest(view[start : start + nbytes])
 
 
 def of_block(view: Buffer, layout: KVLayout) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 Owns the state of every chunk of a load and the order in which waiting ones go: by index, so
 that chunks which came back go before fresh ones. A chunk that failed on a path goes by another
 one, as long as another is there. Each chunk is always in exactly one `ChunkState`. Decides no
-path by itself: the dispatcher does. Costs O(1) or O(log returned) a chunk, never a scan.
+path by itself: the dispatcher does. Costs O(1) or O(log returned) a chunk, never a scan of all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ class ChunkState(enum.IntEnum):
     INFLIGHT = 1
     DONE = 2
     DROPPED = 3
+
+
+_WAITING = bytes((ChunkState.WAITING,))
 
 
 class ChunkQueue:
@@ -108,11 +111,44 @@ class ChunkQueue:
         self.waiting_bytes -= self.nbytes[chunk]
         self._inflight[chunk] = path
 
-    def done(self, chunk: int) -> None:
-        """A chunk in flight has been verified."""
-        self._move(chunk, ChunkState.INFLIGHT, ChunkState.DONE)
-        del self._inflight[chunk]
-        self._failed_on.pop(chunk, None)
+    def plain_run(self, first: int, most: int) -> int:
+        """How many chunks from `first` (as told by `next_plain`) on, at most `most`, wait, never
+        failed and have as many bytes as it."""
+        if first != self._fresh or most <= 1:
+            return 1
+        states = self._states[first : first + most]
+        count = len(states) - len(states.lstrip(_WAITING))
+        sizes = self.nbytes[first : first + count]
+        if sizes[-1] == sizes[0] and max(sizes) == min(sizes):
+            return count
+        return next(index for index, size in enumerate(sizes) if size != sizes[0])
+
+    def grant_run(self, first: int, count: int, path: str) -> None:
+        """`grant` for a run as told by `plain_run`."""
+        if count == 1:
+            self.grant(first, path)
+            return
+        end = first + count
+        assert first == self._fresh
+        assert not any(self._states[first:end])
+        self._states[first:end] = bytes((ChunkState.INFLIGHT,)) * count
+        self._fresh = end
+        self.counts[ChunkState.WAITING] -= count
+        self.counts[ChunkState.INFLIGHT] += count
+        self.waiting_bytes -= count * self.nbytes[first]
+        self._inflight.update(dict.fromkeys(range(first, end), path))
+
+    def done(self, chunks: Sequence[int]) -> None:
+        """Chunks in flight have been verified."""
+        for chunk in chunks:
+            assert self._states[chunk] == ChunkState.INFLIGHT, (chunk, self.state(chunk))
+            self._states[chunk] = ChunkState.DONE
+            del self._inflight[chunk]
+        self.counts[ChunkState.INFLIGHT] -= len(chunks)
+        self.counts[ChunkState.DONE] += len(chunks)
+        if self._failed_on:
+            for chunk in chunks:
+                self._failed_on.pop(chunk, None)
 
     def give_back(self, chunk: int) -> None:
         """A chunk in flight waits again, through no fault of its own."""

@@ -17,7 +17,7 @@ Guarantees
 
 Does not: fence or move bytes (whoever calls `path_lost`, `drop` or `remove_load` revokes what
 they return first), keep deadlines, or know blocks.
-Costs: `grants` takes O(granted chunks + loads passed over), never a scan of chunks.
+Costs: `grants` takes O(granted chunks + loads passed over), never a scan of all chunks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import bisect
 import heapq
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualpath.transfer.chunk_queue import ChunkQueue, ChunkState
@@ -206,6 +206,11 @@ class Dispatcher:
         """Whether every chunk is verified or dropped."""
         return self._load(load_id).chunks.over
 
+    def inflight_on(self, load_id: str, path: str, chunks: Iterable[int]) -> list[int]:
+        """Those of `chunks` that are in flight on this path."""
+        inflight = self._load(load_id).chunks.inflight
+        return [chunk for chunk in chunks if inflight.get(chunk) == path]
+
     def inflight(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Chunks in flight by path."""
         return self._load(load_id).chunks.inflight_by_path()
@@ -247,17 +252,21 @@ class Dispatcher:
             pass  # what some took may make it worth while for one that left it to them
         return [self._grant(name, load_id, chunks) for (name, load_id), chunks in granted.items()]
 
-    def verified(self, load_id: str, chunk: int, path: str, now: float) -> bool:
-        """A chunk has landed and its checksum holds. False: late, it counts for nothing."""
+    def verified(self, load_id: str, chunks: Sequence[int], path: str, now: float) -> Sequence[int]:
+        """Chunks have landed and their checksums hold. Returns those that count: the others are
+        late."""
         self._see(now)
-        load = self._inflight_load(load_id, chunk, path)
-        if load is None:
-            return False
-        nbytes = load.chunks.nbytes[chunk]
-        load.chunks.done(chunk)
-        load.shares[path] += nbytes
-        self._paths[path].land(nbytes, now)
-        return True
+        load = self._loads.get(load_id)
+        inflight = {} if load is None else load.chunks.inflight
+        fresh = [chunk for chunk in dict.fromkeys(chunks) if inflight.get(chunk) == path]
+        self._counters["late"] += len(chunks) - len(fresh)
+        if load is None or not fresh:
+            return ()
+        sizes = [load.chunks.nbytes[chunk] for chunk in fresh]
+        load.chunks.done(fresh)
+        load.shares[path] += sum(sizes)
+        self._paths[path].land(sizes, now)
+        return fresh
 
     def failed(self, load_id: str, chunk: int, path: str, reason: str, now: float) -> bool:
         """A chunk did not arrive, or not intact.
@@ -267,8 +276,9 @@ class Dispatcher:
         path and, like `cancelled` and `overtaken`, is not held against the chunk.
         """
         self._see(now)
-        load = self._inflight_load(load_id, chunk, path)
-        if load is None:
+        load = self._loads.get(load_id)
+        if load is None or load.chunks.inflight.get(chunk) != path:
+            self._counters["late"] += 1
             return True
         state = self._paths[path]
         if reason == OVERTAKEN_REASON:
@@ -357,10 +367,17 @@ class Dispatcher:
             nbytes = load.chunks.nbytes[chunk]
             if not path.may_take(nbytes, 0 if taken_bytes else batch_bytes):
                 break
-            load.chunks.grant(chunk, path.name)
-            path.take(nbytes, now)
-            granted.setdefault((path.name, load.view.load_id), []).append(chunk)
-            taken_bytes += nbytes
+            count = 1
+            if len(load.paths) == 1 and not load.chunks.has_retries:
+                # Nothing has to be weighed chunk by chunk.
+                most = min(-(-(batch_bytes - taken_bytes) // nbytes), path.may_take_run(nbytes))
+                count = load.chunks.plain_run(chunk, most)
+            load.chunks.grant_run(chunk, count, path.name)
+            path.take(nbytes, now, count)
+            granted.setdefault((path.name, load.view.load_id), []).extend(
+                range(chunk, chunk + count)
+            )
+            taken_bytes += count * nbytes
             self._settle(load)  # takes it off path.queue when nothing waits any more
             # Near the end of a split load go chunk by chunk, so that its paths end together.
             share = load.chunks.waiting_bytes // (4 * len(load.paths)) if load.paths else 0
@@ -466,13 +483,6 @@ class Dispatcher:
     def _grant(self, path: str, load_id: str, chunks: Sequence[int]) -> Grant:
         nbytes = self._loads[load_id].chunks.nbytes
         return Grant(load_id, path, tuple(chunks), sum(nbytes[chunk] for chunk in chunks))
-
-    def _inflight_load(self, load_id: str, chunk: int, path: str) -> QueuedLoad | None:
-        load = self._loads.get(load_id)
-        if load is None or load.chunks.inflight.get(chunk) != path:
-            self._counters["late"] += 1
-            return None
-        return load
 
     def _load(self, load_id: str) -> QueuedLoad:
         load = self._loads.get(load_id)

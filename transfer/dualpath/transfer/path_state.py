@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.placement import PathKind
@@ -127,29 +128,38 @@ class PathState:
             self.inflight_bytes + batch_bytes <= max(self.window, 2 * nbytes)
         )
 
-    def take(self, nbytes: int, now: float) -> None:
-        """A chunk goes in flight."""
+    def may_take_run(self, nbytes: int) -> int:
+        """How many chunks of `nbytes` credit allows now, given that it allows one."""
+        if self.condition is PathCondition.TRIAL:
+            return 1
+        credit = self._config.credit
+        room = max(self.window, 2 * nbytes) - self.inflight_bytes
+        return max(1, min(room // nbytes, credit.chunks_max - self.inflight_chunks))
+
+    def take(self, nbytes: int, now: float, count: int = 1) -> None:
+        """`count` chunks of `nbytes` each go in flight."""
         if not self.inflight_chunks:
             self.progress_at_s = now
             self.estimate.begin(now)
-        self.inflight_chunks += 1
-        self.inflight_bytes += nbytes
+        self.inflight_chunks += count
+        self.inflight_bytes += count * nbytes
         self.largest_bytes = max(self.largest_bytes, nbytes)
 
-    def land(self, nbytes: int, now: float) -> None:
-        """A chunk in flight was verified."""
-        self.estimate.landed(nbytes, now)
+    def land(self, sizes: Sequence[int], now: float) -> None:
+        """Chunks in flight were verified."""
+        nbytes = sum(sizes)
+        self.estimate.landed(nbytes, now, max(sizes))
         self.progress_at_s = now
         self._losses = 0
         self._overtaken = 0
         self._pauses = 0
         if self.condition is PathCondition.TRIAL:
             self.condition = PathCondition.UP
-        self.release(nbytes)
+        self.release(nbytes, len(sizes))
 
-    def release(self, nbytes: int) -> None:
-        """A chunk is no longer in flight, whatever became of it."""
-        self.inflight_chunks -= 1
+    def release(self, nbytes: int, count: int = 1) -> None:
+        """`count` chunks, `nbytes` in all, are no longer in flight, whatever became of them."""
+        self.inflight_chunks -= count
         self.inflight_bytes -= nbytes
         assert self.inflight_chunks >= 0
         assert self.inflight_bytes >= 0

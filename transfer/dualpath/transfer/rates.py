@@ -46,13 +46,14 @@ class RateEstimate:
         if self._busy_since is None:
             self._busy_since = now
 
-    def landed(self, nbytes: int, now: float) -> None:
-        """`nbytes` have arrived; counts only while busy."""
+    def landed(self, nbytes: int, now: float, largest_bytes: int = 0) -> None:
+        """`nbytes` have arrived, in pieces of at most `largest_bytes` (0: in one); counts only
+        while busy."""
         if self._busy_since is None:
             return
         self._advance(now)
         self._bytes += nbytes
-        self._last_nbytes = nbytes
+        self._last_nbytes = largest_bytes or nbytes
 
     def waited(self, now: float) -> None:
         """Count the time since the last arrival, though nothing came; only while busy."""
