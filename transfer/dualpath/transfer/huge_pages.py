@@ -46,8 +46,9 @@ def obtained_bytes(view: memoryview) -> int:
     except OSError:
         return 0
     for line in lines:
-        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(match.group(1), 16) <= address < int(match.group(2), 16)
+        if not line[0].isupper():  # the head of a mapping, not one of its fields
+            start, _, end = line.split(maxsplit=1)[0].partition("-")
+            inside = int(start, 16) <= address < int(end, 16)
         elif inside and line.partition(":")[0] in _HUGE_FIELDS:
             total += int(line.split()[1]) << 10
     return total
