@@ -25,6 +25,7 @@ PROGRAMS: Mapping[str, tuple[str, str]] = {
     ),
     "peers": ("dualpath.bench.peers.command", "other KV stores and this one, the same work"),
     "gpu": ("dualpath.bench.gpu.command", "copies into paged GPU memory against the bus"),
+    "headline": ("dualpath.bench.headline", "their headline figures into a document"),
     "soak": ("dualpath.bench.soak.command", "crashes, torn writes and flipped bytes for long"),
 }
 """Module and one line of help of each program."""

@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,22 +37,24 @@ class Serving:
 
 @contextmanager
 def daemon(folder: Path, **settings: object) -> Iterator[Serving]:
-    """Run `dualpath serve` with its data, socket and log in `folder`; `settings` are its flags.
+    """Run `dualpath serve` with its data and its log in `folder`; `settings` are its flags.
 
     Raises Unavailable with the end of its log if it does not become ready.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flags: dict[str, object] = {
-        "data": folder / "data",
-        "listen": "127.0.0.1:0",
-        "unix": folder / "daemon.sock",
-        **settings,
-    }
-    argv = [sys.executable, "-m", "dualpath.cli.main", "serve", "--log-level", "warning"]
-    for name, value in flags.items():
-        argv += [f"--{name.replace('_', '-')}", str(value)]
-    with process("daemon", argv, folder / "daemon.log") as serving:
-        yield serving
+    # The path of a Unix socket must be short, wherever the data is.
+    with tempfile.TemporaryDirectory(prefix="dualpath-") as sockets:
+        flags: dict[str, object] = {
+            "data": folder / "data",
+            "listen": "127.0.0.1:0",
+            "unix": f"{sockets}/daemon.sock",
+            **settings,
+        }
+        argv = [sys.executable, "-m", "dualpath.cli.main", "serve", "--log-level", "warning"]
+        for name, value in flags.items():
+            argv += [f"--{name.replace('_', '-')}", str(value)]
+        with process("daemon", argv, folder / "daemon.log") as serving:
+            yield serving
 
 
 @contextmanager
@@ -89,4 +92,4 @@ def _ready(name: str, child: subprocess.Popen[bytes], log: Path) -> Mapping[str,
                 if isinstance(found, dict):
                     return found
     tail = log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARS:]
-    raise Unavailable(f"{name} was not ready within {READY_S_MAX:g} s\n{tail}")
+    raise Unavailable(f"{name} did not become ready: {tail.strip() or 'nothing in its log'}")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualpath.bench.document import put_figures
 from dualpath.bench.machine import describe_machine, describe_storage, describe_versions
 from dualpath.bench.peers.catalogue import ENTRIES, chosen
 from dualpath.bench.progress import Progress
@@ -61,7 +62,9 @@ class PeersBench:
         parser.add_argument("--data", default=".", metavar="DIR", help="the disk to measure (.)")
         parser.add_argument("--json", default="", metavar="FILE", help="write the figures as JSON")
         parser.add_argument("--plot", default="", metavar="FILE", help="draw them as PNG")
-        parser.add_argument("--markdown", default="", metavar="FILE", help="write tables for docs")
+        parser.add_argument(
+            "--markdown", default="", metavar="FILE", help="put tables into a document"
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         """Measure; return the exit status."""
@@ -121,17 +124,15 @@ def _tell(report: PeersReport, args: argparse.Namespace) -> int:
 
     print_report(report)
     ok = report.ok
-    texts = (
-        (args.json, json.dumps(report.to_json(), indent=2) + "\n"),
-        (args.markdown, markdown(report)),
-    )
-    for path, text in texts:
-        if path:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                print(f"dualpath bench peers: {path}: {error.strerror}", file=sys.stderr)
-                ok = False
+    try:
+        if args.json:
+            text = json.dumps(report.to_json(), indent=2) + "\n"
+            Path(args.json).write_text(text, encoding="utf-8")
+        if args.markdown:
+            put_figures(Path(args.markdown), markdown(report))
+    except (OSError, InvalidRequest) as error:
+        print(f"dualpath bench peers: {error}", file=sys.stderr)
+        ok = False
     if args.plot:
         try:
             draw(report, args.plot)

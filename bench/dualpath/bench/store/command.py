@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualpath.bench.document import put_figures
 from dualpath.bench.progress import Progress
 from dualpath.bench.store.section import SECTIONS, chosen
 from dualpath.transfer.errors import DualPathError, InvalidRequest
@@ -61,7 +62,9 @@ class StoreBench:
         )
         parser.add_argument("--json", default="", metavar="FILE", help="write the figures as JSON")
         parser.add_argument("--plot", default="", metavar="FILE", help="draw them as PNG")
-        parser.add_argument("--markdown", default="", metavar="FILE", help="write tables for docs")
+        parser.add_argument(
+            "--markdown", default="", metavar="FILE", help="put tables into a document"
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         """Measure; return the exit status."""
@@ -102,17 +105,15 @@ def _tell(report: StoreReport, args: argparse.Namespace) -> int:
 
     print_report(report)
     ok = report.ok
-    texts = (
-        (args.json, json.dumps(report.to_json(), indent=2) + "\n"),
-        (args.markdown, markdown(report)),
-    )
-    for path, text in texts:
-        if path:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                print(f"dualpath bench store: {path}: {error.strerror}", file=sys.stderr)
-                ok = False
+    try:
+        if args.json:
+            text = json.dumps(report.to_json(), indent=2) + "\n"
+            Path(args.json).write_text(text, encoding="utf-8")
+        if args.markdown:
+            put_figures(Path(args.markdown), markdown(report))
+    except (OSError, InvalidRequest) as error:
+        print(f"dualpath bench store: {error}", file=sys.stderr)
+        ok = False
     if args.plot:
         from dualpath.bench.store.plot import draw  # noqa: PLC0415 - slow import
 

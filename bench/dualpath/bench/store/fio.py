@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dualpath.bench.demo.process import die_with_parent
 from dualpath.bench.rounds import GIB, Sample
 from dualpath.bench.store.pages import PageKind
 from dualpath.transfer.errors import Unavailable
@@ -54,7 +55,8 @@ class Fio:
     def run(self, *jobs: FioJob) -> Sample:
         """Run them at once; the seconds are of the transfers, the processor time too, without
         fio's start. `detail` has `read_gibs` and `write_gibs`."""
-        argv = [self._program, "--output-format=json"]
+        # Threads, not children: who ends the program ends its jobs.
+        argv = [self._program, "--output-format=json", "--thread"]
         for number, job in enumerate(jobs):
             argv += self._options(f"limit-{number}", job)
         reports = json.loads(_output(argv, self._environment))["jobs"]
@@ -113,6 +115,7 @@ def _output(argv: Sequence[str], environment: Mapping[str, str] | None = None) -
             text=True,
             timeout=RUN_S_MAX,
             check=False,
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - loads nothing after the fork
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{argv[0]} did not run: {error}") from error

@@ -84,7 +84,7 @@ def _fio_jobs(file: Path, file_bytes: int, run_s: float) -> tuple[FioJob, FioJob
     both = (
         f"--size={file_bytes // BLOCK_BYTES * BLOCK_BYTES}",
         "--time_based",
-        f"--runtime={run_s}",
+        f"--runtime={round(1000 * run_s)}ms",
     )
     sync = f"--fdatasync={GROUP_BYTES // BLOCK_BYTES}"
     endless = 1 << 40

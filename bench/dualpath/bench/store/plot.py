@@ -40,14 +40,14 @@ def draw(report: StoreReport, path: str) -> None:
         for section in report.sections
         if (found := rates(report.figures[section.name]))
     ]
-    figure = Figure(figsize=(9, 1 + 0.32 * sum(len(found) + 1 for _, found in shown)))
+    rows_in = 0.32 * sum(len(found) + 1 for _, found in shown)
+    figure = Figure(figsize=(9, 1.2 + rows_in), layout="constrained")
     FigureCanvasAgg(figure)
     _draw_rates(figure.subplots(), shown)
     figure.suptitle(
         f"{report.machine['cores']} cores of {report.machine['processor']}, {report.date}",
         fontsize=9,
     )
-    figure.tight_layout()
     try:
         figure.savefig(path, dpi=_PNG_DPI, format="png")
     except OSError as error:

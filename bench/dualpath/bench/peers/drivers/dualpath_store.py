@@ -260,11 +260,11 @@ class Local(Remote):
 
     def start(self) -> None:
         super().start()
-        path = f"{self._folder}/daemon.sock{SUFFIX}"
+        path = self._daemon.address("unix") + SUFFIX
         self._local = self._stack.enter_context(LocalStore.connect(path))
 
     def _address(self) -> str:
-        return f"unix:{self._folder}/daemon.sock"
+        return "unix:" + self._daemon.address("unix")
 
     def get(self, keys: list[str], places: list[memoryview]) -> None:
         read = self._local.read_into(
