@@ -198,7 +198,7 @@ def test_without_fio_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_old_libc_has_no_huge_pages_for_fio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _name: "/bin/true")
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.31"))
-    with pytest.raises(Unavailable, match="glibc 2[.]35"):
+    with pytest.raises(Unavailable, match=r"glibc 2\.35"):
         Fio(PageKind.TRANSPARENT_HUGE)
 
 

@@ -115,7 +115,7 @@ def _output(argv: Sequence[str], environment: Mapping[str, str] | None = None) -
             text=True,
             timeout=RUN_S_MAX,
             check=False,
-            preexec_fn=die_with_parent(),  # noqa: PLW1509 - loads nothing after the fork
+            preexec_fn=die_with_parent(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{argv[0]} did not run: {error}") from error
