@@ -15,6 +15,8 @@ from dualpath.cli.probe_memory import memory_findings
 from dualpath.cli.probe_network import network_findings
 from dualpath.cli.probe_software import software_findings
 from dualpath.cli.probe_storage import storage_findings
+from dualpath.kvstore import device_choice
+from dualpath.kvstore.ring_pool import NativeRing
 
 
 def test_whatever_is_missing_says_what_it_costs_and_how_to_get_it(tmp_path: Path) -> None:
@@ -53,11 +55,22 @@ def test_a_directory_that_cannot_be_used_is_fatal(
 def test_a_refused_ring_says_by_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     switch = tmp_path / "io_uring_disabled"
     switch.write_text("2\n")
-    monkeypatch.setattr(probe_storage, "_IO_URING_DISABLED", switch)
-    assert "io_uring_disabled is 2" in probe_storage._ring_refused(errno.EPERM)
+    monkeypatch.setattr(device_choice, "_DISABLED", switch)
+    codes = [errno.EPERM, errno.ENOSYS, errno.ENOMEM]
+
+    def refuse(depth: int) -> NativeRing:
+        raise OSError(codes[0], os.strerror(codes[0]))
+
+    monkeypatch.setattr(device_choice, "make_ring", refuse)
+    assert "io_uring_disabled is 2" in probe_storage.io_uring().detail
     switch.write_text("0\n")
-    assert "seccomp" in probe_storage._ring_refused(errno.EPERM)
-    assert "has no io_uring" in probe_storage._ring_refused(errno.ENOSYS)
+    assert "seccomp" in probe_storage.io_uring().detail
+    codes.pop(0)
+    assert "too old" in probe_storage.io_uring().detail
+    codes.pop(0)
+    assert "ulimit -l" in probe_storage.io_uring().remedy
+    monkeypatch.setattr(device_choice, "make_ring", None)
+    assert "native module" in probe_storage.io_uring().detail
 
 
 def test_a_file_system_that_refuses_o_direct_is_reported(

@@ -19,8 +19,8 @@ import numpy as np
 from dualpath.agent.segment_files import SegmentFiles
 from dualpath.kvstore.data_directory import read_store_id
 from dualpath.kvstore.device import Device, DeviceFile
+from dualpath.kvstore.device_choice import open_device
 from dualpath.kvstore.layout import ALIGN_BYTES
-from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.slab_space import SlabSpace
 from dualpath.kvstore.transfer_batch import BatchProgress, TransferBatch
 from dualpath.transfer.errors import Unavailable
@@ -52,7 +52,7 @@ class SegmentMount:
     def __init__(self, path: str | Path, *, buffers_bytes: int = BUFFERS_BYTES) -> None:
         self.path = Path(path)
         self.store_id = read_store_id(self.path)
-        self._device: Device = PsyncDevice(self.path / "segments", read_only=True)
+        self._device: Device = open_device(self.path / "segments", read_only=True)
         self._files = SegmentFiles(self._device)
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)

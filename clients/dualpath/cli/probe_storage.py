@@ -5,21 +5,16 @@ Each probe tries the thing itself and undoes it; none leaves anything behind.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import mmap
 import os
-import platform
 import secrets
 import shutil
 from pathlib import Path
 
 from dualpath.cli.finding import Finding, Status
 from dualpath.cli.sizes import format_bytes
+from dualpath.kvstore.device_choice import ring_refusal
 
-_IO_URING_SETUP = 425
-_IO_URING_PARAMS_BYTES = 120
-_IO_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
 _PAGE = 4096
 
 
@@ -30,35 +25,16 @@ def storage_findings(data: Path) -> list[Finding]:
 
 def io_uring() -> Finding:
     """Set up a ring of one entry and close it again."""
-    params = ctypes.create_string_buffer(_IO_URING_PARAMS_BYTES)
-    libc = ctypes.CDLL(None, use_errno=True)
-    ring = libc.syscall(_IO_URING_SETUP, 1, params)
-    code = ctypes.get_errno()
-    if ring >= 0:
-        os.close(ring)
+    refusal = ring_refusal()
+    if refusal is None:
         return Finding(name="io_uring", status=Status.OK, detail="a ring could be set up")
     return Finding(
         name="io_uring",
         status=Status.ABSENT,
-        detail=_ring_refused(code),
-        cost="nothing in this version: the store reads by preadv in threads (psync)",
-        remedy="Linux >= 5.6, sysctl kernel.io_uring_disabled=0, and in a container a seccomp "
-        "profile that allows io_uring_setup",
+        detail=refusal.reason,
+        cost="the store reads by preadv in threads (psync), at more CPU a byte",
+        remedy=refusal.remedy,
     )
-
-
-def _ring_refused(code: int) -> str:
-    if code == errno.ENOSYS:
-        return f"Linux {platform.release()} has no io_uring, or a seccomp profile hides it"
-    if code == errno.EPERM:
-        try:
-            disabled = _IO_URING_DISABLED.read_text().strip()
-        except OSError:
-            disabled = "0"
-        if disabled != "0":
-            return f"refused: sysctl kernel.io_uring_disabled is {disabled}"
-        return "refused (EPERM): a seccomp profile or a security module forbids it"
-    return f"io_uring_setup failed: {os.strerror(code)}"
 
 
 def _data_directory(data: Path) -> list[Finding]:

@@ -26,6 +26,8 @@ from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, check_snapshot
 from dualpath.kvstore.index_sums import SUMS_KEY, IndexSums, is_record_key
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.psync_device import PsyncDevice
+from dualpath.kvstore.raw_device import RawDevice
+from dualpath.kvstore.raw_marker import RAW_MARKER, raw_device_of
 from dualpath.kvstore.record import BlockRecord
 from dualpath.transfer.errors import Corrupt, InvalidRequest, Unavailable
 
@@ -38,6 +40,7 @@ _KNOWN = frozenset(
         "LOCK",
         "META",
         "SCRUB",
+        RAW_MARKER,
         "index",
         "namespaces",
         "segments",
@@ -77,6 +80,10 @@ class Fsck:
         self._lock = _lock(self.path)
         self._on_progress = on_progress
         self._device = device
+        raw = raw_device_of(self.path)
+        if device is None and raw:
+            owner = directory_format.read_meta(self.path).store_id
+            device = RawDevice(raw, owner=owner, read_only=True)
         self._done = self._total = 0
         self._version = 0
         self._snapshot_crc: int | None = None

@@ -22,6 +22,7 @@ from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME
 from dualpath.kvstore.psync_device import PsyncDevice, sync_directory
+from dualpath.kvstore.raw_marker import raw_device_of
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import (
     SegmentGeometry,
@@ -31,6 +32,7 @@ from dualpath.kvstore.segment import (
     write_headers,
     write_superblock,
 )
+from dualpath.transfer.errors import InvalidRequest
 
 _PUTS_MAX = 4096
 _INDEX_CODES = (
@@ -49,6 +51,9 @@ class FsckRepair:
     def __init__(self, fsck: Fsck) -> None:
         self._fsck = fsck
         self._path = fsck.path
+        raw = raw_device_of(fsck.path)
+        if raw:
+            raise InvalidRequest(f"segments on a raw device ({raw}) can be checked, not repaired")
         self._device = PsyncDevice(fsck.path / "segments", direct=False)
 
     def run(self) -> FsckReport:

@@ -40,14 +40,17 @@ _ZERO_BYTES = 1 << 20
 class RawDevice:
     """See the module docstring, and Device."""
 
-    def __init__(self, path: str | Path, *, owner: str, direct: bool = True) -> None:
-        """`owner` is the id of the store. Raises OSError, InvalidRequest (not blank, another
-        store's, too small), Unavailable (in use), Corrupt (both copies of the table are bad)."""
+    def __init__(
+        self, path: str | Path, *, owner: str, direct: bool = True, read_only: bool = False
+    ) -> None:
+        """`owner` is the id of the store. With `read_only` nothing is ever written. Raises
+        OSError, InvalidRequest (not blank, another store's, too small), Unavailable (in use),
+        Corrupt (truncated, or read-only and blank)."""
         self._path = Path(path)
         self.remark = ""
         self._threads = BatchThreads()
         self._lock = threading.Lock()
-        self._fd, self._is_block, how = _opened(self._path, direct=direct)
+        self._fd, self._is_block, how = _opened(self._path, direct=direct, read_only=read_only)
         self._description = f"psync on {'block device' if self._is_block else 'file'}, {how}"
         self._open: dict[int, int] = {}
         """Open handles, by the offset of their extent."""
@@ -59,7 +62,7 @@ class RawDevice:
                     f"{self._path} has {self._nbytes} bytes; a raw device needs at least "
                     f"{DATA_OFFSET + COPY_BYTES}"
                 )
-            self._table = self._load(owner)
+            self._table = self._load(owner, read_only=read_only)
         except BaseException:
             os.close(self._fd)
             raise
@@ -151,7 +154,7 @@ class RawDevice:
                 del self._open[extent.offset]
                 self._removed.discard(extent)
 
-    def _load(self, owner: str) -> RawTable:
+    def _load(self, owner: str, *, read_only: bool) -> RawTable:
         copies: list[RawTable | None] = []
         blank = True
         for number in range(COPIES):
@@ -161,6 +164,8 @@ class RawDevice:
             copies.append(RawTable.from_bytes(buffer))
         found = [table for table in copies if table is not None]
         if not found:
+            if read_only and blank:
+                raise Corrupt(f"{self._path} is blank; name the device of store {owner}")
             return self._format(owner, blank=blank)
         table = max(found, key=lambda table: table.generation)
         if table.owner != owner:
@@ -221,10 +226,11 @@ class RawDevice:
         return True
 
 
-def _opened(path: Path, *, direct: bool) -> tuple[int, bool, str]:
+def _opened(path: Path, *, direct: bool, read_only: bool) -> tuple[int, bool, str]:
     """(descriptor, whether it is a block device, how it is opened), locked."""
     is_block = stat.S_ISBLK(path.stat().st_mode)
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if is_block else 0)
+    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+    flags |= os.O_EXCL if is_block else 0
     how = "O_DIRECT" if direct else "buffered (O_DIRECT is off in the configuration)"
     try:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
+from dualpath.kvstore.io_mode import IO_DEPTH, IoMode, check_io
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX
 from dualpath.kvstore.service.access_rules import Limits, check_tokens
 from dualpath.transfer.errors import InvalidRequest
@@ -57,6 +58,10 @@ class DaemonConfig:
     and asks for no token.
     `disk_bytes`, `dram_bytes`: capacity of the SSD and the DRAM tier. `segment_bytes`: size of each
     preallocated file. `direct`: read and write them with O_DIRECT where the file system takes it.
+    `io`: by what: auto (io_uring where it can be had), io_uring (or no start) or psync (threads).
+    `io_depth`: transfers of one batch that are in flight on the SSD at once.
+    `raw_device`: block device, or one large file, that holds the segments instead of files in the
+    directory; it must be blank at first and is the store's from then on.
     `readers`: threads that read from the tiers for deliveries.
     `attachment_inflight_bytes`, `inflight_bytes`: chunks read and not yet acknowledged, for one
     attachment and for all. `send_limit_bytes_per_s`: paces what is sent over TCP, 0 for no limit.
@@ -89,6 +94,9 @@ class DaemonConfig:
     dram_bytes: int = 256 << 20
     segment_bytes: int = 64 << 20
     direct: bool = True
+    io: str = IoMode.AUTO.value
+    io_depth: int = IO_DEPTH
+    raw_device: str = ""
     tokens: tuple[str, ...] = field(default=(), repr=False)
     insecure: bool = False
     metrics_listen: str = ""
@@ -144,6 +152,7 @@ class DaemonConfig:
             raise InvalidRequest(
                 f"namespaces_max must lie in 1..{NAMESPACES_MAX}, not {self.namespaces_max}"
             )
+        check_io(self.io, self.io_depth)
         if not 1 <= self.readers <= READERS_MAX:
             raise InvalidRequest(f"readers must lie in 1..{READERS_MAX}, not {self.readers}")
         for name in ("send_limit_bytes_per_s", "drain_s"):

@@ -371,6 +371,9 @@ def _store_config(config: DaemonConfig) -> StoreConfig:
         # What is in flight holds its read buffer, and Read streams need some, too.
         read_buffers_bytes=config.inflight_bytes + (16 << 20),
         direct=config.direct,
+        io=config.io,
+        io_depth=config.io_depth,
+        raw_device=config.raw_device,
         shared_arena=bool(config.unix),
         events_remembered_max=config.events_max,
         namespaces_max=config.namespaces_max,
