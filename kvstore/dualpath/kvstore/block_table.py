@@ -39,8 +39,9 @@ class RowState:
 
 class BlockTable:
     """See the module docstring. `dram` is an arena offset, `segment` and `slot` a place on SSD;
-    -1 is none. `filled` has a bit for each chunk that is in the DRAM slot, `reading` for each that
-    is being read into it."""
+    -1 is none. `used` rises with every use; `used_s` and `retain_until` are seconds since opening
+    (0: not retained). `filled` has a bit for each chunk that is in the DRAM slot, `reading` for
+    each that is being read into it."""
 
     state: NDArray[np.uint8]
     namespace: NDArray[np.int32]
@@ -48,6 +49,8 @@ class BlockTable:
     leases: NDArray[np.int32]
     pins: NDArray[np.int32]
     used: NDArray[np.int64]
+    used_s: NDArray[np.uint32]
+    retain_until: NDArray[np.uint32]
     generation: NDArray[np.int64]
     segment: NDArray[np.int32]
     slot: NDArray[np.int32]
@@ -124,6 +127,16 @@ class BlockTable:
         """The chain hash."""
         return self._hash[row, : int(self._hash_len[row])].tobytes()
 
+    def fingerprint(self, row: int) -> int:
+        """64 bits of the chain hash: the block's name for an eviction policy."""
+        return int.from_bytes(self._hash[row, :8].tobytes(), "little")
+
+    def extended(self, row: int) -> int:
+        """The parent of which the row is the only child; NO_ROW if there is none."""
+        parent = int(self.parent[row])
+        alone = self._next[row] == NO_ROW and self._previous[row] == NO_ROW
+        return parent if parent >= 0 and alone else NO_ROW
+
     def link(self, row: int, parent: int) -> None:
         """Make `row` a child."""
         first = int(self.first_child[parent])
@@ -180,6 +193,7 @@ class BlockTable:
         self.filled[row] = 0
         self.resident[row] = False
         self.dirty[row] = False
+        self.retain_until[row] = 0
         self._next[row] = self._free_row
         self._free_row = row
 
@@ -188,13 +202,20 @@ class BlockTable:
         costs nothing and moving them takes long; so mostly this only makes new views."""
         rows = self.rows + min(self.rows, _ROWS_SHOWN_AT_ONCE)
         if rows > len(self._columns["state"]):
-            self._reserve(max(2 * self.rows, self._wanted))
+            ahead = self._wanted if rows > _ROWS_SHOWN_AT_ONCE else 0
+            try:
+                self._reserve(max(2 * self.rows, ahead))
+            except MemoryError:  # where address space is rationed
+                self._reserve(2 * self.rows)
         self._show(rows)
 
     def _reserve(self, rows: int) -> None:
         """Columns of so many rows, with what was there before. Nothing else is touched."""
-        for name, (dtype, width, _) in _COLUMNS.items():
-            column = np.zeros((rows, width) if width > 1 else rows, dtype)
+        wider = {
+            name: np.zeros((rows, width) if width > 1 else rows, dtype)
+            for name, (dtype, width, _) in _COLUMNS.items()
+        }
+        for name, column in wider.items():
             before = self._columns.get(name)
             if before is not None:
                 column[: len(before)] = before
@@ -217,6 +238,8 @@ _COLUMNS: dict[str, tuple[DTypeLike, int, int]] = {
     "leases": (np.int32, 1, 0),
     "pins": (np.int32, 1, 0),
     "used": (np.int64, 1, 0),
+    "used_s": (np.uint32, 1, 0),
+    "retain_until": (np.uint32, 1, 0),
     "generation": (np.int64, 1, 0),
     "segment": (np.int32, 1, -1),
     "slot": (np.int32, 1, -1),

@@ -11,6 +11,10 @@ from dualpath.transfer.errors import LeaseExpired, Overloaded, PermissionDenied
 from numpy.typing import NDArray
 
 
+LEASED_BLOCKS_MAX = 1 << 26
+"""Four bytes each: what leases take is bounded by 256 MiB."""
+
+
 @dataclass(slots=True)
 class Lease:
     """A held prefix: row i of `rows` is its block i."""
@@ -27,8 +31,12 @@ class Lease:
 class LeaseTable:
     """Grants, renews and ends leases. Not thread-safe; counts on rows are the caller's."""
 
-    def __init__(self, leases_max: int, first_id: int = 1) -> None:
+    def __init__(
+        self, leases_max: int, first_id: int = 1, *, blocks_max: int = LEASED_BLOCKS_MAX
+    ) -> None:
         self._max = leases_max
+        self._blocks_max = blocks_max
+        self._blocks = 0
         self._next = first_id
         self._leases: dict[int, Lease] = {}
         self._expiries: list[tuple[float, int]] = []
@@ -39,11 +47,18 @@ class LeaseTable:
     def grant(
         self, owner: str, rows: NDArray[np.int32], namespace: int, now: float, lease_s: float
     ) -> Lease:
-        """A new lease. Raises Overloaded at `leases_max`."""
+        """A new lease. Raises Overloaded at `leases_max` or `blocks_max`."""
         if len(self._leases) >= self._max:
             raise Overloaded(
                 f"{self._max} leases are held; release some or retry", retry_after_s=1.0
             )
+        if self._blocks + len(rows) > self._blocks_max:
+            raise Overloaded(
+                f"{self._blocks} blocks are leased, {self._blocks_max} at most, each counted as "
+                "often as it is; release some leases or retry",
+                retry_after_s=1.0,
+            )
+        self._blocks += len(rows)
         lease = Lease(self._next, owner, rows, namespace, now + lease_s)
         self._next += 1
         self._leases[lease.id] = lease
@@ -70,7 +85,12 @@ class LeaseTable:
         if lease is None:
             return None
         _check_owner(lease, owner)
-        return self._leases.pop(lease_id)
+        return self._end(lease_id)
+
+    def _end(self, lease_id: int) -> Lease:
+        lease = self._leases.pop(lease_id)
+        self._blocks -= len(lease.rows)
+        return lease
 
     def expire(self, now: float) -> list[Lease]:
         """End the leases whose time is over."""
@@ -79,7 +99,7 @@ class LeaseTable:
             _, lease_id = heapq.heappop(self._expiries)
             lease = self._leases.get(lease_id)
             if lease is not None and lease.expires <= now:
-                ended.append(self._leases.pop(lease_id))
+                ended.append(self._end(lease_id))
         if len(self._expiries) > 2 * len(self._leases) + 64:
             # Renewals and releases leave stale entries behind: bound them.
             self._expiries = [(lease.expires, lease.id) for lease in self._leases.values()]
@@ -90,7 +110,7 @@ class LeaseTable:
         """End all leases of an owner."""
         gone = [lease for lease in self._leases.values() if lease.owner == owner]
         for lease in gone:
-            del self._leases[lease.id]
+            self._end(lease.id)
         return gone
 
 
