@@ -30,6 +30,8 @@ CONFIG = StoreConfig(
     reserve_wait_s=0.2,
     mapped_owner_bytes_max=8 * SLOT,
     mapped_bytes_max=12 * SLOT,
+    # So that a test knows which copies leave.
+    eviction="lru",
 )
 
 

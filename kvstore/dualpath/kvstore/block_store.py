@@ -36,7 +36,6 @@ from dualpath.kvstore.device import Device
 from dualpath.kvstore.device_choice import open_device
 from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.durable_index import DurableIndex
-from dualpath.kvstore.eviction import Lru
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.invalidator import Invalidator
 from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
@@ -427,7 +426,17 @@ def _open_on(
         # Tied late: the committer needs the writer, which needs the residency.
         committers[0].delete(key, generation, place, erase=erase)
 
-    residency = Residency(table, catalog, dram, ssd, Lru(), on_delete, events)
+    residency = Residency(
+        table,
+        catalog,
+        dram,
+        ssd,
+        on_delete,
+        events,
+        policy=config.eviction,
+        tenants=config.tenants,
+        clock=clock,
+    )
     owner_bytes_max, bytes_max = config.mapped_limits
     lock = threading.Lock()
     state = StoreState(

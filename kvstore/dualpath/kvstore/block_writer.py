@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from dualpath.kvstore import checksum
 from dualpath.kvstore.block_table import GONE, NO_ROW, RowState
 from dualpath.kvstore.catalog import NamespaceEntry, check_hashes
@@ -118,7 +119,8 @@ class BlockWriter:
             entry = state.catalog.entry(namespace_id)
             outcome = self._try_reserve(entry, block, owner, ttl_s)
             left = deadline - time.monotonic()
-            if outcome.status is not ReserveStatus.FULL or left <= 0 or not self._room_is_coming():
+            refused = outcome.status in (ReserveStatus.FULL, ReserveStatus.QUOTA)
+            if not refused or left <= 0 or not self._room_is_coming():
                 return outcome
             state.room.wait(left)
             state.check_open()
@@ -133,7 +135,7 @@ class BlockWriter:
         state = self._state
         known = state.catalog.row_of(entry, block.hash)
         if known != NO_ROW:
-            state.residency.touch(known)
+            state.residency.touch(np.array([known], np.int32))
             return Reservation(ReserveStatus.EXISTS)
         if block.hash in entry.pending:
             return Reservation(ReserveStatus.PENDING)
@@ -147,8 +149,8 @@ class BlockWriter:
         if state.reservations.is_full:
             return Reservation(ReserveStatus.FULL)
         row = state.residency.reserve(entry, block.hash, parent, owner)
-        if row == NO_ROW:
-            return Reservation(ReserveStatus.FULL)
+        if isinstance(row, ReserveStatus):
+            return Reservation(row)
         held = state.reservations.hold(owner, row, state.clock(), ttl_s)
         extent = Slices.contiguous(int(state.table.dram[row]), entry.layout.block_bytes)
         return Reservation(ReserveStatus.RESERVED, held.id, extent)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,6 +111,10 @@ class Catalog:
     def numbers(self) -> int:
         """All `index` of namespaces are less than this."""
         return len(self._entries)
+
+    def by_number(self, value: Callable[[NamespaceEntry], int]) -> NDArray[np.int64]:
+        """A value of each namespace, at its number; 0 where there is none."""
+        return np.array([value(each) if each else 0 for each in self._entries], np.int64)
 
     def entries(self) -> Iterable[NamespaceEntry]:
         """All namespaces."""

@@ -221,12 +221,8 @@ class ChunkFetcher:
         now = time.monotonic()
         if now < self._promote_after:
             return
-        table = self._state.table
-        offset = self._state.residency.take_dram(int(table.slot_bytes[row]), for_write=False)
-        if offset < 0:
+        if not self._state.residency.promote(row):
             self._promote_after = now + _PROMOTION_PAUSE_S
-        else:
-            table.dram[row] = offset
 
 
 def _repeated(rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.bool_]:

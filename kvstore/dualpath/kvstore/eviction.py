@@ -1,22 +1,34 @@
-"""Which blocks to give up: pure decisions on columns.
+"""In which order blocks make way: the port of eviction policies.
 
-`EvictionPolicy` is the port: from the candidates' last use it picks the first victims. The
-caller decides who is a candidate (a leaf, not leased, not pinned, not dirty), so that presence
-stays prefix-closed whatever the policy. `VictimQueue` makes a scan of all rows rare.
+`EvictionPolicy` is told of rows and asked for victims. Rows stand in groups (a tenant's blocks of
+one size class); a victim is asked of one group. Pure: no time, no I/O; needs the store's lock.
+
+Contract
+--------
+A row is *inserted* when its block is in the tier and *removed* when it has left. In between it may
+be *parked*: it cannot go (it has children, is leased, pinned, dirty), so it is not looked at.
+The caller parks a row with `park`, or by refusing it in `victim`, and must say `ready` once the row
+may go again; a row that is never made ready never goes. So each row is looked at a bounded number
+of times an event, and never is a set of rows scanned that cannot go.
+
+Leaf before parent is the caller's rule: it parks a parent when a child is linked below it and makes
+it ready when the last child has gone. `spent` then says that the parent was not used later than
+that child: a chain that was last used as a whole may go as a whole, row by row from its end.
+
+Cost: `insert`, `park`, `ready`, `remove` and `victim` are O(1) amortised over these events, a few
+microseconds each; `hit` and `fill` are numpy operations over their rows. No object a row.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-_BATCH_MIN = 64
-_BATCH_SHARE = 64
-"""A scan yields at least a 64th of the rows, so that its cost is shared by as many victims."""
+NONE: Final = -1
+"""No row."""
 
 
 class EvictionPolicy(Protocol):
@@ -24,68 +36,44 @@ class EvictionPolicy(Protocol):
 
     @property
     def name(self) -> str:
-        """For statistics."""
+        """As in the configuration."""
 
-    def victims(
-        self, candidates: NDArray[np.int64], used: NDArray[np.int64], most: int
-    ) -> NDArray[np.int64]:
-        """At most `most` of the candidate rows, the first to go first. `used[row]` is a clock
-        that rises with every use."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its columns take."""
 
-
-class Lru:
-    """Least recently used first."""
-
-    name = "lru"
-
-    def victims(
-        self, candidates: NDArray[np.int64], used: NDArray[np.int64], most: int
-    ) -> NDArray[np.int64]:
-        """See EvictionPolicy."""
-        ages = used[candidates]
-        if len(candidates) > most:
-            nearest = np.argpartition(ages, most - 1)[:most]
-            candidates, ages = candidates[nearest], ages[nearest]
-        return candidates[np.argsort(ages, kind="stable")]
-
-
-class VictimQueue:
-    """Victims of past scans, checked again when they are taken.
-
-    `candidates` returns the rows that may go now; `allowed(row)` says the same of one row.
-    """
-
-    def __init__(
-        self,
-        policy: EvictionPolicy,
-        candidates: Callable[[], NDArray[np.int64]],
-        allowed: Callable[[int], bool],
+    def insert(
+        self, row: int, group: int, key: int, *, extends: int = NONE, parked: bool = False
     ) -> None:
-        self._policy = policy
-        self._candidates = candidates
-        self._allowed = allowed
-        self._heap: list[tuple[int, int]] = []
+        """A row is there from now on. `key` (64 bits) names its block also after it has left.
+        `extends` is the parent's row if this is its only child: a chain that grows."""
 
-    def next(self, used: NDArray[np.int64]) -> int:
-        """The next victim; -1 if nothing may go."""
-        row = self._pop(used)
-        if row < 0:
-            found = self._candidates()
-            most = max(_BATCH_MIN, len(found) // _BATCH_SHARE)
-            rows = self._policy.victims(found, used, most)
-            self._heap = [(int(used[row]), int(row)) for row in rows]
-            heapq.heapify(self._heap)
-            row = self._pop(used)
-        return row
+    def fill(self, rows: NDArray[np.int32], group: int, parked: NDArray[np.bool_]) -> None:
+        """Insert rows that are there at the start, the first to go first."""
 
-    def offer(self, row: int, used: NDArray[np.int64]) -> None:
-        """A row became a candidate (its last child went)."""
-        if self._heap and self._allowed(row):
-            heapq.heappush(self._heap, (int(used[row]), row))
+    def hit(self, rows: NDArray[np.int32]) -> None:
+        """Rows of one group were used together, parents before children. Unknown rows are
+        ignored."""
 
-    def _pop(self, used: NDArray[np.int64]) -> int:
-        while self._heap:
-            when, row = heapq.heappop(self._heap)
-            if used[row] == when and self._allowed(row):
-                return row
-        return -1
+    def park(self, row: int) -> None:
+        """The row cannot go. Idempotent."""
+
+    def ready(self, row: int, *, spent: bool = False) -> None:
+        """The row may go again. Ignored if it is not parked."""
+
+    def parked(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Those of the rows that are parked."""
+
+    def remove(self, row: int, key: int = 0) -> None:
+        """The row has left. With `key` it is remembered as one that had to make way. Ignored if
+        the row is unknown."""
+
+    def victim(self, group: int, may_go: Callable[[int], bool]) -> int:
+        """The first row of the group to go; NONE if there is none. Rows that `may_go` refuses are
+        parked. The row stays until it is removed."""
+
+    def group_of(self, row: int) -> int:
+        """The row's group; NONE if it is unknown."""
+
+    def count(self, group: int) -> int:
+        """Rows of a group, parked ones included."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from dualpath.kvstore.block_table import GONE, NO_ROW, RowState
+from dualpath.kvstore.block_table import NO_ROW, RowState
 from dualpath.kvstore.block_writer import BlockWriter
 from dualpath.kvstore.catalog import NamespaceEntry
 from dualpath.kvstore.committer import Committer
@@ -147,7 +147,7 @@ class Invalidator:
             mask = (table.state == RowState.PENDING) | (table.state == RowState.SEALING)
             rows = np.flatnonzero(mask & (table.namespace == entry.index)).tolist()
         for row in rows:
-            table.unlink(row, GONE)
+            self._state.residency.orphan(row)
 
     def _take(
         self, row: int, generation: int, born_until: int, count: _Count, *, dry_run: bool

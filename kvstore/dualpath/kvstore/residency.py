@@ -1,30 +1,31 @@
 """Residency: the life of a block's row and of the slots that it holds.
 
-pending -> sealing -> present -> gone. Owns what may be evicted and in which order, so that
-presence stays prefix-closed: only a leaf leaves, and a corrupt block takes its descendants along.
-A row whose block has left while someone still reads it is DEAD and keeps its slots until then.
-Needs the store's lock; does no I/O.
+pending -> sealing -> present -> gone. Presence stays prefix-closed: only a leaf makes way, and a
+corrupt block takes its descendants along. A row whose block has left while someone still reads it
+is DEAD and keeps its slots until then. Who makes way is decided by `SsdSpace` and `DramSpace`; this
+tells them what happens to a row, above all what kept it and is over. Needs the store's lock; does
+no I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from dualpath.kvstore.block_columns import BlockColumns
 from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_table import GONE, NO_ROW, BlockTable, RowState
 from dualpath.kvstore.catalog import Catalog, NamespaceEntry
+from dualpath.kvstore.dram_space import NO_OFFSET, DramSpace
 from dualpath.kvstore.dram_tier import DramTier
-from dualpath.kvstore.eviction import EvictionPolicy, VictimQueue
-from dualpath.kvstore.segment import SegmentGeometry
+from dualpath.kvstore.eviction_choice import new_policy
+from dualpath.kvstore.ssd_space import SsdSpace
 from dualpath.kvstore.ssd_tier import SsdTier
-from dualpath.kvstore.store_api import MissReason, Tier
+from dualpath.kvstore.store_api import MissReason, ReserveStatus, Tier
 from dualpath.kvstore.table_image import fill_table
+from dualpath.kvstore.tenant_limits import TenantLimits
+from dualpath.kvstore.tenant_shares import TenantShares
 from numpy.typing import NDArray
-
-_FOREIGN_EVICTIONS_MAX = 4096
-"""Most blocks of other size classes that one allocation may evict."""
 
 OnDelete = Callable[[bytes, int, tuple[int, int], bool], None]
 """(key, generation, place, erase): the durable record must go before the place is written again;
@@ -32,7 +33,8 @@ with `erase` the header beside the data, too."""
 
 
 class Residency:
-    """See the module docstring. `clock` rises with every use of a block."""
+    """See the module docstring. `policy` names the eviction policy of both tiers, `tenants` have
+    quotas. `clock` gives seconds; `self.clock` rises with every use of a block."""
 
     def __init__(
         self,
@@ -40,42 +42,66 @@ class Residency:
         catalog: Catalog,
         dram: DramTier,
         ssd: SsdTier,
-        policy: EvictionPolicy,
         on_delete: OnDelete,
         events: BlockEvents,
+        *,
+        policy: str,
+        tenants: Sequence[TenantLimits],
+        clock: Callable[[], float],
     ) -> None:
         self._table = table
         self._catalog = catalog
-        self._dram = dram
-        self._ssd = ssd
-        self._policy = policy
         self._on_delete = on_delete
         self._events = events
-        self._ssd_queues: dict[int, VictimQueue] = {}
-        self._dram_queues: dict[tuple[int, bool], VictimQueue] = {}
+        self._seconds = clock
+        # A second after all that is at rest in the columns: 0 there means never.
+        self._opened = clock() - 1
+        dram_shares = TenantShares(
+            {each.tenant: each.dram_bytes for each in tenants if each.dram_bytes}
+        )
+        ssd_shares = TenantShares(
+            {each.tenant: each.disk_bytes for each in tenants if each.disk_bytes}
+        )
+        self.dram = DramSpace(table, catalog, dram, new_policy(policy), dram_shares)
+        self.ssd = SsdSpace(
+            table, catalog, ssd, new_policy(policy), ssd_shares, self.evict, self.now_s
+        )
         self.clock = 0
         self.owners: dict[int, str] = {}
         self.dirty_bytes = 0
-        self.evicted = dict.fromkeys(Tier, 0)
         self.corrupt_blocks = 0
 
-    def touch(self, rows: NDArray[np.int32] | int) -> None:
-        """Note a use."""
+    @property
+    def evicted(self) -> Mapping[Tier, int]:
+        """Blocks that made way on SSD, and copies that did in DRAM."""
+        return {Tier.DRAM: self.dram.demoted, Tier.SSD: self.ssd.evicted}
+
+    def now_s(self) -> int:
+        """Whole seconds since opening, from 1 on: the scale of `used_s` and `retain_until`."""
+        return int(self._seconds() - self._opened)
+
+    def touch(self, rows: NDArray[np.int32]) -> None:
+        """Note a use of blocks of one namespace, parents before children."""
         self.clock += 1
         self._table.used[rows] = self.clock
+        self._table.used_s[rows] = self.now_s()
+        self.ssd.order.policy.hit(rows)
+        self.dram.order.policy.hit(rows)
 
-    def reserve(self, entry: NamespaceEntry, block_hash: bytes, parent: int, owner: str) -> int:
-        """A PENDING row with a slot on SSD and one in DRAM; NO_ROW if there is no space."""
+    def reserve(
+        self, entry: NamespaceEntry, block_hash: bytes, parent: int, owner: str
+    ) -> int | ReserveStatus:
+        """A PENDING row with a slot on SSD and one in DRAM; FULL or QUOTA if there is no space."""
         table = self._table
-        slot_bytes = entry.layout.slot_bytes
         # Linked first: a parent with a child is not a victim.
-        row = table.add(entry.index, block_hash, parent, slot_bytes)
-        offset = self.take_dram(slot_bytes, for_write=True)
-        table.dram[row] = offset
-        place = self._take_ssd(slot_bytes) if offset >= 0 else None
-        if place is None:
+        row = table.add(entry.index, block_hash, parent, entry.layout.slot_bytes)
+        if parent != NO_ROW:
+            self.ssd.order.policy.park(parent)
+        table.dram[row] = offset = self.dram.take(entry, for_write=True)
+        place = self.ssd.take(entry) if offset != NO_OFFSET else ReserveStatus.FULL
+        if isinstance(place, ReserveStatus):
             self._free_row(row)
-            return NO_ROW
+            return place
         table.segment[row], table.slot[row] = place
         entry.pending[block_hash] = row
         self.owners[row] = owner
@@ -97,13 +123,21 @@ class Residency:
         table.resident[row] = True
         self.set_dirty(row, dirty)
         self._catalog.forget_removal(row)
-        self.touch(row)
+        self.clock += 1
+        table.used[row] = self.clock
+        table.used_s[row] = self.now_s()
+        key, extends = table.fingerprint(row), table.extended(row)
+        self.ssd.enter(row, key, extends=extends)
+        self.dram.enter(row, key, extends=extends)
         self._events.stored(entry.id, block_hash, self._parent_hash(row))
 
     def restore(self, columns: BlockColumns) -> None:
         """Like `publish`, for all blocks that were found on SSD at opening."""
         fill_table(self._table, self._catalog, columns)
         self.clock = int(columns.used.max()) if len(columns) else 0
+        self._table.used_s[: len(columns)] = self.now_s()
+        # Of what was used together the deepest goes first: it was sealed last.
+        self.ssd.fill(np.lexsort((-columns.generations, columns.used)).astype(np.int32))
 
     def set_dirty(self, row: int, dirty: bool) -> None:
         """Whether the block has still to be written to SSD."""
@@ -111,6 +145,8 @@ class Residency:
             nbytes = int(self._table.slot_bytes[row])
             self.dirty_bytes += nbytes if dirty else -nbytes
             self._table.dirty[row] = dirty
+            if not dirty:
+                self._settle(row)
 
     def drop_pending(self, row: int) -> None:
         """A reserved or sealing row is given up; its children can never be published."""
@@ -150,69 +186,57 @@ class Residency:
     def unlease(self, rows: NDArray[np.int32]) -> None:
         """A lease on these rows has ended."""
         self._table.leases[rows] -= 1
-        for row in rows[self._table.state[rows] == RowState.DEAD].tolist():
-            self.collect(row)
+        self._settle_all(rows)
 
     def unpin(self, row: int) -> None:
         """A reader or writer of the row's slots is done."""
         self._table.pins[row] -= 1
+        self._settle(row)
         self.collect(row)
 
     def unpin_rows(self, rows: NDArray[np.int32]) -> None:
         """As `unpin`, of rows that are all different."""
         self._table.pins[rows] -= 1
-        for row in rows[self._table.state[rows] == RowState.DEAD].tolist():
-            self.collect(row)
+        self._settle_all(rows)
 
     def unpin_many(self, rows: NDArray[np.int32]) -> None:
         """`unpin` each; a row may occur more than once."""
+        np.subtract.at(self._table.pins, rows, 1)
+        self._settle_all(np.unique(rows))
+
+    def promote(self, row: int) -> bool:
+        """Give a present block a DRAM slot, to be filled; False if no colder copy may make way."""
+        table, entry = self._table, self._catalog.entry_of(row)
+        offset = self.dram.take(entry, for_write=False)
+        if offset == NO_OFFSET:
+            return False
+        table.dram[row] = offset
+        self.dram.enter(row, table.fingerprint(row), extends=table.extended(row))
+        return True
+
+    def evict(self, row: int, reason: MissReason) -> None:
+        """A leaf makes way, or has expired."""
+        self._leave(row, reason)
+
+    def orphan(self, row: int) -> None:
+        """A pending row can not be published any more."""
+        above = int(self._table.parent[row])
+        self._table.unlink(row, GONE)
+        if above >= 0:
+            self.ssd.order.settle(above)
+
+    def _settle(self, row: int) -> None:
+        """Something that kept the row from leaving, or its copy, may be over."""
+        self.ssd.order.settle(row)
+        self.dram.order.settle(row)
+
+    def _settle_all(self, rows: NDArray[np.int32]) -> None:
+        """As `_settle`, of different rows; those that are DEAD may be collected."""
         table = self._table
-        np.subtract.at(table.pins, rows, 1)
-        for row in np.unique(rows[table.state[rows] == RowState.DEAD]).tolist():
+        self.ssd.order.settle_all(rows[table.first_child[rows] == NO_ROW])
+        self.dram.order.settle_all(rows)
+        for row in rows[table.state[rows] == RowState.DEAD].tolist():
             self.collect(row)
-
-    def take_dram(self, slot_bytes: int, *, for_write: bool) -> int:
-        """Offset of a DRAM slot, demoting clean blocks (for a write also leased ones: they stay
-        readable from SSD); -1 if there is none."""
-        slots = self._dram.slots
-        offset = slots.take(slot_bytes)
-        if offset >= 0 or slot_bytes > slots.capacity_bytes:
-            return offset
-        for leased in (False, True) if for_write else (False,):
-            for size in (slot_bytes, 0):
-                queue = self._dram_queue(size, leased)
-                while (row := queue.next(self._table.used)) >= 0:
-                    self.evicted[Tier.DRAM] += 1
-                    self._free_dram(row)
-                    offset = slots.take(slot_bytes)
-                    if offset >= 0:
-                        return offset
-        return -1
-
-    def _take_ssd(self, slot_bytes: int) -> tuple[int, int] | None:
-        if SegmentGeometry(slot_bytes, 1).file_bytes > self._ssd.capacity_bytes:
-            return None
-        foreign = 0
-        while True:
-            place = self._ssd.take(slot_bytes)
-            if place is not None:
-                return place
-            row = self._ssd_queue(slot_bytes).next(self._table.used)
-            if row < 0 and foreign < _FOREIGN_EVICTIONS_MAX:
-                foreign += 1
-                row = self._ssd_queue(0).next(self._table.used)
-            if row < 0:
-                return None
-            self._evict(row)
-
-    def _evict(self, row: int) -> None:
-        parent = int(self._table.parent[row])
-        size = int(self._table.slot_bytes[row])
-        self.evicted[Tier.SSD] += 1
-        self._leave(row, MissReason.EVICTED)
-        if parent >= 0:
-            for queue in (self._ssd_queue(size), self._ssd_queue(0)):
-                queue.offer(parent, self._table.used)
 
     def _leave(self, row: int, reason: MissReason, *, told: bool = False) -> None:
         table, entry = self._table, self._catalog.entry_of(row)
@@ -222,7 +246,12 @@ class Residency:
             self._events.removed(entry.id, table.hash_of(row), self._parent_hash(row), reason)
         if reason is MissReason.CORRUPT:
             self.corrupt_blocks += 1
+        above = int(table.parent[row])
         table.unlink(row)
+        makes_way = reason in (MissReason.EVICTED, MissReason.QUOTA)
+        self.ssd.order.leave(row, key=table.fingerprint(row) if makes_way else 0)
+        if above >= 0:
+            self.ssd.order.settle(above, spent=bool(table.used[above] <= table.used[row]))
         if not table.dirty[row]:
             place = int(table.segment[row]), int(table.slot[row])
             erase = reason is MissReason.INVALIDATED
@@ -235,75 +264,17 @@ class Residency:
         parent = int(self._table.parent[row])
         return self._table.hash_of(parent) if parent >= 0 else b""
 
-    def _free_dram(self, row: int) -> None:
-        self._dram.slots.give(int(self._table.dram[row]))
-        self._table.dram[row] = -1
-        self._table.filled[row] = 0
-        self._table.resident[row] = False
-
     def _free_row(self, row: int) -> None:
         table = self._table
         if table.dram[row] >= 0:
-            self._free_dram(row)
+            self.dram.free(row)
         if table.segment[row] >= 0:
-            self._ssd.give(int(table.segment[row]), int(table.slot[row]))
-            table.segment[row] = table.slot[row] = -1
+            self.ssd.give(row)
         if table.checksum_row[row] >= 0:
             self._catalog.entry_of(row).pool.free(int(table.checksum_row[row]))
             table.checksum_row[row] = -1
         self.owners.pop(row, None)
+        above = int(table.parent[row])
         table.free(row)
-
-    def _ssd_queue(self, slot_bytes: int) -> VictimQueue:
-        queue = self._ssd_queues.get(slot_bytes)
-        if queue is None:
-            table = self._table
-
-            def candidates() -> NDArray[np.int64]:
-                mask = (table.state == RowState.PRESENT) & (table.first_child == NO_ROW)
-                mask &= (table.leases == 0) & (table.pins == 0) & ~table.dirty
-                if slot_bytes:
-                    mask &= table.slot_bytes == slot_bytes
-                return np.flatnonzero(mask)
-
-            def allowed(row: int) -> bool:
-                return bool(
-                    table.state[row] == RowState.PRESENT
-                    and table.first_child[row] == NO_ROW
-                    and table.leases[row] == 0
-                    and table.pins[row] == 0
-                    and not table.dirty[row]
-                    and slot_bytes in (0, table.slot_bytes[row])
-                )
-
-            queue = VictimQueue(self._policy, candidates, allowed)
-            self._ssd_queues[slot_bytes] = queue
-        return queue
-
-    def _dram_queue(self, slot_bytes: int, leased: bool) -> VictimQueue:
-        queue = self._dram_queues.get((slot_bytes, leased))
-        if queue is None:
-            table = self._table
-
-            def candidates() -> NDArray[np.int64]:
-                mask = (table.state == RowState.PRESENT) & (table.dram >= 0)
-                mask &= (table.pins == 0) & ~table.dirty
-                if not leased:
-                    mask &= table.leases == 0
-                if slot_bytes:
-                    mask &= table.slot_bytes == slot_bytes
-                return np.flatnonzero(mask)
-
-            def allowed(row: int) -> bool:
-                return bool(
-                    table.state[row] == RowState.PRESENT
-                    and table.dram[row] >= 0
-                    and table.pins[row] == 0
-                    and not table.dirty[row]
-                    and (leased or table.leases[row] == 0)
-                    and slot_bytes in (0, table.slot_bytes[row])
-                )
-
-            queue = VictimQueue(self._policy, candidates, allowed)
-            self._dram_queues[(slot_bytes, leased)] = queue
-        return queue
+        if above >= 0:
+            self.ssd.order.settle(above)

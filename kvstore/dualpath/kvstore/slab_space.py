@@ -7,7 +7,10 @@ an eighth of them is waste, where the range allows it.
 
 from __future__ import annotations
 
+import numpy as np
 from dualpath.kvstore.slot_allocator import SlotAllocator
+from dualpath.kvstore.space_plan import coldest_window
+from numpy.typing import NDArray
 
 ALIGN_BYTES = 4096
 _SLABS_AIM = 256
@@ -50,6 +53,23 @@ class SlabSpace:
         run = self._run_of[(offset - self._base) // self._slab_bytes]
         inside = offset - self._base - run * self._slab_bytes
         self._allocator.give(run, inside // self._allocator.slot_bytes(run))
+
+    def coldest_window(
+        self,
+        offsets: NDArray[np.int64],
+        used: NDArray[np.int64],
+        blocked: NDArray[np.bool_],
+        slot_bytes: int,
+    ) -> NDArray[np.int64]:
+        """Which of all taken slots to give back so that one of `slot_bytes` can be taken: positions
+        in `offsets`, none if blocked ones are in the way everywhere. See `space_plan`."""
+        run_of = np.array(self._run_of)
+        runs = run_of[(offsets - self._base) // self._slab_bytes]
+        length = -(-slot_bytes // self._slab_bytes)
+        window = coldest_window(run_of, runs, used, blocked, length)
+        if window is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(np.isin(runs, run_of[slice(*window)]))
 
     def _grow(self, slot_bytes: int) -> bool:
         length = self._run_length(slot_bytes)

@@ -8,6 +8,8 @@ from dualpath.kvstore.eviction_choice import check_policy
 from dualpath.kvstore.io_mode import IO_DEPTH, IoMode, check_io
 from dualpath.kvstore.layout import ALIGN_BYTES
 from dualpath.kvstore.numa import ANY_NODE
+from dualpath.kvstore.s3_fifo import S3Fifo
+from dualpath.kvstore.tenant_limits import TenantLimits, check_tenants
 from dualpath.transfer.errors import InvalidRequest
 
 
@@ -28,18 +30,24 @@ class StoreConfig:
     segment_bytes: int = 64 << 20
     read_buffers_bytes: int = 32 << 20
     direct: bool = True
-    shared_arena: bool = False
-    numa_node: int = ANY_NODE
     io: str = IoMode.AUTO.value
     """`auto`, `io_uring` or `psync`: see io_mode.py."""
     io_depth: int = IO_DEPTH
     """Transfers of one batch that are in flight on the SSD at once."""
     raw_device: str = ""
     """Block device, or file that stands for one, that holds the segments; "": files beside."""
+    shared_arena: bool = False
+    numa_node: int = ANY_NODE
     """Node that the arena's memory comes from; ANY_NODE: that of our processors, if it is one."""
     prefault: bool = True
     """Have all memory of the arena at opening: no read pays for it, and none fails for it."""
     promote: bool = True
+    eviction: str = S3Fifo.name
+    """Which blocks make way, on SSD and in DRAM: `s3-fifo` or `lru`."""
+    ttl_s: float = 0
+    """Blocks leave when nobody has used them for so long; 0: never for that."""
+    tenants: tuple[TenantLimits, ...] = ()
+    """Tenants with quotas or times of their own."""
     write_back_bytes_max: int = 0
     leases_max: int = 1 << 16
     mapped_owner_bytes_max: int = 0
@@ -62,6 +70,11 @@ class StoreConfig:
                 raise InvalidRequest(
                     f"{name} must be at least {4 * ALIGN_BYTES} bytes, not {getattr(self, name)}"
                 )
+        check_io(self.io, self.io_depth)
+        check_policy(self.eviction)
+        check_tenants(self.tenants)
+        if not 0 <= self.ttl_s < float("inf"):
+            raise InvalidRequest(f"ttl_s must not be negative, not {self.ttl_s}")
         for name in ("leases_max", "reservations_max", "namespaces_max"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}")
@@ -70,11 +83,6 @@ class StoreConfig:
     def mapped_limits(self) -> tuple[int, int]:
         """Most bytes that one owner, and that all may have mapped."""
         return (
-        check_io(self.io, self.io_depth)
-        check_policy(self.eviction)
-        check_tenants(self.tenants)
-        if not 0 <= self.ttl_s < float("inf"):
-            raise InvalidRequest(f"ttl_s must not be negative, not {self.ttl_s}")
             self.mapped_owner_bytes_max or self.dram_bytes // 2,
             self.mapped_bytes_max or self.dram_bytes // 4 * 3,
         )

@@ -1,10 +1,9 @@
-"""The pure tables: leases, reservations, victims."""
+"""The pure tables: leases, reservations."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from dualpath.kvstore.eviction import Lru, VictimQueue
 from dualpath.kvstore.lease_table import LeaseTable
 from dualpath.kvstore.reservation_table import ReservationTable
 from dualpath.transfer.errors import LeaseExpired, Overloaded, PermissionDenied
@@ -53,6 +52,20 @@ def test_only_the_owner_renews_and_releases() -> None:
     assert leases.release(lease.id, "a") is None
 
 
+def test_leased_blocks_are_bounded() -> None:
+    leases = LeaseTable(10, blocks_max=2 * len(ROWS))
+    first = leases.grant("a", ROWS, 0, 0.0, 5.0)
+    leases.grant("b", ROWS, 0, 0.0, 9.0)
+    with pytest.raises(Overloaded, match=f"{2 * len(ROWS)} blocks are leased"):
+        leases.grant("c", ROWS, 0, 0.0, 5.0)
+    leases.release(first.id, "a")
+    leases.grant("c", ROWS, 0, 0.0, 5.0)
+    assert len(leases.expire(6.0)) == 1
+    leases.grant("d", ROWS, 0, 6.0, 5.0)
+    leases.forget("d")
+    leases.grant("e", ROWS, 0, 6.0, 5.0)
+
+
 def test_leases_are_bounded_and_forgotten_by_owner() -> None:
     leases = LeaseTable(2)
     first = leases.grant("a", ROWS, 0, 0.0, 5.0)
@@ -98,36 +111,3 @@ def test_reservations_are_bounded() -> None:
     assert table.is_full
     with pytest.raises(Overloaded):
         table.check_room(1)
-
-
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=300, unique=True), st.integers(1, 80))
-def test_lru_names_the_oldest_first(ages: list[int], most: int) -> None:
-    used = np.array(ages, np.int64)
-    candidates = np.arange(len(ages), dtype=np.int64)[::2]
-    victims = Lru().victims(candidates, used, most)
-    assert [used[v] for v in victims] == sorted(used[candidates])[:most]
-
-
-def test_a_victim_that_was_used_again_is_spared() -> None:
-    used = np.array([1, 2, 3], np.int64)
-    alive = {0, 1, 2}
-    queue = VictimQueue(Lru(), lambda: np.array(sorted(alive), np.int64), alive.__contains__)
-    assert queue.next(used) == 0
-    alive.discard(0)
-    used[1] = 9
-    assert queue.next(used) == 2
-    alive.discard(2)
-    assert queue.next(used) == 1
-    alive.clear()
-    assert queue.next(used) == -1
-
-
-def test_a_parent_offered_in_between_goes_by_its_age() -> None:
-    used = np.array([1, 5, 2], np.int64)
-    alive = {0, 1}
-    queue = VictimQueue(Lru(), lambda: np.array(sorted(alive), np.int64), alive.__contains__)
-    assert queue.next(used) == 0
-    alive.discard(0)
-    alive.add(2)
-    queue.offer(2, used)
-    assert queue.next(used) == 2
