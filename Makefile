@@ -26,13 +26,13 @@ MODEL := $(STAMP)-model-$(PROJECT)
 TORCH ?= torch==2.13.0
 PROTOS := $(wildcard proto/dualpath/proto/v*/*.proto)
 
-.PHONY: help demo demo-model test lint format bench bench-store bench-peers proto env clean distclean
+.PHONY: help demo demo-model test lint format bench bench-store bench-peers soak proto env clean distclean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
 		awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	echo
-	echo '  ARGS="..." is handed to demo, demo-model, bench-store, bench-peers and test.'
+	echo '  ARGS="..." is handed to demo, demo-model, bench-store, bench-peers, soak and test.'
 
 demo: $(RUN) ## Two paths against one, measured on this machine (under 90 s): out/demo.json, .png
 	@mkdir -p out
@@ -84,6 +84,10 @@ bench-peers: $(RUN) ## Other KV stores and this one, the same work (installs the
 	@mkdir -p out
 	$(VENV)/bin/dualpath bench peers --install --data out --json out/bench-peers.json \
 		--plot out/bench-peers.png --markdown out/bench-peers.md $(ARGS)
+
+soak: $(RUN) ## 500 kills, 500 power losses, 10,000 flipped bytes, 30 minutes of load (about an hour)
+	@mkdir -p out
+	$(VENV)/bin/dualpath bench soak --json out/soak.json $(ARGS)
 
 proto: $(DEV) ## Generate the gRPC stubs again (pinned tools)
 	@PATH='$(CURDIR)/$(VENV)/bin':$$PATH $(PY) -m grpc_tools.protoc -Iproto \

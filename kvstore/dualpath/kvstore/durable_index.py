@@ -54,6 +54,8 @@ class DurableIndex:
         self._turn = threading.Lock()
         self._path = path
         try:
+            if not size:
+                _create(path)
             self._env = self._open()
         except lmdb.Error as error:
             raise Corrupt(f"the index {path} cannot be opened: {error}") from error
@@ -62,9 +64,6 @@ class DurableIndex:
         except (lmdb.Error, Corrupt) as error:
             self._env.close()
             raise Corrupt(f"the index {path} cannot be opened: {error}") from error
-        if not size:
-            # LMDB syncs the content of its file, but not its name.
-            sync_directory(path)
 
     def _open(self) -> lmdb.Environment:
         return lmdb.open(
@@ -177,6 +176,20 @@ class DurableIndex:
     def close(self) -> None:
         """Close the environment."""
         self._env.close()
+
+
+def _create(path: Path) -> None:
+    """An empty index that is there whole or not at all: LMDB writes its first pages without a
+    sync, and syncs no names."""
+    new = path / "data.mdb.new"
+    new.unlink(missing_ok=True)
+    with (
+        lmdb.open(str(new), map_size=_MAP_BYTES_MIN, lock=False, subdir=False, mode=0o600) as env,
+        env.begin(write=True) as txn,
+    ):
+        txn.put(SUMS_KEY, IndexSums().to_bytes())
+    new.rename(path / "data.mdb")
+    sync_directory(path)
 
 
 def _goes(value: bytes, generation: int) -> bool:

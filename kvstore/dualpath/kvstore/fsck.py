@@ -29,6 +29,7 @@ from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.raw_device import RawDevice
 from dualpath.kvstore.raw_marker import RAW_MARKER, raw_device_of
 from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.ssd_tier import segment_number
 from dualpath.transfer.errors import Corrupt, InvalidRequest, Unavailable
 
 OnProgress = Callable[[int, int], None]
@@ -39,8 +40,8 @@ _KNOWN = frozenset(
         "CLEAN",
         "LOCK",
         "META",
-        "SCRUB",
         RAW_MARKER,
+        "SCRUB",
         "index",
         "namespaces",
         "segments",
@@ -79,11 +80,11 @@ class Fsck:
             raise InvalidRequest(f"{self.path} is not a data directory: it holds no META")
         self._lock = _lock(self.path)
         self._on_progress = on_progress
-        self._device = device
         raw = raw_device_of(self.path)
         if device is None and raw:
             owner = directory_format.read_meta(self.path).store_id
             device = RawDevice(raw, owner=owner, read_only=True)
+        self._device = device
         self._done = self._total = 0
         self._version = 0
         self._snapshot_crc: int | None = None
@@ -183,7 +184,7 @@ class Fsck:
     def _check_index(self) -> None:
         report = self.report
         if not (self.path / "index" / "data.mdb").exists():
-            if self._segment_bytes():
+            if self._has_segments():
                 report.add(FsckCode.INDEX_LOST, "index", "there are segments and no index")
             return
         dump = IndexDump(self.path / "index", trusted=self._index_is_as_left)
@@ -216,9 +217,10 @@ class Fsck:
                 f"{found.records} records are found, {sums.records} were committed",
             )
 
-    def _segment_bytes(self) -> int:
+    def _has_segments(self) -> bool:
         folder = self.path / "segments"
-        return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return any(segment_number(name) is not None for name in names)
 
     # Segments
 

@@ -1,0 +1,36 @@
+"""Syncs that do nothing: how the soak proves that it would notice.
+
+A store whose data, index or names are not synced must lose something when the power goes. Only
+for a child process that is to be recorded.
+"""
+
+from __future__ import annotations
+
+import enum
+from functools import partial
+
+import lmdb
+from dualpath.kvstore import data_directory, directory_format, durable_index, fd_file, psync_device
+
+
+class Deafness(enum.Enum):
+    """What is not synced."""
+
+    DATA = "data"
+    INDEX = "index"
+    NAMES = "names"
+
+
+def deafen(kind: Deafness) -> None:
+    """From now on, in this process."""
+    if kind is Deafness.DATA:
+        fd_file.FdFile.sync = _nothing  # type: ignore[method-assign,assignment]
+    elif kind is Deafness.INDEX:
+        lmdb.open = partial(lmdb.open, sync=False)  # type: ignore[assignment]
+    else:
+        for module in (data_directory, directory_format, durable_index, psync_device):
+            module.sync_directory = _nothing  # type: ignore[attr-defined]
+
+
+def _nothing(_what: object) -> None:
+    """Instead of a sync."""

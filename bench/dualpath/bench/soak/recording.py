@@ -1,0 +1,130 @@
+"""Recordings of what a process did to a directory: how they are made, and their records.
+
+The recorder is a small C library (recorder.c) that is compiled when it is first needed and
+preloaded into the recorded process; so LMDB, Python and everything else in it is seen as it is.
+Only io_uring passes by it: `RecordedDevice` (recorded_device.py) tells of those writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from dualpath.transfer.errors import Unavailable
+
+_RECORD = struct.Struct("<IiqqI")
+_SOURCE = Path(__file__).with_name("recorder.c")
+_COMPILE_S_MAX = 60.0
+LIBRARY_VARIABLE = "LD_PRELOAD"
+"""Names the recorder in the environment of a process that is to be recorded."""
+
+
+class Change(enum.IntEnum):
+    """Kinds of records, as in recorder.c."""
+
+    OPENED = 1
+    WRITTEN = 2
+    SIZED = 3
+    SYNCED = 4
+    RENAMED = 5
+    UNLINKED = 6
+    MADE_DIRECTORY = 7
+    REMOVED_DIRECTORY = 8
+    NOTE = 9
+    UNKNOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One change; see recorder.c for the meaning of `a`, `b` and `data` by kind."""
+
+    kind: Change
+    handle: int
+    a: int
+    b: int
+    data: bytes
+
+    @property
+    def path(self) -> str:
+        """`data` as a path."""
+        return os.fsdecode(self.data)
+
+
+def build_recorder(folder: Path) -> Path:
+    """Compile the recorder into `folder`. Raises Unavailable without a C compiler."""
+    library = folder / "recorder.so"
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise Unavailable("power losses are recorded by a C library: install cc (gcc or clang)")
+    arguments = [compiler, "-shared", "-fPIC", "-O2", str(_SOURCE), "-o", str(library)]
+    done = subprocess.run(
+        [*arguments, "-ldl", "-lpthread"],
+        capture_output=True,
+        text=True,
+        timeout=_COMPILE_S_MAX,
+        check=False,
+    )
+    if done.returncode:
+        raise Unavailable(f"{compiler} cannot compile {_SOURCE.name}: {done.stderr[:500]}")
+    return library
+
+
+class Recording:
+    """The recorder as the recorded process sees it; only where it is preloaded."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None)
+        try:
+            self._note = library.dualpath_record_note
+            self._begin = library.dualpath_record_begin
+            self._cut = library.dualpath_record_cut
+            self._write = library.dualpath_record_write
+        except AttributeError as error:
+            raise Unavailable("the recorder is not preloaded into this process") from error
+        self._note.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+        self._begin.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_long]
+        self._write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
+
+    def begin(self, root: Path, log: Path, cut: int = 0) -> None:
+        """Record changes below `root` from now on; kill this process before change `cut`."""
+        if self._begin(os.fsencode(root), os.fsencode(log), cut):
+            raise Unavailable(f"cannot record {root} to {log}")
+
+    def note(self, text: bytes) -> None:
+        """Say something, in order with the changes."""
+        self._note(text, len(text))
+
+    def may_be_cut(self) -> None:
+        """A change that passes the recorder by is about to happen: it counts for the cut."""
+        self._cut()
+
+    def written(self, fd: int, offset: int, address: int, nbytes: int) -> None:
+        """Tell of a write that went past libc, once it has happened."""
+        self._write(fd, address, nbytes, offset)
+
+
+@cache
+def recording() -> Recording:
+    """The recorder of this process. Raises Unavailable."""
+    return Recording()
+
+
+def read_log(path: Path) -> Iterator[Record]:
+    """The records of a log; a last one that is cut ends it."""
+    raw = path.read_bytes()
+    at = 0
+    while at + _RECORD.size <= len(raw):
+        kind, handle, a, b, nbytes = _RECORD.unpack_from(raw, at)
+        at += _RECORD.size
+        if at + nbytes > len(raw):
+            return
+        yield Record(Change(kind), handle, a, b, raw[at : at + nbytes])
+        at += nbytes
