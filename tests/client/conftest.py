@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dualpath.client.local_loopback import Served, serving, until
 from dualpath.client.loopback_cluster import LoopbackCluster, loopback_cluster
+from dualpath.kvstore.service.readiness import Phase
 
 TEST_S_MAX = 50.0
 
@@ -39,3 +43,19 @@ def run_cluster(tmp_path: Path) -> Callable[..., None]:
         assert not left, f"threads were left behind: {left}"
 
     return run_body
+
+
+@pytest.fixture(scope="module")
+def shared_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("shared")) as served:
+        yield served
+
+
+@pytest.fixture
+def served(shared_local: Served) -> Iterator[Served]:
+    """The shared store for one test: a namespace and clients of its own."""
+    with contextlib.ExitStack() as clients:
+        own = replace(shared_local, stack=clients)
+        yield own
+    until(lambda: len(own.socket) == 0)
+    own.readiness.enter(Phase.SERVING)

@@ -74,7 +74,9 @@ def open_arena_memory(
     if prefault and huge >= wanted - HUGE_PAGE_BYTES:
         remedy = ""
     got = f"{huge >> 20} of {wanted >> 20} MiB on huge pages" if prefault else "not prefaulted"
-    return ArenaMemory(region, huge, f"{kind}: {got}, {where}", remedy)
+    description = f"{kind}: {got}, {where}"
+    _log.info("%s: %s%s", name, description, f"; for better: {remedy}" if remedy else "")
+    return ArenaMemory(region, huge, description, remedy)
 
 
 def _private(nbytes: int) -> tuple[Region, str, str]:
