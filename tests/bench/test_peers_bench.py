@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from dualpath.bench.document import put_figures
+from dualpath.bench.headline import headline
 from dualpath.bench.peers import driver_process, environments
 from dualpath.bench.peers.catalogue import (
     ENTRIES,
     ENVIRONMENTS,
     Entry,
     Environment,
-    Medium,
+    Reach,
     chosen,
 )
 from dualpath.bench.peers.command import EXIT_OK, EXIT_USAGE, command
@@ -22,7 +24,7 @@ from dualpath.bench.peers.comparison import Comparison
 from dualpath.bench.peers.driver_process import DriverProcess
 from dualpath.bench.peers.environments import Environments
 from dualpath.bench.peers.report import PeersReport, markdown, verdict
-from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.errors import InvalidRequest, Unavailable
 
 MIB = 1 << 20
 
@@ -63,7 +65,7 @@ def pretence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def entry(name: str, driver: str, **settings: object) -> Entry:
-    return Entry(name, name.capitalize(), Medium.DRAM, driver, settings=settings)
+    return Entry(name, name.capitalize(), Reach.PROCESS, driver, settings=settings)
 
 
 def quiet(_text: str) -> None:
@@ -105,7 +107,7 @@ def test_a_peer_that_fails_is_told_and_the_others_are_measured(
     bad, good = found.rows
     assert "wrong bytes" in bad.failures[0]
     assert [len(runs) for runs in good.runs.values()] == [2, 2]
-    assert found.fastest_peer(Medium.DRAM, "get", MIB, 64 * MIB) is good
+    assert found.fastest_peer(Reach.PROCESS, "get", MIB, 64 * MIB) is good
     report = PeersReport(found, 2, [MIB, 4 * MIB], 64 * MIB, _machine(), {}, "today")
     assert report.ok, "ours did not fail"
     assert "| Good |" in markdown(report)
@@ -197,3 +199,35 @@ def test_wrong_usage_is_refused_before_anything_runs(
     tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     assert run(tmp_path, *words)[0] == EXIT_USAGE
+
+
+def test_figures_go_between_the_marks_of_a_document_and_nowhere_else(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
+    put_figures(document, "new\n")
+    put_figures(document, "newer")
+    assert document.read_text() == (
+        "before\n<!-- measured: begin -->\nnewer\n<!-- measured: end -->\nafter\n"
+    )
+    with pytest.raises(InvalidRequest, match="no place"):
+        put_figures(document, "new", "another")
+    put_figures(tmp_path / "fresh.md", "all of it")
+    assert (tmp_path / "fresh.md").read_text() == "all of it"
+
+
+def test_the_headline_names_the_limit_and_the_fastest_peer_of_the_same_kind() -> None:
+    def figures(reach: str, rate: float) -> dict[str, object]:
+        return {"title": reach.upper(), "reach": reach, "blocks": {"1M": {"get_gibs": rate}}}
+
+    peers = {
+        "entries": {
+            "dualpath-tcp": figures("tcp", 3.0),
+            "redis": figures("tcp", 1.0),
+            "slow": figures("tcp", 0.5),
+            "mooncake": figures("process", 9.0),
+        }
+    }
+    tcp = {"ours_gibs": 3.1, "hashing_copy_gibs": 3.2, "ratio": 0.97}
+    text = headline({"tcp": tcp, "machine": {}}, peers)
+    assert "| TCP, verified | 3.10 | 3.20 (hashing socket copy) | 0.97 | TCP: 1.00" in text
+    assert "9.00" not in text

@@ -17,17 +17,10 @@ from dualpath.transfer.errors import InvalidRequest
 
 MARK = "store"
 BLOCKS = "1M"
+_OURS = "dualpath"
 _HEADINGS = ("what", "DualPath", "limit", "ratio", "fastest peer here")
 
 Json = Mapping[str, object]
-
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "dualpath": ("mooncake", "redhare", "lmcache"),
-    "dualpath-local": ("mooncake-shm", "nixl-shm"),
-    "dualpath-tcp": ("mooncake-tcp", "nixl-tcp", "redhare-tcp", "lmcache-server", "redis"),
-    "dualpath-disk": ("nixl-uring", "nixl-aio", "lmcache-disk", "block-files"),
-}
-"""Who is compared with whom: in one process, two on one machine, over TCP, on disk."""
 
 _LINES = (
     ("cold read, 1 MiB, verified", "cold_read_1m", "fio_gibs", "fio", "dualpath-disk"),
@@ -99,12 +92,18 @@ def _rows(store: Json, peers: Json) -> Iterator[Row]:
 
 def _fastest(peers: Json, entry: str) -> str:
     mine = _rate(peers, entry)
-    theirs = {name: _rate(peers, name) for name in GROUPS[entry]}
+    entries = _mapping(peers.get("entries"))
+    reach = _mapping(entries.get(entry)).get("reach")
+    theirs = {
+        name: _rate(peers, name)
+        for name in entries
+        if not name.startswith(_OURS) and _mapping(entries[name]).get("reach") == reach
+    }
     found = {name: rate for name, rate in theirs.items() if rate is not None}
     if not found:
         return "not run"
     name = max(found, key=lambda each: found[each])
-    title = _mapping(_mapping(peers.get("entries")).get(name)).get("title", name)
+    title = _mapping(entries[name]).get("title", name)
     return f"{title}: {_shown(found[name])} (ours {_shown(mine)})"
 
 

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
-class Medium(enum.Enum):
-    """Where the blocks lie when they are read."""
+class Reach(enum.Enum):
+    """Where the blocks lie, seen from who reads them. Only entries of one kind are compared."""
 
-    DRAM = "dram"
-    DISK = "disk"
+    PROCESS = "in DRAM, in one process"
+    MACHINE = "in DRAM, another process, shared memory"
+    TCP = "in DRAM, another process, TCP over loopback"
+    DISK = "on disk, page cache bypassed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,12 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of the tables: a driver in an environment, with its settings. `processes` tells
-    people who serves. `environment` is "" for our own. `redis` asks for the program's place."""
+    """One row of the tables: a driver in an environment, with its settings. `environment` is "" for
+    our own. `redis` asks for the program's place."""
 
     name: str
     title: str
-    medium: Medium
+    reach: Reach
     driver: str
     environment: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -96,51 +98,47 @@ ENVIRONMENTS = (
 )
 
 
-def _ours(name: str, title: str, mode: str, medium: Medium = Medium.DRAM) -> Entry:
+def _ours(name: str, title: str, mode: str, reach: Reach) -> Entry:
     settings = {"mode": mode}
-    title = f"DualPath, {title}"
-    return Entry(name, title, medium, "dualpath_store", settings=settings, fresh=True)
+    return Entry(name, title, reach, "dualpath_store", settings=settings, fresh=True)
 
 
-def _mooncake(name: str, title: str, mode: str) -> Entry:
-    title = f"Mooncake Store, {title}"
-    return Entry(name, title, Medium.DRAM, "mooncake_store", "mooncake", {"mode": mode})
+def _mooncake(name: str, mode: str, reach: Reach) -> Entry:
+    return Entry(name, "Mooncake Store", reach, "mooncake_store", "mooncake", {"mode": mode})
 
 
-def _nixl(name: str, title: str, mode: str, medium: Medium) -> Entry:
-    return Entry(name, f"NIXL, {title}", medium, "nixl_agent", "nixl", {"mode": mode})
+def _nixl(name: str, title: str, mode: str, reach: Reach) -> Entry:
+    return Entry(name, f"NIXL, {title}", reach, "nixl_agent", "nixl", {"mode": mode})
 
 
-def _redhare(name: str, title: str, mode: str) -> Entry:
+def _redhare(name: str, title: str, mode: str, reach: Reach) -> Entry:
     settings = {"mode": mode}
-    return Entry(
-        name, title, Medium.DRAM, "redhare_store", "redhare", settings, redis=True, fresh=True
-    )
+    return Entry(name, title, reach, "redhare_store", "redhare", settings, redis=True, fresh=True)
 
 
-def _lmcache(name: str, title: str, mode: str, medium: Medium) -> Entry:
-    return Entry(name, f"LMCache, {title}", medium, "lmcache_backend", "lmcache", {"mode": mode})
+def _lmcache(name: str, title: str, mode: str, reach: Reach) -> Entry:
+    return Entry(name, f"LMCache, {title}", reach, "lmcache_backend", "lmcache", {"mode": mode})
 
 
 ENTRIES = (
-    _ours("dualpath", "in process", "embedded"),
-    _ours("dualpath-local", "local socket and shared arena", "local"),
-    _ours("dualpath-tcp", "TCP", "tcp"),
-    _mooncake("mooncake", "in process", "local"),
-    _mooncake("mooncake-shm", "shared-memory client", "shm"),
-    _mooncake("mooncake-tcp", "TCP", "tcp"),
-    _nixl("nixl-shm", "UCX shared memory", "shm", Medium.DRAM),
-    _nixl("nixl-tcp", "UCX TCP", "tcp", Medium.DRAM),
-    _redhare("redhare", "redhare, in process", "local"),
-    _redhare("redhare-tcp", "redhare, cache node, TCP", "tcp"),
-    _lmcache("lmcache", "local CPU backend, in process", "cpu", Medium.DRAM),
-    _lmcache("lmcache-server", "server (lm://), TCP", "server", Medium.DRAM),
-    Entry("redis", "Redis, TCP", Medium.DRAM, "redis_server", "redis", redis=True),
-    _ours("dualpath-disk", "in process", "disk", Medium.DISK),
-    _nixl("nixl-uring", "POSIX io_uring, one file", "uring", Medium.DISK),
-    _nixl("nixl-aio", "POSIX libaio, one file", "aio", Medium.DISK),
-    _lmcache("lmcache-disk", "local disk backend", "disk", Medium.DISK),
-    Entry("block-files", "a file a block, O_DIRECT, 8 threads", Medium.DISK, "block_files"),
+    _ours("dualpath", "DualPath", "embedded", Reach.PROCESS),
+    _mooncake("mooncake", "local", Reach.PROCESS),
+    _redhare("redhare", "redhare", "local", Reach.PROCESS),
+    _lmcache("lmcache", "local CPU backend", "cpu", Reach.PROCESS),
+    _ours("dualpath-local", "DualPath, local socket", "local", Reach.MACHINE),
+    _mooncake("mooncake-shm", "shm", Reach.MACHINE),
+    _nixl("nixl-shm", "UCX", "shm", Reach.MACHINE),
+    _ours("dualpath-tcp", "DualPath", "tcp", Reach.TCP),
+    _mooncake("mooncake-tcp", "tcp", Reach.TCP),
+    _nixl("nixl-tcp", "UCX", "tcp", Reach.TCP),
+    _redhare("redhare-tcp", "redhare, cache node", "tcp", Reach.TCP),
+    _lmcache("lmcache-server", "server (lm://)", "server", Reach.TCP),
+    Entry("redis", "Redis", Reach.TCP, "redis_server", "redis", redis=True),
+    _ours("dualpath-disk", "DualPath", "disk", Reach.DISK),
+    _nixl("nixl-uring", "POSIX io_uring, one file", "uring", Reach.DISK),
+    _nixl("nixl-aio", "POSIX libaio, one file", "aio", Reach.DISK),
+    _lmcache("lmcache-disk", "local disk backend", "disk", Reach.DISK),
+    Entry("block-files", "a file a block, O_DIRECT, 8 threads", Reach.DISK, "block_files"),
 )
 
 

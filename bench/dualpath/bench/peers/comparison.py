@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dualpath.bench.peers.catalogue import ENVIRONMENTS, REDIS, Entry, Medium
+from dualpath.bench.peers.catalogue import ENVIRONMENTS, REDIS, Entry, Reach
 from dualpath.bench.peers.driver_process import DriverProcess
 from dualpath.bench.peers.environments import Environments
 from dualpath.bench.rounds import GIB
 from dualpath.transfer.errors import Unavailable
 
+FAILURES_MAX = 2
 Measured = Mapping[str, float]
 
 
@@ -88,11 +89,11 @@ class Comparison:
                 row.skipped = reasons.get(REDIS.name, "")
 
     def run(self, rounds: int, sizes: Sequence[int], total_bytes: int) -> None:
-        """Measure. An entry that fails is not tried in later rounds."""
+        """Measure. An entry that fails is tried again in the next round, but not a third time."""
         for number in range(rounds):
             turn = number % len(self.rows)
             for row in self.rows[turn:] + self.rows[:turn]:
-                if row.skipped or row.failures:
+                if row.skipped or len(row.failures) >= FAILURES_MAX:
                     continue
                 self._progress(f"round {number + 1}/{rounds}: {row.entry.name}")
                 groups = [[size] for size in sizes] if row.entry.fresh else [list(sizes)]
@@ -134,13 +135,13 @@ class Comparison:
         program, environment = self._environments.redis_server(REDIS)
         return {"server": program, "environment": environment}
 
-    def fastest_peer(self, medium: Medium, way: str, size: int, total_bytes: int) -> Row | None:
+    def fastest_peer(self, reach: Reach, way: str, size: int, total_bytes: int) -> Row | None:
         """Of the others."""
         found = [
             (rate, row)
             for row in self.rows
             if not row.entry.ours
-            and row.entry.medium is medium
+            and row.entry.reach is reach
             and (rate := row.gibs(way, size, total_bytes)) is not None
         ]
         return max(found, key=lambda pair: pair[0])[1] if found else None

@@ -1,12 +1,12 @@
-"""Draws the gets of all entries, a picture of bars a medium. Needs matplotlib."""
+"""Draws the gets of all entries, those that are compared beside each other. Needs matplotlib."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dualpath.bench.peers.catalogue import Medium
+from dualpath.bench.peers.catalogue import Reach
 from dualpath.bench.peers.comparison import Row
-from dualpath.bench.peers.report import TITLES, PeersReport, size_name
+from dualpath.bench.peers.report import PeersReport, size_name
 from dualpath.transfer.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -28,29 +28,29 @@ def draw(report: PeersReport, path: str) -> None:
             f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
         ) from error
     counts = {
-        medium: sum(1 for row in report.comparison.rows if _shown(report, row, medium))
-        for medium in Medium
+        reach: sum(1 for row in report.comparison.rows if _shown(report, row, reach))
+        for reach in Reach
     }
-    media = [medium for medium in Medium if counts[medium]]
+    kinds = [reach for reach in Reach if counts[reach]]
     figure = Figure(figsize=(9, 1.5 + 0.55 * sum(counts.values())), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(
-        max(1, len(media)), 1, squeeze=False, height_ratios=[counts[each] for each in media] or [1]
+        max(1, len(kinds)), 1, squeeze=False, height_ratios=[counts[each] for each in kinds] or [1]
     )
-    for axes, medium in zip(grid[:, 0], media, strict=False):
-        _draw(axes, report, medium)
+    for axes, reach in zip(grid[:, 0], kinds, strict=False):
+        _draw(axes, report, reach)
     try:
         figure.savefig(path, dpi=_PNG_DPI, format="png")
     except OSError as error:
         raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _shown(report: PeersReport, row: Row, medium: Medium) -> bool:
-    return row.entry.medium is medium and any(row.runs.get(size) for size in report.sizes)
+def _shown(report: PeersReport, row: Row, reach: Reach) -> bool:
+    return row.entry.reach is reach and any(row.runs.get(size) for size in report.sizes)
 
 
-def _draw(axes: Axes, report: PeersReport, medium: Medium) -> None:
-    shown = [row for row in report.comparison.rows if _shown(report, row, medium)]
+def _draw(axes: Axes, report: PeersReport, reach: Reach) -> None:
+    shown = [row for row in report.comparison.rows if _shown(report, row, reach)]
     height = _BAR / len(report.sizes)
     for number, row in enumerate(shown):
         colours = _OURS if row.entry.ours else _PEERS
@@ -63,4 +63,4 @@ def _draw(axes: Axes, report: PeersReport, medium: Medium) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.1)
     sizes = ", ".join(size_name(size) for size in report.sizes)
-    axes.set_xlabel(f"GiB/s of gets {TITLES[medium]}; blocks of {sizes} from above", fontsize=8)
+    axes.set_xlabel(f"GiB/s of gets, {reach.value}; blocks of {sizes} from above", fontsize=8)

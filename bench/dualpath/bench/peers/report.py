@@ -7,16 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from dualpath.bench.peers.catalogue import Medium
+from dualpath.bench.peers.catalogue import Reach
 from dualpath.bench.peers.comparison import Comparison, Row
 from dualpath.bench.table import Row as Cells
 from dualpath.bench.table import markdown_table, print_table
 
 CPU_BLOCK_BYTES = 1 << 20
-TITLES = {
-    Medium.DRAM: "in DRAM",
-    Medium.DISK: "on disk, page cache bypassed or dropped",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class PeersReport:
             sizes[size_name(size)] = figures
         return {
             "title": row.entry.title,
-            "medium": row.entry.medium.value,
+            "reach": row.entry.reach.value,
             "version": row.version,
             "skipped": row.skipped,
             "failures": row.failures,
@@ -89,12 +85,14 @@ def _cpu_size(report: PeersReport) -> int:
     return CPU_BLOCK_BYTES if CPU_BLOCK_BYTES in report.sizes else report.sizes[-1]
 
 
-def rows(report: PeersReport, medium: Medium) -> Iterator[Cells]:
-    """One row an entry of the medium."""
+def rows(report: PeersReport, reach: Reach) -> Iterator[Cells]:
+    """One row an entry of the kind."""
     for row in report.comparison.rows:
-        if row.entry.medium is not medium:
+        if row.entry.reach is not reach:
             continue
-        state = "skipped" if row.skipped else "failed" if row.failures else row.version
+        state = "skipped" if row.skipped else row.version or "failed"
+        if row.failures and row.runs:
+            state += f" ({len(row.failures)} of its rounds failed)"
         cells = [_rates(report, row, size) for size in report.sizes]
         cpu = row.cpu_s_per_gib("get", _cpu_size(report), report.total_bytes)
         told = "-" if cpu is None else f"{cpu[0]:.2f} + {cpu[1]:.2f}"
@@ -127,7 +125,7 @@ def verdict(report: PeersReport) -> Iterator[str]:
             continue
         parts = []
         for size in report.sizes:
-            peer = comparison.fastest_peer(row.entry.medium, "get", size, report.total_bytes)
+            peer = comparison.fastest_peer(row.entry.reach, "get", size, report.total_bytes)
             mine = row.gibs("get", size, report.total_bytes)
             theirs = None if peer is None else peer.gibs("get", size, report.total_bytes)
             if peer is not None and mine and theirs:
@@ -144,10 +142,10 @@ def print_report(report: PeersReport, stream: TextIO | None = None) -> None:
     """Write everything to `stream` (default: stdout)."""
     out = stream if stream is not None else sys.stdout
     print(*summary(report), sep="\n", file=out)
-    for medium, title in TITLES.items():
-        found = list(rows(report, medium))
+    for reach in Reach:
+        found = list(rows(report, reach))
         if found:
-            print(title, file=out)
+            print(reach.value, file=out)
             print_table(headings(report), found, out)
     print(*verdict(report), sep="\n", file=out, flush=True)
 
@@ -155,10 +153,10 @@ def print_report(report: PeersReport, stream: TextIO | None = None) -> None:
 def markdown(report: PeersReport) -> str:
     """The same for a document."""
     parts = ["\n".join(f"- {line}" for line in summary(report))]
-    for medium, title in TITLES.items():
-        found = list(rows(report, medium))
+    for reach in Reach:
+        found = list(rows(report, reach))
         if found:
-            parts.append(f"**{title[0].upper()}{title[1:]}**")
+            parts.append(f"**{reach.value[0].upper()}{reach.value[1:]}**")
             parts.append(markdown_table(headings(report), found))
     parts.append("\n".join(f"- {line}" for line in verdict(report)))
     return "\n\n".join(parts) + "\n"
