@@ -13,6 +13,7 @@ from dualpath.agent.config import AgentConfig
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.outcome import LoadResult, MissReason
 from dualpath.agent.places import Places
+from dualpath.agent.segment_files import SegmentFiles
 from dualpath.agent.segment_mount import ChunkPlace, SegmentMount
 from dualpath.client.kv_client import KVClient
 from dualpath.client.loopback_cluster import (
@@ -23,8 +24,8 @@ from dualpath.client.loopback_cluster import (
     stored,
     wrong_blocks,
 )
+from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.transfer_batch import TransferBatch
 from dualpath.transfer.errors import Corrupt, InvalidRequest
 
 Run: TypeAlias = Callable[..., None]
@@ -131,35 +132,24 @@ def test_blocks_that_are_not_on_disk_yet_come_from_the_daemon(
     run_cluster(body)
 
 
-def test_a_failing_medium_costs_nothing_but_the_way(
-    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_medium_costs_nothing_but_the_way(run_cluster: Run) -> None:
     async def body(cluster: LoopbackCluster) -> None:
         client = await cluster.embedded(**mounted(cluster))
         namespace_id, hashes = await stored(client, BLOCKS)
         daemon = link(client)
         assert daemon.mounted is not None
-        device = daemon.mounted.mount._device
-        read = device.read_batch
-
-        class Broken:
-            nbytes = 1 << 40
-
-            def read(self, offset: int, buffers: object) -> None:
-                raise OSError(5, "injected")
-
-        def every_third(batch: TransferBatch) -> Any:
-            files: list[Any] = [*batch.files, Broken()]
-            batch.file[::3] = len(files) - 1
-            return read(
-                TransferBatch(files, batch.file, batch.offset, batch.memory, batch.at, batch.nbytes)
-            )
-
-        monkeypatch.setattr(device, "read_batch", every_third)
+        mount = daemon.mounted.mount
+        plan = FaultPlan(seed=7, read_error=0.3)
+        mount._device = FaultDevice(mount._device, plan)
+        mount._files = SegmentFiles(mount._device)
         result = await load(client, namespace_id, hashes)
         assert result.blocks == BLOCKS
         assert daemon.mounted.events["failed"] > 0
         assert 0 < daemon.mounted.read_bytes < BYTES
+        plan.read_error, plan.rot = 0.0, 0.1
+        for _ in range(3):
+            assert (await load(client, namespace_id, hashes)).blocks == BLOCKS
+        assert daemon.mounted.events["corrupt"] > 0
 
     run_cluster(body)
 
