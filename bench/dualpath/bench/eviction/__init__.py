@@ -1,0 +1,1 @@
+"""Hit rates of the store's eviction policies on request traces, beside the offline optimum."""
