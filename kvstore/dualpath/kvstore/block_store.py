@@ -42,6 +42,7 @@ from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
 from dualpath.kvstore.lease_table import LeaseTable
 from dualpath.kvstore.mapped_read import ReadBlocks
 from dualpath.kvstore.mapping_table import MappingTable
+from dualpath.kvstore.media_troubles import MediaTroubles
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.recovery import Recovered, Recovery
 from dualpath.kvstore.reservation_table import ReservationTable
@@ -456,7 +457,7 @@ def _open_on(
     )
     recovery = Recovery(directory, device, catalog)
     try:
-        recovered = recovery.load(recovery.read(), ssd, residency)
+        recovered = recovery.recover(ssd, residency)
         directory.remove_namespaces(catalog.forget_excess())
         directory.bring_up_to_date()
     except BaseException:
@@ -464,8 +465,10 @@ def _open_on(
         dram.close()
         raise
     state.generation = recovered.generation
-    writer = BlockWriter(state)
-    committer = Committer(writer, ssd, recovery.index, directory)
+    troubles = MediaTroubles(state)
+    state.read_failed = troubles.read_failed
+    writer = BlockWriter(state, troubles)
+    committer = Committer(writer, troubles, ssd, recovery.index, directory)
     committers.append(committer)
     writer.attach(committer)
     committer.start()

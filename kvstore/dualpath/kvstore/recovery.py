@@ -39,7 +39,7 @@ from dualpath.transfer.errors import Corrupt
 from numpy.typing import NDArray
 
 _PUTS_MAX = 4096
-_DECODED_AT_ONCE = 1 << 15
+_DECODED_AT_ONCE = 1 << 13
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +62,7 @@ class Recovered:
 
 
 class Recovery:
-    """One opening of a store: `read`, then `load`."""
+    """One opening of a store: `recover`, once."""
 
     def __init__(self, directory: DataDirectory, device: Device, catalog: Catalog) -> None:
         self._directory = directory
@@ -79,11 +79,18 @@ class Recovery:
 
     @property
     def index(self) -> DurableIndex:
-        """The open index, once `load` has returned."""
+        """The open index, once `recover` has returned."""
         assert self._index is not None
         return self._index
 
-    def read(self) -> BlockColumns:
+    def recover(self, ssd: SsdTier, residency: Residency) -> Recovered:
+        """Bring what is stored into memory; delete from the index what cannot be used."""
+        recovered = self._load(self._read(), ssd, residency)
+        # The columns are free now; they were as large as all that the store keeps of them.
+        trim_heap()
+        return recovered
+
+    def _read(self) -> BlockColumns:
         """The blocks that there may be, from the fastest source that can be trusted."""
         probe = None if self._directory.was_clean else Probe(self._directory.index_path)
         try:
@@ -96,7 +103,8 @@ class Recovery:
                     raise Corrupt("the index cannot be walked by a child process")
                 self._index = DurableIndex(self._directory.index_path)
                 if not lost:
-                    return self._from_clean_close() or self._from_index(self._index)
+                    snapshot = self._from_clean_close()
+                    return self._from_index(self._index) if snapshot is None else snapshot
             except Corrupt as error:
                 _log.warning("%s; it is set aside and rebuilt from the headers", error)
         finally:
@@ -119,8 +127,7 @@ class Recovery:
         for start in range(0, len(records), _PUTS_MAX):
             self._index.apply([], records[start : start + _PUTS_MAX])
 
-    def load(self, found: BlockColumns, ssd: SsdTier, residency: Residency) -> Recovered:
-        """Bring the blocks into memory; delete what was not taken from the index."""
+    def _load(self, found: BlockColumns, ssd: SsdTier, residency: Residency) -> Recovered:
         kept = found.rooted(self._fitting(found) & found.latest_of_slots())
         for at in np.flatnonzero(~kept).tolist():
             self._stale.append((self._key(found, at), int(found.generations[at])))
@@ -131,7 +138,6 @@ class Recovery:
             # A page with a bad record may have bad neighbours that only a write would find.
             _log.warning("the index is damaged; it is set aside and written anew")
             self._rewrite(self._records_kept())
-        trim_heap()
         last = int(columns.generations.max()) if len(columns) else 0
         return Recovered(
             generation=max(self._generation, last),

@@ -23,6 +23,7 @@ import grpc
 import grpc.aio
 from dualpath.kvstore import local_protocol
 from dualpath.kvstore.block_store import BlockStore
+from dualpath.kvstore.heap import map_large_blocks
 from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.access_rules import AccessRules, parse_access
 from dualpath.kvstore.service.attachments import ATTACHMENTS_MAX, Plane
@@ -327,6 +328,7 @@ async def run_daemon(
     `on_ready` gets `listen`, `unix`, `local`, `data_listen`, `metrics_listen` and `data` once calls
     are answered. Raises what made the start fail, with the remedy in its message.
     """
+    map_large_blocks()
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     hurry = asyncio.Event()
