@@ -7,7 +7,6 @@ writes them back. A child is never durable before its parent: jobs are queued pa
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from dualpath.kvstore import checksum
 from dualpath.kvstore.block_table import GONE, NO_ROW, RowState
 from dualpath.kvstore.catalog import NamespaceEntry, check_hashes
 from dualpath.kvstore.committer import CommitJob, Committer
+from dualpath.kvstore.media_troubles import MediaTroubles
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.store_api import (
     BATCH_BLOCKS_MAX,
@@ -38,8 +38,6 @@ _RESERVED_AT_ONCE = 64
 _SEALED_AT_ONCE = 256
 _SETTLED_AT_ONCE = 64
 """Blocks between two chances for others to take the lock."""
-_FULL_DISK_S = 30.0
-"""How long a store whose disk was full does not try to grow."""
 _log = logging.getLogger(__name__)
 
 OnExpired = Callable[[tuple[int, ...]], None]
@@ -71,14 +69,14 @@ class _Batch:
 class BlockWriter:
     """See the module docstring. Implements CommitHost."""
 
-    def __init__(self, state: StoreState) -> None:
+    def __init__(self, state: StoreState, troubles: MediaTroubles) -> None:
         self._state = state
+        self._troubles = troubles
         self._committer: Committer | None = None
         self._queued: set[int] = set()
         # Jobs so far; they are settled in the order in which they were submitted.
         self._submitted = 0
         self._settled = 0
-        self._grow_again_at = math.inf
         self._waiters: dict[int, tuple[_Batch, _Sealing]] = {}
         self.on_expired: OnExpired | None = None
 
@@ -234,8 +232,11 @@ class BlockWriter:
         view = self._slot_view(sealing.row, layout.slot_bytes)
         if layout.slot_bytes > layout.block_bytes:
             view[layout.block_bytes :] = bytes(layout.slot_bytes - layout.block_bytes)
-        sealing.checksums = checksum.of_block(view, layout)
         given = sealing.request.checksums
+        if given and sealing.request.trusted:
+            sealing.checksums = given
+            return
+        sealing.checksums = checksum.of_block(view, layout)
         if given and given != sealing.checksums:
             sealing.status = SealStatus.CORRUPT
 
@@ -429,7 +430,7 @@ class BlockWriter:
                 state.residency.set_dirty(row, dirty=False)
                 return SealStatus.SEALED
             dropped = state.residency.drop(row, MissReason.EVICTED)
-            _log.warning("write-back failed, %d blocks dropped: %s", dropped, job.failure)
+            self._troubles.lost_write_back(dropped, job.failure)
         if stored:
             # It left while it was being written: the record must go again.
             assert self._committer is not None
@@ -443,27 +444,12 @@ class BlockWriter:
         with self._state.lock:
             return self._state.ssd.take_retired()
 
-    def no_space(self, segment: int) -> None:
-        """See CommitHost."""
-        state = self._state
-        with state.lock:
-            state.ssd.shrink(segment)
-        self._grow_again_at = state.clock() + _FULL_DISK_S
-        _log.warning(
-            "the disk is full: the store keeps within %d bytes for %.0f s; free some space, or "
-            "lower disk_bytes",
-            state.ssd.capacity_bytes,
-            _FULL_DISK_S,
-        )
-
     def chores(self) -> None:
-        """See CommitHost: free the extents of expired reservations, fenced first; see whether a
-        full disk has space again."""
+        """See CommitHost: free the extents of expired reservations, fenced first; try again what
+        failed some time ago."""
         state = self._state
         with state.lock:
-            if state.clock() >= self._grow_again_at:
-                self._grow_again_at = math.inf
-                state.ssd.restore_budget()
+            self._troubles.chores()
             state.reap()
             expired, state.expired = state.expired, []
         if not expired:

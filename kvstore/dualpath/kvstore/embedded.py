@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from dualpath.kvstore.block_copy import copy_blocks
+from dualpath.kvstore.block_copy import copy_blocks_hashed
 from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.fetched_batch import FetchedBatch, FetchStatus
+from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.mapped_read import (
     MAPPED_BYTES,
     MappedRead,
@@ -57,7 +58,8 @@ def put(
     With `durable`, blocks that existed are durable as well when this returns; FAILED if they have
     left the store meanwhile, as when they had still to be written back and could not be.
     """
-    nbytes = store.layout(namespace_id).block_bytes
+    layout = store.layout(namespace_id)
+    nbytes = layout.block_bytes
     if not len(hashes) == len(parents) == len(data):
         raise InvalidRequest(
             f"{len(hashes)} hashes, {len(parents)} parents and {len(data)} blocks: not as many"
@@ -74,7 +76,7 @@ def put(
         blocks = [NewBlock(hashes[i], parents[i]) for i in range(start, end)]
         reservations = store.reserve(namespace_id, blocks, owner=owner, ttl_s=_TTL_S)
         taken = _until_full(reservations)
-        part = _fill_and_seal(store, reservations, data[start:end], owner, durable)[:taken]
+        part = _fill_and_seal(store, layout, reservations, data[start:end], owner, durable)[:taken]
         if durable:
             part = [
                 _still(store, namespace_id, block.hash) if s is ReserveStatus.EXISTS else s
@@ -103,22 +105,29 @@ def _until_full(reservations: Sequence[Reservation]) -> int:
 
 def _fill_and_seal(
     store: Store,
+    layout: KVLayout,
     reservations: Sequence[Reservation],
     data: Sequence[Buffer],
     owner: str,
     durable: bool,
 ) -> list[PutStatus]:
-    requests = [SealRequest(r.reservation_id) for r in reservations if r.extent is not None]
+    ids = [r.reservation_id for r in reservations if r.extent is not None]
+    requests = []
     try:
         for reservation, block in zip(reservations, data, strict=True):
             if reservation.extent is not None:
                 at = np.array([reservation.extent.start])
                 source = memoryview(block).cast("B")
-                copy_blocks(store.arena.view, at, source, _FROM_0, source.nbytes)
+                # One pass: what was hashed is what was stored.
+                sums = copy_blocks_hashed(
+                    store.arena.view, at, source, _FROM_0, source.nbytes, layout.chunk_bytes
+                )
+                checksums = tuple(sums[0].tolist())
+                requests.append(SealRequest(reservation.reservation_id, checksums, trusted=True))
         sealed = iter(store.seal(requests, owner=owner, durable=durable))
     finally:
         # A block whose parent somebody is still writing was not sealed and stays reserved.
-        store.abandon([request.reservation_id for request in requests], owner=owner)
+        store.abandon(ids, owner=owner)
     return [next(sealed) if r.extent is not None else r.status for r in reservations]
 
 

@@ -163,10 +163,13 @@ class SealStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SealRequest:
-    """Seal one reservation. `checksums` (xxh3-64 a chunk), if given, must match the bytes."""
+    """Seal one reservation. `checksums` (xxh3-64 a chunk), if given, must match the bytes; with
+    `trusted` they were made in this process of the very bytes as they were put in place, and are
+    not made again."""
 
     reservation_id: int
     checksums: tuple[int, ...] = ()
+    trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
