@@ -64,6 +64,10 @@ def _streaming(inner: Any, enter: Around) -> Callable[[Any, Context], Any]:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Gives every call of our own services the status of the error that its handler raised."""
 
+    def __init__(self) -> None:
+        # The handlers of a service do not change: each is wrapped once.
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+
     async def intercept_service(
         self, continuation: Any, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
@@ -71,4 +75,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        return around(handler, answering)
+        method = handler_call_details.method
+        found = self._wrapped.get(method)
+        if found is None or found[0] is not handler:
+            found = self._wrapped[method] = (handler, around(handler, answering))
+        return found[1]

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from dualpath.kvstore.service.principal import (
     principal_of_certificate,
     principal_of_uid,
 )
-from dualpath.proto.handlers import Around, around
+from dualpath.proto.handlers import Around, Handler, around
 from dualpath.proto.status import Context
 from dualpath.transfer.errors import PermissionDenied
 
@@ -126,24 +126,34 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Admits callers before any handler runs, and lets `enter(caller)` of `within` run around it.
     Health checks are open to everybody."""
 
-    def __init__(self, auth: Auth, within: Callable[[Caller], Any] | None = None) -> None:
+    def __init__(
+        self,
+        auth: Auth,
+        within: Callable[[Caller], AbstractAsyncContextManager[None]] | None = None,
+    ) -> None:
         self._auth = auth
         self._within = within or (lambda _: nullcontext())
         self._around: Around = self._admitted
+        # The handlers of a service do not change: each is wrapped once.
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
     async def intercept_service(
         self, continuation: Any, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         """See grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method in _OPEN_METHODS:
+        method = handler_call_details.method
+        if handler is None or method in _OPEN_METHODS:
             return handler
-        return around(handler, self._around)
+        found = self._wrapped.get(method)
+        if found is None or found[0] is not handler:
+            found = self._wrapped[method] = (handler, around(handler, self._around))
+        return found[1]
 
     @asynccontextmanager
     async def _admitted(self, context: Context) -> AsyncIterator[None]:
         caller = self._auth.caller(context)
         # Each call has a task of its own, and with it its own value.
         _caller.set(caller)
-        with self._within(caller):
+        async with self._within(caller):
             yield

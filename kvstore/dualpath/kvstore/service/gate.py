@@ -1,4 +1,4 @@
-"""What every call that uses the store has to pass: readiness, rights, limits, a fair turn.
+"""What every call that uses the store has to pass: readiness, rights, limits.
 
 Owns nothing but the order of the checks, so that all ways in (gRPC, streams, local sockets) ask the
 same. Each check raises what the caller is told.
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dualpath.kvstore.service.access import Access
-from dualpath.kvstore.service.fair_turns import FairTurns
 from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.service.quotas import Quotas
 from dualpath.kvstore.service.readiness import Readiness
@@ -34,7 +33,6 @@ class Gate:
     readiness: Readiness
     access: Access
     quotas: Quotas
-    turns: FairTurns
     held: Callable[[], Mapping[str, Held]]
 
     def admit_lookup(self, principal: str, namespace_id: bytes, *, leased: bool) -> None:

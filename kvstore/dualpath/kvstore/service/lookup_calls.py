@@ -74,7 +74,6 @@ class LookupCalls:
     ) -> store_pb2.LookupResponse:
         """See store.proto."""
         gate, principal = self._gate, caller.principal
-        await gate.turns.turn(principal)
         namespace_id = checked_namespace_id(request.namespace_id)
         hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
         checked_batch("hashes", len(hashes))

@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,10 +27,11 @@ from dualpath.kvstore.heap import map_large_blocks
 from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.access_rules import AccessRules, parse_access
 from dualpath.kvstore.service.attachments import ATTACHMENTS_MAX, Plane
-from dualpath.kvstore.service.auth import Auth, AuthInterceptor, principal_of_call
+from dualpath.kvstore.service.auth import Auth, AuthInterceptor, Caller, principal_of_call
 from dualpath.kvstore.service.config import DaemonConfig, split_address
 from dualpath.kvstore.service.deliver import DeliveryConfig, DeliveryEngine
 from dualpath.kvstore.service.fair_executor import FairExecutor
+from dualpath.kvstore.service.fair_turns import FairTurns
 from dualpath.kvstore.service.key_reload import KeyReload
 from dualpath.kvstore.service.local_socket import LocalSocket
 from dualpath.kvstore.service.metrics import ServiceSnapshot, StoreCollector
@@ -236,9 +237,16 @@ class Daemon:
     ) -> str:
         """Start gRPC; return the bound host:port, "" if there is none."""
         auth = Auth(lambda: access.rules, certificates=bool(self.config.tls_client_ca))
-        within = AuthInterceptor(auth, lambda caller: quotas.call(caller.principal))
+        turns = FairTurns()
+
+        @contextlib.asynccontextmanager
+        async def within(caller: Caller) -> AsyncIterator[None]:
+            with quotas.call(caller.principal):
+                await turns.turn(caller.principal)
+                yield
+
         server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(), within),
+            interceptors=(ErrorInterceptor(), AuthInterceptor(auth, within)),
             options=server_options(),
             maximum_concurrent_rpcs=CALLS_MAX,
         )

@@ -24,7 +24,6 @@ from dualpath.kvstore.service.deliver import DeliveryEngine
 from dualpath.kvstore.service.deliver_calls import DeliverCalls
 from dualpath.kvstore.service.drain import Drain, Left
 from dualpath.kvstore.service.event_calls import EventCalls
-from dualpath.kvstore.service.fair_turns import FairTurns
 from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.lease_owners import LeaseOwners
 from dualpath.kvstore.service.locate_calls import LocateCalls
@@ -74,7 +73,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self._owners = LeaseOwners(quotas.lease)
         mint = TicketMint()
         self.attachments = Attachments(store, planes, executor, self._dropped)
-        gate = Gate(readiness, access, quotas, FairTurns(), self.attachments.held)
+        gate = Gate(readiness, access, quotas, self.attachments.held)
         self.gate = gate
         """What other ways in than gRPC have to pass, too."""
         self._lookups = LookupCalls(
