@@ -23,8 +23,11 @@ chunks that have arrived, verified."""
 class BatchReader:
     """Fetches every chunk of the leading blocks of a lease, verified by the store."""
 
-    def __init__(self, store: Store, layout: KVLayout, batch_bytes: int) -> None:
+    def __init__(
+        self, store: Store, layout: KVLayout, batch_bytes: int, *, verify: bool = True
+    ) -> None:
         self._store = store
+        self._verify = verify
         self._chunk_count = layout.chunk_count
         self._step = max(1, batch_bytes // layout.chunk_bytes)
 
@@ -40,7 +43,7 @@ class BatchReader:
                 while start < total and len(under_way) < BATCHES:
                     part = slice(start, start + self._step)
                     batch = self._store.fetch_batch(
-                        lease_id, block_of[part], chunk_of[part], verify=True, wait=False
+                        lease_id, block_of[part], chunk_of[part], verify=self._verify, wait=False
                     )
                     under_way.append((start, batch))
                     start += len(batch)
