@@ -20,10 +20,9 @@ from typing import Self
 
 import numpy as np
 from dualpath.kvstore import checksum
-from dualpath.kvstore.block_table import RowState
-from dualpath.kvstore.chunk_plan import ChunkReads
+from dualpath.kvstore.chunk_plan import ChunkReads, runs
 from dualpath.kvstore.fetched_batch import FetchStatus
-from dualpath.kvstore.store_api import MissReason, Tier
+from dualpath.kvstore.store_api import Tier
 from dualpath.kvstore.store_state import StoreState
 from dualpath.kvstore.transfer_batch import UNDER_WAY, BatchProgress
 from dualpath.transfer.errors import InvalidRequest
@@ -147,41 +146,39 @@ class ChunkBatch:
     def _take(self, reads: NDArray[np.int32]) -> NDArray[np.int32]:
         """Some reads have ended: set the status of their items, verified, and return these."""
         assert self._progress is not None
+        if not len(reads):
+            return reads
         plan = self._parts.reads
-        arrived: list[NDArray[np.int32]] = []
-        for read in reads.tolist():
-            first = int(plan.first[read])
-            items = np.arange(first, first + int(plan.count[read]), dtype=np.int32)
-            error = int(self._progress.errors[read])
+        items = runs(plan.first[reads], plan.count[reads])
+        errors = self._progress.errors[reads]
+        if not errors.any():
+            self.status[items] = FetchStatus.OK
+            self._verify(items)
+            return items
+        for read, error in zip(reads.tolist(), errors.tolist(), strict=True):
+            mine = runs(plan.first[read : read + 1], plan.count[read : read + 1])
             if error == 0:
-                self.status[items] = FetchStatus.OK
-                self._verify(items)
+                self.status[mine] = FetchStatus.OK
+                self._verify(mine)
             elif error in _TRANSIENT:
-                self.status[items] = FetchStatus.UNAVAILABLE
+                self.status[mine] = FetchStatus.UNAVAILABLE
             else:
-                self.status[items] = FetchStatus.CORRUPT
-                self._drop(int(self._parts.rows[first]), error)
-            arrived.append(items)
-        return np.concatenate(arrived) if arrived else np.empty(0, np.int32)
+                self.status[mine] = FetchStatus.CORRUPT
+                self._drop(int(self._parts.rows[mine[0]]), error)
+        return items
 
     def _verify(self, items: NDArray[np.int32]) -> None:
         recheck, parts = self._recheck, self._parts
-        if recheck is None:
+        if recheck is None or not len(items):
             return
-        view = self.region.view
-        for item in items.tolist():
-            start = int(parts.offsets[item])
-            expected = int(parts.expected[item])
-            if checksum.xxh3_64(view[start : start + int(parts.nbytes[item])]) != expected and (
-                not recheck(int(parts.rows[item]), int(parts.chunks[item]), start, expected)
-            ):
+        sums = checksum.of_extents(self.region.view, parts.offsets[items], parts.nbytes[items])
+        for item in items[sums != parts.expected[items]].tolist():
+            row, chunk = int(parts.rows[item]), int(parts.chunks[item])
+            if not recheck(row, chunk, int(parts.offsets[item]), int(parts.expected[item])):
                 self.status[item] = FetchStatus.CORRUPT
 
     def _drop(self, row: int, error: int) -> None:
-        _log.warning("a block is dropped: it could not be read: %s", os.strerror(error))
-        with self._state.lock:
-            if self._state.table.state[row] == RowState.PRESENT:
-                self._state.residency.drop(row, MissReason.CORRUPT)
+        self._state.read_failed(row, os.strerror(error))
 
     def _give_up(self, wait_s: float) -> NDArray[np.int32]:
         """The medium takes too long, or nobody wants the rest. Return the items that this ends;
@@ -271,8 +268,7 @@ class ChunkBatch:
         with state.lock:
             self._note_items(items)
             state.residency.unpin_many(rows)
-            for buffer in buffers[buffers >= 0].tolist():
-                state.dram.buffers.give(buffer)
+            state.dram.buffers.give(buffers[buffers >= 0])
             state.room.notify_all()
         return stuck
 

@@ -45,6 +45,8 @@ class CommitJob:
     data: memoryview
     failure: str = ""
     """Why it could not be stored; "" while all is well."""
+    sick: bool = False
+    """It is the place that failed: another one may do."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -72,20 +74,39 @@ class CommitHost(Protocol):
     def retired_segments(self) -> list[int]:
         """Segments whose files may go once all deletes so far are committed."""
 
+    def chores(self) -> None:
+        """Called between groups and about every second."""
+
+
+class CommitTroubles(Protocol):
+    """Who is told of failures, and finds a way around them. Called as CommitHost is."""
+
     def no_space(self, segment: int) -> None:
         """The file system has no room for this segment."""
 
-    def chores(self) -> None:
-        """Called between groups and about every second."""
+    def write_failed(self, segment: int, why: str) -> None:
+        """A write to this segment, or its sync, has failed."""
+
+    def relocate(self, jobs: Sequence[CommitJob]) -> list[CommitJob]:
+        """Give failed jobs other places; return those that got one, not failed any more."""
+
+    def index_answered(self, failure: str) -> None:
+        """A transaction was refused, or ("") committed."""
 
 
 class Committer:
     """See the module docstring. The queue is bounded by the host: each job holds a DRAM slot."""
 
     def __init__(
-        self, host: CommitHost, ssd: SsdTier, index: DurableIndex, directory: DataDirectory
+        self,
+        host: CommitHost,
+        troubles: CommitTroubles,
+        ssd: SsdTier,
+        index: DurableIndex,
+        directory: DataDirectory,
     ) -> None:
         self._host = host
+        self._troubles = troubles
         self._ssd = ssd
         self._index = index
         self._directory = directory
@@ -195,10 +216,11 @@ class Committer:
             self._host.admit(group)
         deletes = self._clear_ground(group, deletes)
         _fail_orphans(group)
-        self._write_data(group)
-        _fail_orphans(group)
-        self._write_headers(group)
-        self._sync(group)
+        self._write(group)
+        moved = self._relocated(group)
+        if moved:
+            deletes = self._clear_ground(moved, deletes + self._take_deletes())
+            self._write(moved)
         _fail_orphans(group)
         self._record(group, deletes)
         if group:
@@ -222,6 +244,22 @@ class Committer:
                 _log.warning("segment %d cannot be removed: %s", segment, error)
         return deletes
 
+    def _take_deletes(self) -> list[_Delete]:
+        with self._wake:
+            deletes, self._deletes = self._deletes, []
+            return deletes
+
+    def _relocated(self, group: list[CommitJob]) -> list[CommitJob]:
+        """What failed because of its place and got another one."""
+        sick = [job for job in group if job.sick]
+        return self._troubles.relocate(sick) if sick else []
+
+    def _write(self, group: list[CommitJob]) -> None:
+        """Data, headers, sync."""
+        self._write_data(group)
+        self._write_headers(group)
+        self._sync(group)
+
     def _write_data(self, group: list[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():
             try:
@@ -233,9 +271,7 @@ class Committer:
             try:
                 self._ssd.ensure(segment)
             except OSError as error:
-                _fail(jobs, f"space: {error}")
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    self._host.no_space(segment)
+                self._sicken(segment, jobs, f"space: {error}", error)
                 continue
             by_slot = {job.record.slot: job for job in jobs}
             most = max(1, RUN_BYTES_MAX // jobs[0].data.nbytes)
@@ -244,7 +280,7 @@ class Committer:
                 try:
                     self._ssd.write_slots(segment, first, [job.data for job in run])
                 except OSError as error:
-                    _fail(run, f"data: {error}")
+                    self._sicken(segment, run, f"data: {error}", error)
 
     def _save_namespace(self, namespace: Namespace) -> None:
         """Once a namespace: without its file its blocks would be dropped at the next opening."""
@@ -257,14 +293,26 @@ class Committer:
             try:
                 self._ssd.write_headers(segment, {job.record.slot: job.record for job in jobs})
             except OSError as error:
-                _fail(jobs, f"header: {error}")
+                self._sicken(segment, jobs, f"header: {error}", error)
 
     def _sync(self, group: list[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():
             try:
                 self._ssd.sync(segment)
             except OSError as error:
-                _fail(jobs, f"sync: {error}")
+                self._sicken(segment, jobs, f"sync: {error}", error)
+
+    def _sicken(
+        self, segment: int, jobs: Sequence[CommitJob], failure: str, error: OSError
+    ) -> None:
+        """These failed because of where they are."""
+        _fail(jobs, failure)
+        for job in jobs:
+            job.sick = True
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._troubles.no_space(segment)
+        else:
+            self._troubles.write_failed(segment, failure)
 
     def _record(self, group: list[CommitJob], deletes: list[_Delete]) -> None:
         jobs = [job for job in group if not job.failure]
@@ -273,6 +321,11 @@ class Committer:
         failure = self._apply(deletes, jobs)
         if failure:
             _fail(jobs, failure)
+            for job in jobs:
+                # Who knows what has reached the medium: nothing else may be written there before
+                # these records are gone.
+                record = job.record
+                self.delete(record.key, record.generation, job.place, erase=False)
 
     def _apply(self, deletes: list[_Delete], jobs: list[CommitJob]) -> str:
         """One transaction. Return why it failed, or ""; failed deletes are queued again."""
@@ -287,7 +340,9 @@ class Committer:
             with self._wake:
                 self._deletes = deletes + self._deletes
                 self._refused = True
+            self._troubles.index_answered(str(error))
             return f"index: {error}"
+        self._troubles.index_answered("")
         with self._wake:
             later = {delete.place for delete in self._deletes}
             self._held -= {delete.place for delete in deletes} - later

@@ -129,6 +129,7 @@ class DurableIndex:
     ) -> None:
         """Delete (key, generation) where the stored generation is that one, then put; durable on
         return. Raises IndexFailure, having changed nothing."""
+        reopened = False
         while True:
             try:
                 self._apply(deletes, puts)
@@ -140,6 +141,9 @@ class DurableIndex:
                     self._env.set_mapsize(self._map_bytes)
             except lmdb.Error as error:
                 self._reopen()
+                if not reopened:
+                    reopened = True
+                    continue
                 raise IndexFailure(f"the index refused a transaction: {error}") from error
             else:
                 return

@@ -11,7 +11,7 @@ import errno
 import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
 from dualpath.kvstore.transfer_batch import (
@@ -29,7 +29,8 @@ SECTOR_BYTES = 512
 class FaultPlan:
     """What goes wrong, as probabilities of a call; may be changed while running.
 
-    `space_bytes` bounds the bytes of all files (-1: no bound).
+    `space_bytes` bounds the bytes of all files (-1: no bound). Files named in `unreadable` and
+    `unwritable` fail at each try.
     """
 
     seed: int = 0
@@ -40,6 +41,8 @@ class FaultPlan:
     torn_write: float = 0.0
     sync_error: float = 0.0
     space_bytes: int = -1
+    unreadable: set[str] = field(default_factory=set)
+    unwritable: set[str] = field(default_factory=set)
 
 
 class FaultFile:
@@ -58,7 +61,7 @@ class FaultFile:
     def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """See DeviceFile."""
         plan, hits = self._device.plan, self._device.hits
-        if hits(plan.read_error):
+        if self._name in plan.unreadable or hits(plan.read_error):
             raise OSError(errno.EIO, f"injected: read of {self._name} at {offset}")
         if hits(plan.short_read):
             self._inner.read(offset, buffers[:1])
@@ -71,7 +74,7 @@ class FaultFile:
     def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """See DeviceFile."""
         plan, hits = self._device.plan, self._device.hits
-        if hits(plan.write_error):
+        if self._name in plan.unwritable or hits(plan.write_error):
             raise OSError(errno.EIO, f"injected: write of {self._name} at {offset}")
         nbytes = sum(buffer.nbytes for buffer in buffers)
         self._device.note_write(self._name, self._inner, offset, nbytes)

@@ -107,6 +107,16 @@ class Residency:
         self.owners[row] = owner
         return row
 
+    def relocate(self, row: int) -> tuple[int, int] | None:
+        """Another (segment, slot) for a row that is not on SSD yet; None if there is none."""
+        table = self._table
+        place = self.ssd.take(self._catalog.entry_of(row))
+        if isinstance(place, ReserveStatus):
+            return None
+        self.ssd.give(row)
+        table.segment[row], table.slot[row] = place
+        return place
+
     def publish(
         self, row: int, generation: int, checksums: tuple[int, ...], *, dirty: bool
     ) -> None:

@@ -8,22 +8,15 @@ nothing about when and how fast (`scrub_pace.py`). One thread at a time.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
 from dualpath.kvstore import checksum
 from dualpath.kvstore.block_table import RowState
-from dualpath.kvstore.layout import CHUNK_BYTES_MAX
+from dualpath.kvstore.layout import ALIGN_BYTES, CHUNK_BYTES_MAX
 from dualpath.kvstore.segment import page_buffer
-from dualpath.kvstore.store_api import MissReason, ScrubStep
-from dualpath.kvstore.store_health import Trouble
+from dualpath.kvstore.store_api import ScrubStep
 from dualpath.kvstore.store_state import StoreState
-
-_ROT_SHOWN_S = 600.0
-"""How long a bad block marks the store as degraded."""
-_ALIGN_BYTES = 4096
-_log = logging.getLogger(__name__)
 
 Position = tuple[int, int]
 
@@ -60,8 +53,8 @@ class Scrubber:
             blocks += 1
             read += sum(length for _, length in pinned.extents)
             # A passing error of the wire is no rot: only what is bad twice goes.
-            good = self._verifies(pinned) or self._verifies(pinned)
-            bad += self._settle(pinned, good)
+            failure = self._failure(pinned) and self._failure(pinned)
+            bad += self._settle(pinned, failure)
         counters = self._state.counters
         with self._state.lock:
             counters.scrubbed_bytes += read
@@ -123,32 +116,25 @@ class Scrubber:
         extents = tuple(layout.chunk_extent(chunk) for chunk in range(layout.chunk_count))
         return _Pinned(row, place, extents, tuple(sums.tolist()))
 
-    def _verifies(self, pinned: _Pinned) -> bool:
-        for (offset, nbytes), expected in zip(pinned.extents, pinned.expected, strict=True):
-            view = self._buffer[: -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES]
+    def _failure(self, pinned: _Pinned) -> str:
+        """What is wrong with a block; "" if nothing is."""
+        for chunk, (offset, nbytes) in enumerate(pinned.extents):
+            view = self._buffer[: -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES]
             try:
                 self._state.ssd.read(*pinned.place, offset, view)
             except OSError as error:
-                _log.warning("scrub: segment %d slot %d: %s", *pinned.place, error)
-                return False
-            if checksum.xxh3_64(view[:nbytes]) != expected:
-                return False
-        return True
+                return f"it cannot be read: {error}"
+            if checksum.xxh3_64(view[:nbytes]) != pinned.expected[chunk]:
+                return f"chunk {chunk} does not have its checksum"
+        return ""
 
-    def _settle(self, pinned: _Pinned, good: bool) -> int:
-        """Unpin; drop what is bad. Return how many bad blocks left, 0 or 1."""
+    def _settle(self, pinned: _Pinned, failure: str) -> int:
+        """Drop what is bad; unpin. Return how many bad blocks left, 0 or 1."""
         state = self._state
+        bad = bool(failure) and state.table.state[pinned.row] == RowState.PRESENT
+        if bad:
+            state.read_failed(pinned.row, f"scrubbed: {failure}")
         with state.lock:
-            bad = not good and state.table.state[pinned.row] == RowState.PRESENT
-            if bad:
-                dropped = state.residency.drop(pinned.row, MissReason.CORRUPT)
-                text = (
-                    f"segment {pinned.place[0]} slot {pinned.place[1]} was bad when it was "
-                    f"scrubbed; {dropped} blocks were dropped"
-                )
-                state.health.note(Trouble.ROT, text, until=state.clock() + _ROT_SHOWN_S)
             state.residency.unpin(pinned.row)
             state.room.notify_all()
-        if bad:
-            _log.warning("%s", text)
         return int(bad)

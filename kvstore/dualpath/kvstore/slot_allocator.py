@@ -83,6 +83,13 @@ class SlotAllocator:
         closed.closed = True
         self._open.get(closed.slot_bytes, {}).pop(extent, None)
 
+    def reopen(self, extent: int) -> None:
+        """Give out slots of an extent again. Idempotent."""
+        opened = self._extents[extent]
+        opened.closed = False
+        if opened.free:
+            self._open.setdefault(opened.slot_bytes, {})[extent] = None
+
     def take(self, slot_bytes: int) -> tuple[int, int] | None:
         """(extent, slot) of a free slot of that class; None if there is none."""
         extents = self._open.get(slot_bytes)

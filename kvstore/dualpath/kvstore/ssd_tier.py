@@ -43,6 +43,8 @@ class SsdTier:
         self._geometry: dict[int, SegmentGeometry] = {}
         self._files: dict[int, DeviceFile] = {}
         self._retired: list[int] = []
+        self._unmade: set[int] = set()
+        """Segments that found no space: they never get a file."""
         self._allocated_bytes = 0
         self._next_segment = 0
 
@@ -108,8 +110,19 @@ class SsdTier:
         that blocks are evicted instead of refused; until `restore_budget`."""
         if segment in self._geometry:
             self._allocator.close(segment)
+            self._unmade.add(segment)
             least = self._allocated_bytes - self._geometry[segment].file_bytes
             self.capacity_bytes = min(self.capacity_bytes, least)
+
+    def suspend(self, segment: int) -> None:
+        """Give out no slots of a segment for now. Idempotent."""
+        if segment in self._geometry:
+            self._allocator.close(segment)
+
+    def resume(self, segment: int) -> None:
+        """Undo `suspend`. Idempotent."""
+        if segment in self._geometry and segment not in self._unmade:
+            self._allocator.reopen(segment)
 
     def restore_budget(self) -> None:
         """Try to use all of the budget again."""
@@ -143,6 +156,7 @@ class SsdTier:
     def _retire(self, segment: int) -> None:
         self._allocator.remove(segment)
         self._allocated_bytes -= self._geometry.pop(segment).file_bytes
+        self._unmade.discard(segment)
         self._retired.append(segment)
 
     def remove(self, segment: int) -> None:

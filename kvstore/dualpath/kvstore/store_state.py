@@ -18,6 +18,7 @@ from dualpath.kvstore.lease_table import Lease, LeaseTable
 from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.reservation_table import HeldReservation, ReservationTable
 from dualpath.kvstore.residency import Residency
+from dualpath.kvstore.segment_breaker import SegmentBreaker
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import MissReason, Tier
 from dualpath.kvstore.store_config import StoreConfig
@@ -43,6 +44,11 @@ class StoreCounters:
     lost_write_backs: int = 0
 
 
+def _nobody_told(row: int, why: str) -> None:
+    """Until the store is put together."""
+    raise AssertionError(f"row {row} failed before the store was open: {why}")
+
+
 @dataclass(slots=True, kw_only=True)
 class StoreState:
     """See the module docstring. `clock` gives seconds; `expired` are reservations whose extents
@@ -63,6 +69,10 @@ class StoreState:
     room: threading.Condition
     counters: StoreCounters = field(default_factory=StoreCounters)
     health: HealthBoard = field(default_factory=HealthBoard)
+    breaker: SegmentBreaker = field(default_factory=SegmentBreaker)
+    read_failed: Callable[[int, str], None] = field(default=_nobody_told)
+    """(row, why): a pinned row could not be read from SSD; called without the lock. Tied late to
+    `MediaTroubles`."""
     expired: list[HeldReservation] = field(default_factory=list)
     generation: int = 0
     closed: bool = False
