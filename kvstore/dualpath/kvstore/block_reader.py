@@ -54,8 +54,10 @@ class BlockReader:
             if lease_s > 0:
                 lease = state.leases.grant(owner, rows, entry.index, state.clock(), lease_s)
                 lease_id = lease.id
+                # A lease keeps its blocks; that they were used counts from its end on.
                 state.table.leases[rows] += 1
-            state.residency.touch(rows)
+            else:
+                state.residency.touch(rows)
             resident = state.table.resident[rows]
             in_dram = int(resident.sum())
             state.counters.tier_hit_blocks[Tier.DRAM] += in_dram

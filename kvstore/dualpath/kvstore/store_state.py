@@ -88,6 +88,7 @@ class StoreState:
             # First the guard, so that no reader trusts bytes that may change from here on.
             self.mappings.end(lease.mapping)
             self.residency.unpin_rows(lease.mapping.rows)
+        self.residency.touch(lease.rows)
         self.residency.unlease(lease.rows)
 
     def reap(self) -> bool:
