@@ -25,7 +25,6 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.access_rules import AccessRules, Limits
 from dualpath.kvstore.service.auth import Auth
-from dualpath.kvstore.service.fair_turns import FairTurns
 from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.local_socket import LocalSocket
 from dualpath.kvstore.service.quotas import Quotas
@@ -156,7 +155,7 @@ def serving(
         readiness = Readiness(clock)
         readiness.enter(Phase.SERVING)
         quotas = Quotas(lambda name: access.rules.limits_of(name, limits), clock)
-        gate = Gate(readiness, access, quotas, FairTurns(), dict)
+        gate = Gate(readiness, access, quotas, dict)
         auth = Auth(lambda: access.rules)
         local = LocalSocket(str(path / "s.local"), store, auth, gate, clock=clock, **times)
         local.start()
