@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dualpath.bench.store.report import StoreReport
+from dualpath.bench.store.report import StoreReport, flat
 from dualpath.bench.store.section import Figures
 from dualpath.transfer.errors import Unavailable
 
@@ -13,17 +13,24 @@ if TYPE_CHECKING:
 
 _SUFFIX = "_gibs"
 _PNG_DPI = 90
+_OURS = frozenset(
+    ["ours", "ours_read", "ours_write", "one_writer", "durable_at_end", "verified", "unverified"]
+)
 _OURS_COLOUR, _LIMIT_COLOUR = "#1f77b4", "#b0b0b0"
 
 
 def rates(figures: Figures) -> list[tuple[str, float]]:
-    """The figures in GiB/s, ours first."""
+    """The figures in GiB/s."""
     found = [
         (name.removesuffix(_SUFFIX), float(value))
-        for name, value in figures.items()
+        for name, value in flat(figures)
         if name.endswith(_SUFFIX) and isinstance(value, int | float)
     ]
-    return sorted(found, key=lambda pair: pair[0] != "ours")
+    return found
+
+
+def _is_ours(name: str) -> bool:
+    return name.rsplit(".", maxsplit=1)[-1] in _OURS
 
 
 def draw(report: StoreReport, path: str) -> None:
@@ -58,7 +65,7 @@ def _draw_rates(axes: Axes, shown: list[tuple[str, list[tuple[str, float]]]]) ->
     row, labels = 0, []
     for section, found in shown:
         for name, value in found:
-            colour = _OURS_COLOUR if name == "ours" else _LIMIT_COLOUR
+            colour = _OURS_COLOUR if _is_ours(name) else _LIMIT_COLOUR
             axes.barh(row, value, color=colour, height=0.8)
             axes.text(value, row, f" {value:.2f}", va="center", fontsize=8)
             labels.append((row, f"{section}: {name}"))

@@ -10,6 +10,8 @@ from typing import TextIO
 from dualpath.bench.store.section import JUDGED_ROUNDS_MIN, SECTIONS, Figures, Section
 from dualpath.bench.table import Row, markdown_table, print_table
 
+BUSY_LOAD = 0.5
+"""Load average a core beyond which the run is marked: others took part of the machine."""
 HEADINGS = ("section", "figure", "value", "target", "")
 
 
@@ -62,7 +64,7 @@ def rows(report: StoreReport) -> Iterator[Row]:
     for section in report.sections:
         figures = report.figures[section.name]
         title = section.name
-        for figure, value in figures.items():
+        for figure, value in flat(figures):
             target = next((each for each in section.targets if each.figure == figure), None)
             judgement = ""
             if target is not None and report.judged:
@@ -70,6 +72,16 @@ def rows(report: StoreReport) -> Iterator[Row]:
             bound = "" if target is None else str(target).removeprefix(figure).strip()
             yield (title, figure, _shown(value), bound, judgement)
             title = ""
+
+
+def flat(figures: Figures) -> Iterator[tuple[str, object]]:
+    """Figures of figures by their whole names."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            for inner, inner_value in value.items():
+                yield f"{name}.{inner}", inner_value
+        else:
+            yield name, value
 
 
 def _shown(value: object) -> str:
@@ -97,6 +109,9 @@ def summary(report: StoreReport) -> list[str]:
 def verdict(report: StoreReport) -> list[str]:
     """What to say at the end."""
     lines = [f"failed: {failure}" for failure in report.failures]
+    load, cores = report.machine.get("load_average"), report.machine.get("cores")
+    if isinstance(load, float) and isinstance(cores, int) and load > BUSY_LOAD * cores:
+        lines.append(f"the machine was busy when it began: load average {load:.1f}, {cores} cores")
     lines += [f"missed: {miss}" for miss in report.misses]
     lines += [f"note: {note}" for note in report.notes]
     if not report.judged:

@@ -6,6 +6,7 @@ A section that fails or is not there ends by itself: the others are still measur
 from __future__ import annotations
 
 import gc
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ def run_sections(
     sections: Sequence[Section], scratch: Path, rounds: int, progress: Progress
 ) -> StoreReport:
     """Measure each in a folder of its own, which is removed afterwards."""
+    # What the parts say about links that end is no news here.
+    logging.getLogger("dualpath").setLevel(logging.ERROR)
     report = StoreReport(
         rounds=rounds,
         machine={**describe_machine(), **describe_storage(scratch)},

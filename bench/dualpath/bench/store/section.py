@@ -47,8 +47,8 @@ class Target:
         return ""
 
     def __str__(self) -> str:
-        bounds = [f">= {self.least:g}"] if self.least is not None else []
-        bounds += [f"<= {self.most:g}"] if self.most is not None else []
+        bounds = [f">= {self.least:,}"] if self.least is not None else []
+        bounds += [f"<= {self.most:,}"] if self.most is not None else []
         return f"{self.figure} {' '.join(bounds)}"
 
 
