@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dualpath.kvstore.background_scrub import SCRUB_NAME
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.device import MemoryDevice
 from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.scrub_pace import PAUSED_SHARE, ScrubPace
 from dualpath.kvstore.store_api import MissReason
 from dualpath.kvstore.store_health import Trouble
+from dualpath.transfer.errors import InvalidRequest
 
 Content = Callable[[bytes, int], bytes]
 SIZE = 300_000
@@ -97,3 +103,62 @@ def test_what_leaves_or_comes_between_two_steps_is_no_harm(
             data = [content(h, SIZE) for h in more]
             store.put(namespace.id, more, parents_of(more), data, durable=turn % 2 == 0)
         assert store.stats().scrub_passes > 0
+
+
+def test_the_background_scrub_finds_rot_and_keeps_its_place(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    device = MemoryDevice()
+    config = dataclasses.replace(CONFIG, scrub_bytes_per_s=1 << 30)
+    with BlockStore.open(tmp_path, CONFIG, device=device) as store:
+        fill(store, namespace, content)
+    damage(device, content(HASHES[9], SIZE))
+    with BlockStore.open(tmp_path, config, device=device) as store:
+        deadline = time.monotonic() + 30
+        while not store.stats().scrub_bad_blocks:
+            assert time.monotonic() < deadline
+        assert len(store.get(namespace.id, HASHES)) == 9
+    place = json.loads((tmp_path / SCRUB_NAME).read_text())
+    assert set(place) == {"segment", "slot"}
+    for text in ("", "[]", '{"segment": "x", "slot": 1}'):
+        (tmp_path / SCRUB_NAME).write_text(text)
+        with BlockStore.open(tmp_path, config, device=device) as store:
+            assert store._scrub is not None
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_without_a_rate_nothing_is_scrubbed(tmp_path: Path) -> None:
+    with BlockStore.open(tmp_path, CONFIG, device=MemoryDevice()) as store:
+        assert store._scrub is None
+    assert not (tmp_path / SCRUB_NAME).exists()
+    with pytest.raises(InvalidRequest, match="scrub_bytes_per_s"):
+        dataclasses.replace(CONFIG, scrub_bytes_per_s=-1)
+
+
+def run(pace: ScrubPace, seconds: int, others_bytes_per_s: int, block: int = 1000) -> int:
+    """Bytes scrubbed in so many seconds, looked at ten times a second."""
+    done = 0
+    for tick in range(1, 10 * seconds + 1):
+        now = tick / 10
+        budget = pace.budget(now, int(others_bytes_per_s * now))
+        while budget > 0:
+            pace.spend(block)
+            budget -= block
+            done += block
+    return done
+
+
+def test_the_pace_is_kept_when_nothing_else_moves() -> None:
+    assert run(ScrubPace(10_000, 0.0), 60, 0) == pytest.approx(600_000, rel=0.05)
+    assert run(ScrubPace(10_000, 0.0), 60, 9_000) == pytest.approx(600_000, rel=0.05)
+    assert run(ScrubPace(10_000, 0.0), 60, 0, block=50_000) == pytest.approx(600_000, rel=0.15)
+
+
+def test_the_pace_falls_to_a_small_part_under_load() -> None:
+    busy = run(ScrubPace(10_000, 0.0), 60, 1_000_000)
+    assert busy == pytest.approx(600_000 / PAUSED_SHARE, rel=0.1)
+
+
+def test_credit_does_not_pile_up() -> None:
+    pace = ScrubPace(10_000, 0.0)
+    assert pace.budget(3600.0, 0) == 10_000

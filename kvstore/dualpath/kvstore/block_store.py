@@ -18,6 +18,7 @@ from typing import Self
 
 import numpy as np
 from dualpath.kvstore import embedded
+from dualpath.kvstore.background_scrub import start_scrub
 from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_locator import BlockLocator
 from dualpath.kvstore.block_mapper import BlockMapper, check_mapped_lease_s
@@ -36,6 +37,7 @@ from dualpath.kvstore.device import Device
 from dualpath.kvstore.device_choice import open_device
 from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.durable_index import DurableIndex
+from dualpath.kvstore.expiry import Expiry
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.invalidator import Invalidator
 from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
@@ -47,6 +49,7 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.recovery import Recovered, Recovery
 from dualpath.kvstore.reservation_table import ReservationTable
 from dualpath.kvstore.residency import Residency
+from dualpath.kvstore.retention import RetentionTable
 from dualpath.kvstore.ring_device import RingDevice
 from dualpath.kvstore.scrubber import Scrubber
 from dualpath.kvstore.ssd_tier import SsdTier
@@ -101,6 +104,7 @@ class BlockStore:
         self._closing = threading.Lock()
         self._scrubber = Scrubber(state)
         self._scrubbing = threading.Lock()
+        self._scrub = start_scrub(state, self._scrubber, self.scrub_step, directory.path)
         self.recovered = recovered
         """What opening found."""
         self.own_device: Device | None = None
@@ -252,6 +256,16 @@ class BlockStore:
         """What became present and what left since the store was opened; bounded."""
         return self._state.events
 
+    def retain(self, namespace_id: bytes, hashes: Sequence[bytes], *, retain_s: float) -> int:
+        """See Store."""
+        packed = PackedHashes.of(hashes)
+        state = self._state
+        with state.lock:
+            state.check_open()
+            entry = state.catalog.entry(namespace_id)
+            rows = state.expiry.trim(entry, state.catalog.prefix(entry, packed))
+            return state.retention.retain(entry, rows, retain_s)
+
     def invalidate(self, scope: InvalidationScope, *, dry_run: bool = False) -> Invalidation:
         """See Store."""
         return self._invalidator.run(scope, dry_run=dry_run)
@@ -342,6 +356,8 @@ class BlockStore:
                     return
                 self._state.closed = True
                 self._state.room.notify_all()
+            if self._scrub is not None:
+                self._scrub.stop(self._state.config.commit_wait_s)
             finished = self._committer.close(self._state.config.commit_wait_s)
             if not finished:
                 # The thread still writes: leave everything to it and to the next recovery.
@@ -438,6 +454,9 @@ def _open_on(
         tenants=config.tenants,
         clock=clock,
     )
+    retention = RetentionTable(
+        directory.path, table, catalog, residency, config.retained_bytes_limit, config.disk_bytes
+    )
     owner_bytes_max, bytes_max = config.mapped_limits
     lock = threading.Lock()
     state = StoreState(
@@ -448,6 +467,8 @@ def _open_on(
         dram=dram,
         ssd=ssd,
         residency=residency,
+        expiry=Expiry(table, catalog, residency, config.ttl_s, config.tenants),
+        retention=retention,
         leases=LeaseTable(config.leases_max, first_id=secrets.randbits(48) + 1),
         mappings=MappingTable(dram.guards, owner_bytes_max=owner_bytes_max, bytes_max=bytes_max),
         reservations=ReservationTable(config.reservations_max, first_id=secrets.randbits(48) + 1),
@@ -460,6 +481,7 @@ def _open_on(
         recovered = recovery.recover(ssd, residency)
         directory.remove_namespaces(catalog.forget_excess())
         directory.bring_up_to_date()
+        retention.load()
     except BaseException:
         recovery.close()
         dram.close()

@@ -41,11 +41,15 @@ class StoreConfig:
     """Node that the arena's memory comes from; ANY_NODE: that of our processors, if it is one."""
     prefault: bool = True
     """Have all memory of the arena at opening: no read pays for it, and none fails for it."""
+    scrub_bytes_per_s: float = 0
+    """How fast stored blocks are read again and verified in the background; 0: not at all."""
     promote: bool = True
     eviction: str = S3Fifo.name
     """Which blocks make way, on SSD and in DRAM: `s3-fifo` or `lru`."""
     ttl_s: float = 0
     """Blocks leave when nobody has used them for so long; 0: never for that."""
+    retain_bytes: int = 0
+    """Most bytes of slots on SSD that may be retained; 0: a quarter of `disk_bytes`."""
     tenants: tuple[TenantLimits, ...] = ()
     """Tenants with quotas or times of their own."""
     write_back_bytes_max: int = 0
@@ -73,11 +77,25 @@ class StoreConfig:
         check_io(self.io, self.io_depth)
         check_policy(self.eviction)
         check_tenants(self.tenants)
+        if not 0 <= self.retain_bytes <= self.disk_bytes:
+            raise InvalidRequest(
+                f"retain_bytes must lie in 0..{self.disk_bytes} (disk_bytes), not "
+                f"{self.retain_bytes}"
+            )
         if not 0 <= self.ttl_s < float("inf"):
             raise InvalidRequest(f"ttl_s must not be negative, not {self.ttl_s}")
+        if not 0 <= self.scrub_bytes_per_s < float("inf"):
+            raise InvalidRequest(
+                f"scrub_bytes_per_s must not be negative, not {self.scrub_bytes_per_s}"
+            )
         for name in ("leases_max", "reservations_max", "namespaces_max"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def retained_bytes_limit(self) -> int:
+        """Most bytes that may be retained."""
+        return self.retain_bytes or self.disk_bytes // 4
 
     @property
     def mapped_limits(self) -> tuple[int, int]:

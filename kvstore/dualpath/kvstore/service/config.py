@@ -82,7 +82,8 @@ class DaemonConfig:
     `numa_node`: node that the DRAM tier's memory comes from, -1 for that of the processors that
     the daemon may run on, if it is one. `mapped_client_bytes_max`: bytes of the DRAM tier that one
     client of the local socket may have mapped, 0 for half of `dram_bytes`. `mapped_bytes_max`: that
-    all may, 0 for three quarters.
+    all may, 0 for three quarters. `scrub_bytes_per_s`: how fast stored blocks are read again and
+    verified in the background, when hardly anything else moves; 0 for not at all.
     """
 
     data: str
@@ -122,6 +123,7 @@ class DaemonConfig:
     numa_node: int = -1
     mapped_client_bytes_max: int = 0
     mapped_bytes_max: int = 0
+    scrub_bytes_per_s: float = 8 << 20
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -155,7 +157,7 @@ class DaemonConfig:
         check_io(self.io, self.io_depth)
         if not 1 <= self.readers <= READERS_MAX:
             raise InvalidRequest(f"readers must lie in 1..{READERS_MAX}, not {self.readers}")
-        for name in ("send_limit_bytes_per_s", "drain_s"):
+        for name in ("send_limit_bytes_per_s", "drain_s", "scrub_bytes_per_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidRequest(f"{name} must not be negative, not {getattr(self, name)}")
 

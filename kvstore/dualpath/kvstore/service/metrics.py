@@ -125,6 +125,16 @@ def _counters(stats: StoreStats) -> Iterator[Metric]:
     yield CounterMetricFamily("dualpath_hit_blocks", "Blocks found", stats.hit_blocks)
     yield CounterMetricFamily("dualpath_missed_blocks", "Blocks missed", stats.missed_blocks)
     yield CounterMetricFamily("dualpath_corrupt_blocks", "Blocks dropped", stats.corrupt_blocks)
+    yield CounterMetricFamily(
+        "dualpath_lost_write_backs", "Blocks lost before the disk", stats.lost_write_backs
+    )
+    for name, text, value in (
+        ("dualpath_scrubbed_bytes", "Bytes read again", stats.scrubbed_bytes),
+        ("dualpath_scrubbed_blocks", "Blocks read again", stats.scrubbed_blocks),
+        ("dualpath_scrub_bad_blocks", "Blocks found bad", stats.scrub_bad_blocks),
+        ("dualpath_scrub_passes", "Times all blocks were read", stats.scrub_passes),
+    ):
+        yield CounterMetricFamily(name, text, value)
     misses = CounterMetricFamily("dualpath_misses", "Why prefixes ended", labels=["reason"])
     for reason in MissReason:
         if reason is not MissReason.NONE:

@@ -390,6 +390,7 @@ def _store_config(config: DaemonConfig) -> StoreConfig:
         numa_node=config.numa_node,
         mapped_owner_bytes_max=config.mapped_client_bytes_max,
         mapped_bytes_max=config.mapped_bytes_max,
+        scrub_bytes_per_s=config.scrub_bytes_per_s,
     )
 
 
