@@ -304,9 +304,9 @@ class ChecksumPool:
         self._values[row, 0] = self._free_row + 1
         self._free_row = row
 
-    def take(self, rows: NDArray[np.int32]) -> NDArray[np.uint64]:
+    def take(self, rows: NDArray[np.integer]) -> NDArray[np.uint64]:
         """A copy of the checksums of many rows."""
-        return self._values[rows]
+        return self._values.take(rows, axis=0)
 
     def pick(self, rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.uint64]:
         """A copy of the checksum of one chunk of each row."""

@@ -51,7 +51,7 @@ class EvictionPolicy(Protocol):
     def fill(self, rows: NDArray[np.int32], group: int, parked: NDArray[np.bool_]) -> None:
         """Insert rows that are there at the start, the first to go first."""
 
-    def hit(self, rows: NDArray[np.int32]) -> None:
+    def hit(self, rows: NDArray[np.integer]) -> None:
         """Rows of one group were used together, parents before children. Unknown rows are
         ignored."""
 
@@ -61,7 +61,7 @@ class EvictionPolicy(Protocol):
     def ready(self, row: int, *, spent: bool = False) -> None:
         """The row may go again. Ignored if it is not parked."""
 
-    def parked(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    def parked(self, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """Those of the rows that are parked."""
 
     def remove(self, row: int, key: int = 0) -> None:

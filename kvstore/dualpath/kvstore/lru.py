@@ -36,7 +36,7 @@ class _Log:
         return self._rows.nbytes + self._stamps.nbytes
 
     def append(
-        self, rows: NDArray[np.int32], stamps: NDArray[np.int64], counts: NDArray[np.int64]
+        self, rows: NDArray[np.integer], stamps: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> None:
         """`counts[row]` is the stamp of the row's entry that counts."""
         if self._end + len(rows) > len(self._rows):
@@ -122,7 +122,7 @@ class Lru:
         self._logs[group].members += len(rows)
         self._note(rows, group)
 
-    def hit(self, rows: NDArray[np.int32]) -> None:
+    def hit(self, rows: NDArray[np.integer]) -> None:
         """See EvictionPolicy."""
         rows = rows[rows < len(self._used)]
         rows = rows[self._used[rows] != _NEVER]
@@ -144,10 +144,10 @@ class Lru:
             back = self._back[int(self._group[row])]
             heapq.heappush(back, (int(self._used[row]), row))
 
-    def parked(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    def parked(self, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """See EvictionPolicy."""
         rows = rows[rows < len(self._parked)]
-        return rows[self._parked[rows]]
+        return rows[self._parked.take(rows)]
 
     def remove(self, row: int, key: int = 0) -> None:
         """See EvictionPolicy."""
@@ -194,7 +194,7 @@ class Lru:
                 self._waits[row] = True
             heapq.heappop(back)
 
-    def _note(self, rows: NDArray[np.int32], group: int) -> None:
+    def _note(self, rows: NDArray[np.integer], group: int) -> None:
         stamps = np.arange(self._clock, self._clock + len(rows), dtype=np.int64)
         self._clock += len(rows)
         self._used[rows] = stamps

@@ -80,7 +80,7 @@ class Residency:
         """Whole seconds since opening, from 1 on: the scale of `used_s` and `retain_until`."""
         return int(self._seconds() - self._opened)
 
-    def touch(self, rows: NDArray[np.int32]) -> None:
+    def touch(self, rows: NDArray[np.integer]) -> None:
         """Note a use of blocks of one namespace, parents before children."""
         self.clock += 1
         self._table.used[rows] = self.clock
@@ -137,6 +137,9 @@ class Residency:
         table.used[row] = self.clock
         table.used_s[row] = self.now_s()
         key, extends = table.fingerprint(row), table.extended(row)
+        if extends != NO_ROW and table.leases[extends]:
+            # In use right now: its use is noted only when the lease ends.
+            self.ssd.order.policy.hit(np.array([extends], np.int32))
         self.ssd.enter(row, key, extends=extends)
         self.dram.enter(row, key, extends=extends)
         self._events.stored(entry.id, block_hash, self._parent_hash(row))
@@ -195,8 +198,9 @@ class Residency:
 
     def unlease(self, rows: NDArray[np.int32]) -> None:
         """A lease on these rows has ended."""
-        self._table.leases[rows] -= 1
-        self._settle_all(rows)
+        at = rows.astype(np.intp)  # faster than shorter integers
+        self._table.leases[at] -= 1
+        self.settle_all(at)
 
     def unpin(self, row: int) -> None:
         """A reader or writer of the row's slots is done."""
@@ -204,15 +208,22 @@ class Residency:
         self._settle(row)
         self.collect(row)
 
-    def unpin_rows(self, rows: NDArray[np.int32]) -> None:
+    def unpin_rows(self, rows: NDArray[np.integer]) -> None:
         """As `unpin`, of rows that are all different."""
         self._table.pins[rows] -= 1
-        self._settle_all(rows)
+        self.settle_all(rows)
 
     def unpin_many(self, rows: NDArray[np.int32]) -> None:
         """`unpin` each; a row may occur more than once."""
         np.subtract.at(self._table.pins, rows, 1)
-        self._settle_all(np.unique(rows))
+        ascending = rows[1:] >= rows[:-1]
+        if ascending.all():
+            # As a batch of neighbours comes: no sort is needed.
+            first = np.ones(len(rows), np.bool_)
+            np.not_equal(rows[1:], rows[:-1], out=first[1:])
+            self.settle_all(rows[first])
+        else:
+            self.settle_all(np.unique(rows))
 
     def promote(self, row: int) -> bool:
         """Give a present block a DRAM slot, to be filled; False if no colder copy may make way."""
@@ -240,12 +251,13 @@ class Residency:
         self.ssd.order.settle(row)
         self.dram.order.settle(row)
 
-    def _settle_all(self, rows: NDArray[np.int32]) -> None:
-        """As `_settle`, of different rows; those that are DEAD may be collected."""
+    def settle_all(self, rows: NDArray[np.integer]) -> None:
+        """Something that kept these rows, or their copies, may be over; all different. Those that
+        are DEAD may be collected."""
         table = self._table
-        self.ssd.order.settle_all(rows[table.first_child[rows] == NO_ROW])
+        self.ssd.order.settle_all(rows[table.first_child.take(rows) == NO_ROW])
         self.dram.order.settle_all(rows)
-        for row in rows[table.state[rows] == RowState.DEAD].tolist():
+        for row in rows[table.state.take(rows) == RowState.DEAD].tolist():
             self.collect(row)
 
     def _leave(self, row: int, reason: MissReason, *, told: bool = False) -> None:

@@ -105,15 +105,15 @@ class S3Fifo:
         self._ghosts.grow(self._rows)
         self._lists.extend(2 * group + _SMALL, rows[~parked])
 
-    def hit(self, rows: NDArray[np.int32]) -> None:
+    def hit(self, rows: NDArray[np.integer]) -> None:
         """See EvictionPolicy."""
         if not len(rows):
             return
         if int(rows.max()) >= len(self._home):
             rows = rows[rows < len(self._home)]
-        uses = self._uses[rows]
+        uses = self._uses.take(rows)
         self._uses[rows] = uses + (uses < _USES_MAX)
-        proven = rows[(self._home[rows] == _SMALL) & self._parked[rows]]
+        proven = rows[(self._home.take(rows) == _SMALL) & self._parked.take(rows)]
         if len(proven):
             self._home[proven] = _MAIN
             group = self._group_view[int(proven[0])]
@@ -142,10 +142,10 @@ class S3Fifo:
             self._uses_view[row] = 0
         self._lists.prepend(2 * self._group_view[row] + self._home_view[row], row)
 
-    def parked(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    def parked(self, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """See EvictionPolicy."""
         rows = rows[rows < len(self._parked)]
-        return rows[self._parked[rows]]
+        return rows[self._parked.take(rows)]
 
     def remove(self, row: int, key: int = 0) -> None:
         """See EvictionPolicy. Only those that leave the small queue are remembered."""

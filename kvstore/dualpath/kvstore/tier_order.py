@@ -67,7 +67,7 @@ class TierOrder:
         if self._verdict(row) is not Verdict.STAY:
             self.policy.ready(row, spent=spent)
 
-    def settle_all(self, rows: NDArray[np.int32]) -> None:
+    def settle_all(self, rows: NDArray[np.integer]) -> None:
         """As `settle`, for many."""
         for row in self.policy.parked(rows).tolist():
             self.settle(row)
