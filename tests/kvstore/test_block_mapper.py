@@ -340,7 +340,7 @@ def test_the_table_counts_each_row_once(
     table = MappingTable(guards, owner_bytes_max=150, bytes_max=220)
     model = Model()
     for number, (owner, rows, end) in enumerate(steps, start=1):
-        packed = np.array(sorted(rows), np.int32)
+        packed = np.array(sorted(rows), np.intp)
         before = model.nbytes(), table.nbytes
         try:
             mapping = table.begin(owner, number, packed, 10)

@@ -41,8 +41,9 @@ class BlockMapper:
         with state.lock:
             state.check_open()
             lease = state.leases.find(hit.lease_id, state.clock())
-            rows = lease.rows
-            stable = table.resident[rows] & (table.state[rows] == RowState.PRESENT)
+            # Numpy indexes by its own integers twice as fast as by shorter ones.
+            rows = lease.rows.astype(np.intp)
+            stable = table.resident.take(rows) & (table.state.take(rows) == RowState.PRESENT)
             pinned = rows[stable]
             slot_bytes = int(table.slot_bytes[rows[0]])
             try:
@@ -53,6 +54,6 @@ class BlockMapper:
                 raise
             lease.mapping = mapping
             table.pins[pinned] += 1
-            offsets = np.where(stable, table.dram[rows], -1)
+            offsets = np.where(stable, table.dram.take(rows), -1)
         guard = state.dram.guards_offset + mapping.guard * GUARD_BYTES
         return MappedPrefix(hit, offsets, nbytes, guard)

@@ -30,7 +30,7 @@ class Mapping:
     """The pinned rows of a lease. `guard` is the index of its guard word."""
 
     owner: str
-    rows: NDArray[np.int32]
+    rows: NDArray[np.intp]
     slot_bytes: int
     guard: int
 
@@ -44,12 +44,12 @@ class _Counts:
         self._times: NDArray[np.uint16] = np.zeros(0, np.uint16)
         self.nbytes = 0
 
-    def fresh(self, rows: NDArray[np.int32]) -> int:
+    def fresh(self, rows: NDArray[np.intp]) -> int:
         """How many of these rows are not mapped yet."""
         known = rows[rows < len(self._times)]
         return len(rows) - int(np.count_nonzero(self._times[known]))
 
-    def add(self, rows: NDArray[np.int32], slot_bytes: int) -> None:
+    def add(self, rows: NDArray[np.intp], slot_bytes: int) -> None:
         self.nbytes += self.fresh(rows) * slot_bytes
         least = int(rows.max()) + 1 if len(rows) else 0
         if least > len(self._times):
@@ -58,7 +58,7 @@ class _Counts:
             self._times = grown
         self._times[rows] += 1
 
-    def remove(self, rows: NDArray[np.int32], slot_bytes: int) -> None:
+    def remove(self, rows: NDArray[np.intp], slot_bytes: int) -> None:
         self._times[rows] -= 1
         self.nbytes -= int(np.count_nonzero(self._times[rows] == 0)) * slot_bytes
 
@@ -90,7 +90,7 @@ class MappingTable:
         """Bytes of mapped slots."""
         return self._all.nbytes
 
-    def begin(self, owner: str, lease_id: int, rows: NDArray[np.int32], slot_bytes: int) -> Mapping:
+    def begin(self, owner: str, lease_id: int, rows: NDArray[np.intp], slot_bytes: int) -> Mapping:
         """Count the rows (each once) and set a guard. Raises Overloaded: nothing has changed."""
         counts, mappings = self._owners.get(owner) or (_Counts(), 0)
         self._check_room(counts, rows, slot_bytes)
@@ -113,7 +113,7 @@ class MappingTable:
             del self._owners[mapping.owner]
         self._all.remove(mapping.rows, mapping.slot_bytes)
 
-    def _check_room(self, counts: _Counts, rows: NDArray[np.int32], slot_bytes: int) -> None:
+    def _check_room(self, counts: _Counts, rows: NDArray[np.intp], slot_bytes: int) -> None:
         if not self._free:
             raise Overloaded(
                 f"{len(self._guards)} leases are mapped; release some or retry",

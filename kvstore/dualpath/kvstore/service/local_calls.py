@@ -19,6 +19,7 @@ from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, LEASE_S_MAX, PrefixHit, Store
 from dualpath.transfer.errors import InvalidRequest, LeaseExpired, Overloaded, PermissionDenied
 
+_NAMESPACES_KEPT = 1024
 LEASES_MAX = 1024
 """Most leases of one connection at once."""
 
@@ -43,6 +44,7 @@ class LocalCalls:
         self._arena = arena
         self._clock = clock
         self._leases: dict[int, float] = {}
+        self._sizes: dict[bytes, tuple[BlockSizes, int]] = {}
         self._fetched: FetchedBatch | None = None
         self._fetched_at = 0.0
         self._handlers: dict[int, Callable[[Body], Parts]] = {
@@ -91,8 +93,7 @@ class LocalCalls:
             lease_s=lease_s,
         )
         self._count(request.namespace_id, len(hashes), hit)
-        layout = self._store.layout(request.namespace_id)
-        sizes = BlockSizes(layout.block_bytes, layout.chunk_bytes)
+        sizes, _ = self._sizes_of(request.namespace_id)
         return protocol.hit_parts(hit, sizes, checksums=request.checksums)
 
     def _map(self, body: Body) -> Parts:
@@ -107,8 +108,8 @@ class LocalCalls:
             lease_s=lease_s,
         )
         self._count(request.namespace_id, len(hashes), mapped.hit)
-        chunk_bytes = self._store.layout(request.namespace_id).chunk_bytes
-        return protocol.mapped_parts(mapped, chunk_bytes, checksums=request.checksums)
+        sizes, _ = self._sizes_of(request.namespace_id)
+        return protocol.mapped_parts(mapped, sizes.chunk_bytes, checksums=request.checksums)
 
     def _renew(self, body: Body) -> Parts:
         lease_id, lease_ms = protocol.renew_of(body)
@@ -156,21 +157,32 @@ class LocalCalls:
     def _admitted(self, request: LookupRequest, *, leased: bool) -> tuple[PackedHashes, float]:
         """The hashes and the lease's seconds, once the principal may have them."""
         hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
-        if not 1 <= len(hashes) <= BATCH_BLOCKS_MAX:
-            raise InvalidRequest(
-                f"{len(hashes)} blocks in one call; 1..{BATCH_BLOCKS_MAX} are valid"
-            )
-        chunks = self._store.layout(request.namespace_id).chunk_count
-        if request.checksums and len(hashes) * chunks > protocol.CHECKSUMS_MAX:
+        count = len(hashes)
+        if not 1 <= count <= BATCH_BLOCKS_MAX:
+            raise InvalidRequest(f"{count} blocks in one call; 1..{BATCH_BLOCKS_MAX} are valid")
+        _, chunks = self._sizes_of(request.namespace_id)
+        if request.checksums and count * chunks > protocol.CHECKSUMS_MAX:
             most = protocol.CHECKSUMS_MAX // chunks
             raise InvalidRequest(
-                f"{len(hashes)} blocks of {chunks} checksums each; ask for {most} at once, or for "
-                "no checksums"
+                f"{count} blocks of {chunks} checksums each; ask for {most} at once, or for no "
+                "checksums"
             )
         if leased:
             self._make_room()
         self._gate.admit_lookup(self.principal, request.namespace_id, leased=leased)
         return hashes, _lease_s(request.lease_ms) if leased else 0.0
+
+    def _sizes_of(self, namespace_id: bytes) -> tuple[BlockSizes, int]:
+        """(bytes of a block and of a chunk, chunks of a block). Kept: they cost as much to work
+        out as a small look-up."""
+        known = self._sizes.get(namespace_id)
+        if known is None:
+            layout = self._store.layout(namespace_id)
+            known = BlockSizes(layout.block_bytes, layout.chunk_bytes), layout.chunk_count
+            if len(self._sizes) >= _NAMESPACES_KEPT:
+                self._sizes.clear()
+            self._sizes[namespace_id] = known
+        return known
 
     def _check_arena(self) -> None:
         if not self._arena:
