@@ -41,16 +41,12 @@ async def _write(client: Any, frames: Sequence[store_pb2.WriteFrame]) -> Any:
     return await client.stub.Write(iter(frames), timeout=WAIT_S)
 
 
-async def _refused(client: Any, frames: Sequence[store_pb2.WriteFrame], *, ends: bool) -> None:
-    """Send frames of which the last one is refused (or the end, if it `ends`).
-
-    Nothing may follow: what is sent into a call that ends reads as INTERNAL in grpc.aio.
-    """
+async def _refused(client: Any, frames: Sequence[store_pb2.WriteFrame]) -> None:
+    """Send frames of which the last one is refused, or the end after them."""
     call = client.stub.Write(timeout=WAIT_S)
     for frame in frames:
         await call.write(frame)
-    if ends:
-        await call.done_writing()
+    await call.done_writing()
     await call
 
 
@@ -210,7 +206,7 @@ def test_a_damaged_stream_is_refused_and_leaves_nothing(
         frames = _frames(lab, namespace_id, hashes)
         damage(frames)
         with pytest.raises(grpc.RpcError, match=said) as caught:
-            await _refused(client, frames[:frames_read], ends=damage is _cut)
+            await _refused(client, frames[:frames_read])
         assert caught.value.code() is code
         stats = await client.call("Stats", store_pb2.StatsRequest())
         assert (stats.blocks, stats.reservations) == (0, 0)
@@ -291,9 +287,8 @@ def test_streams_beyond_the_limit_are_told_when_to_retry(in_lab: Any) -> None:
             await call.write(frame)
             held.append(call)
         await _reserved(lab, client, 16)
-        # Without a frame: one that is sent into a call that ends reads as INTERNAL in grpc.aio.
         with pytest.raises(grpc.RpcError, match="16 at most") as caught:
-            await client.stub.Write(timeout=WAIT_S)
+            await client.stub.Write(iter([first] * 20), timeout=WAIT_S)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         error = error_of(caught.value)
         assert isinstance(error, Overloaded)
@@ -339,5 +334,52 @@ def test_a_write_cancelled_while_it_reserves_leaves_nothing_reserved(
         await _reserved(lab, client, 0)
         hit = await client.lookup(namespace_id, lab.chain(1))
         assert hit.miss == store_pb2.MISS_REASON_ABSENT
+
+    in_lab(body)
+
+
+@pytest.mark.parametrize("iterated", [True, False])
+def test_a_client_that_goes_on_sending_gets_the_refusal_and_no_internal_error(
+    in_lab: Any, iterated: bool
+) -> None:
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        data = bytes(FRAME)
+        frame = store_pb2.WriteFrame(
+            namespace_id=b"n" * 16, hash=b"h" * 32, data=data, checksum=xxh3_64(data)
+        )
+
+        async def send() -> None:
+            if iterated:
+                await client.stub.Write(iter([frame] * 48), timeout=WAIT_S)
+                return
+            call = client.stub.Write(timeout=WAIT_S)
+            for _ in range(48):
+                await call.write(frame)
+            await call.done_writing()
+            await call
+
+        outcomes = await asyncio.gather(*(send() for _ in range(8)), return_exceptions=True)
+        for outcome in outcomes:
+            assert isinstance(outcome, grpc.RpcError)
+            assert error_of(outcome).reason == "namespace", outcome
+
+    in_lab(body)
+
+
+def test_a_refused_client_that_never_ends_is_cut_off(in_lab: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(byte_streams, "REFUSED_BYTES_MAX", 4 * FRAME)
+
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        frame = store_pb2.WriteFrame(namespace_id=b"n" * 16, data=bytes(FRAME))
+        call = client.stub.Write(timeout=WAIT_S)
+
+        async def send_for_ever() -> None:
+            while True:
+                await call.write(frame)
+
+        with pytest.raises((grpc.RpcError, asyncio.InvalidStateError)):
+            await send_for_ever()
 
     in_lab(body)

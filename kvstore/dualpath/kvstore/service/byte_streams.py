@@ -40,7 +40,13 @@ from dualpath.kvstore.store_api import (
     Store,
 )
 from dualpath.proto.v1 import store_pb2
-from dualpath.transfer.errors import Corrupt, DeadlineExceeded, InvalidRequest, Overloaded
+from dualpath.transfer.errors import (
+    Corrupt,
+    DeadlineExceeded,
+    DualPathError,
+    InvalidRequest,
+    Overloaded,
+)
 
 FRAME_BYTES_MAX = 1 << 20
 STREAMS_MAX = 16
@@ -52,6 +58,11 @@ BLOCK_S_MAX = 240.0
 SEAL_BYTES = 16 << 20
 """A Write seals at the end of the block that brings it over this."""
 SEAL_BLOCKS = 64
+REFUSED_PAUSE_S = 1.0
+"""A refused client that sends nothing for so long is told at once."""
+REFUSED_S_MAX = 10.0
+REFUSED_BYTES_MAX = 256 << 20
+"""What is taken of a refused Write at most, and dropped."""
 
 assert CHUNK_BYTES_MAX <= FRAME_BYTES_MAX, "a chunk fits a frame"
 assert BLOCK_S_MAX < RESERVATION_S_MAX
@@ -82,6 +93,7 @@ class ByteStreams:
         self.clock = clock
         self._ids = itertools.count(1)
         self._running = 0
+        self._refused = 0
 
     @property
     def running(self) -> int:
@@ -157,14 +169,35 @@ class ByteStreams:
         self, frames: AsyncIterator[store_pb2.WriteFrame], caller: Caller
     ) -> store_pb2.WriteResponse:
         """See store.proto."""
-        self._gate.readiness.check_admits()
-        with self._counted(caller) as owner:
-            intake = _Intake(self, owner, caller.principal)
-            try:
-                return await intake.run(frames)
-            finally:
-                # Whatever was not sealed is given up; leases it has none.
-                self._store.forget_owner(owner)
+        try:
+            self._gate.readiness.check_admits()
+            with self._counted(caller) as owner:
+                intake = _Intake(self, owner, caller.principal)
+                try:
+                    return await intake.run(frames)
+                finally:
+                    # Whatever was not sealed is given up; leases it has none.
+                    self._store.forget_owner(owner)
+        except DualPathError:
+            await self._let_finish(frames)
+            raise
+
+    async def _let_finish(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> None:
+        """Drop what a refused client still sends. A call that ends while its client sends reads
+        as INTERNAL in grpc.aio, whatever status it was given."""
+        if self._refused >= STREAMS_MAX:
+            return
+        self._refused += 1
+        dropped = 0
+        try:
+            async with asyncio.timeout(REFUSED_S_MAX):
+                while dropped < REFUSED_BYTES_MAX:
+                    frame = await asyncio.wait_for(anext(frames), REFUSED_PAUSE_S)
+                    dropped += len(frame.data)
+        except (StopAsyncIteration, TimeoutError):
+            pass  # it has nothing under way
+        finally:
+            self._refused -= 1
 
     async def _blocking(self, call: Callable[..., _T], *args: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
