@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from pathlib import Path
@@ -254,3 +255,14 @@ def test_readers_under_pressure_never_see_other_bytes(served: Served) -> None:
     finally:
         stop.set()
         writer.join()
+
+
+def test_a_connection_is_not_shared_with_forked_children(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = served.client()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(InvalidRequest, match="after forking"):
+        client.ping()
+    monkeypatch.undo()
+    client.ping()

@@ -16,6 +16,7 @@ daemon's guard says that the memory did not change meanwhile. Thread-safe: one r
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ class LocalStore:
         self._arena = arena
         self._lock = threading.Lock()
         self._answer_s = answer_s
+        self._process = os.getpid()
         self._requests = 0
         self._ended = ""
         self._block_bytes: dict[bytes, int] = {}
@@ -235,6 +237,10 @@ class LocalStore:
 
     def _ask(self, kind: Kind, parts: Parts, decoded: Callable[[Body], T]) -> T:
         """One request and its answer, taken apart."""
+        if os.getpid() != self._process:
+            raise InvalidRequest(
+                "this connection is of the process before the fork: connect after forking"
+            )
         with self._lock:
             if self._ended:
                 raise Unavailable(f"the connection to the daemon has ended: {self._ended}")
