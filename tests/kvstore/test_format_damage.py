@@ -16,7 +16,13 @@ import lmdb
 import pytest
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
-from dualpath.kvstore.directory_format import ASIDE_MAX, STORE_FORMAT, read_clean, read_meta
+from dualpath.kvstore.directory_format import (
+    ASIDE_MAX,
+    STORE_FORMAT,
+    _summed,
+    read_clean,
+    read_meta,
+)
 from dualpath.kvstore.index_sums import SUMS_KEY
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import SealStatus
@@ -82,7 +88,7 @@ def test_an_untouched_store_serves_everything(
 def test_a_newer_format_is_refused_by_name(data: Path) -> None:
     good = (data / "META").read_text()
     meta = json.loads(good)
-    (data / "META").write_text(json.dumps(meta | {"format": 7}))
+    (data / "META").write_bytes(_summed(meta | {"format": 7}))
     with pytest.raises(
         InvalidRequest, match=rf"format 7.*reads up to {STORE_FORMAT}.*upgrade"
     ) as refused:
@@ -192,7 +198,7 @@ def test_any_flipped_byte_of_the_small_files_is_noticed(data: Path, name: str) -
     for at in range(len(good)):
         for bit in (0x01, 0x20, 0x80):
             (data / name).write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
-            with pytest.raises((Corrupt, InvalidRequest)):
+            with pytest.raises(Corrupt):
                 read(data)
     (data / name).write_bytes(good)
     read(data)

@@ -18,6 +18,7 @@ import pytest
 from dualpath.cli.main import main
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
+from dualpath.kvstore.directory_format import RetainedPrefix, write_retained
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_repair import FsckRepair
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
@@ -304,6 +305,44 @@ def test_a_damaged_snapshot_or_clean_flag_costs_only_the_fast_start(data: Path, 
     assert check(data).problems == 1
     assert repair(data).problems == 0
     assert served(data) == [9, 2]
+
+
+def test_damaged_retentions_are_put_aside(data: Path) -> None:
+    write_retained(data, [RetainedPrefix(SMALL.id, SMALL_HASHES[0], 1e12)])
+    assert not check(data).findings
+    flip(data / "RETAINED", 50)
+    assert check(data).counts[FsckCode.RETAINED_DAMAGED] == 1
+    assert repair(data).problems == 0
+    assert served(data) == [9, 2]
+
+
+@pytest.mark.parametrize("damage", ["data", "index", "meta", "superblock"])
+def test_a_store_on_a_raw_device_is_checked_and_repaired(tmp_path: Path, damage: str) -> None:
+    path, raw = tmp_path / "data", tmp_path / "raw"
+    with raw.open("wb") as file:
+        file.truncate(8 << 20)
+    config = dataclasses.replace(CONFIG, raw_device=str(raw))
+    with BlockStore.open(path, config) as store:
+        for namespace, hashes in CHAINS:
+            assert set(put(store, namespace, hashes)) == {SealStatus.SEALED}
+    assert not check(path).findings
+    if damage == "data":
+        flip(raw, raw.read_bytes().find(content(SMALL_HASHES[6], 6000)) + 9)
+    elif damage == "index":
+        (path / "index" / "data.mdb").unlink()
+    elif damage == "meta":
+        flip(path / "META", 12)
+    else:
+        flip(raw, (2 << 20) + 12)
+    assert check(path).problems
+    assert repair(path).problems == 0
+    with BlockStore.open(path, config) as store:
+        found = len(store.get(SMALL.id, SMALL_HASHES)), len(store.get(LARGE.id, LARGE_HASHES))
+        assert found == ((6, 2) if damage == "data" else (9, 2))
+    moved = tmp_path / "elsewhere"
+    raw.rename(moved)
+    with Fsck(path, raw_device=str(moved)) as fsck:
+        assert not fsck.check().problems
 
 
 def test_two_blocks_in_one_slot_leave_one_of_them(data: Path) -> None:

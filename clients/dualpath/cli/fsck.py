@@ -23,7 +23,7 @@ _REDRAWN_S = 0.2
 _EXAMPLE = """example:
   dualpath fsck DIR                 # look, change nothing
   dualpath fsck DIR --repair        # what is replaced is kept in DIR/damaged
-  dualpath fsck DIR --json
+  dualpath fsck DIR --raw-device /dev/nvme1n1 --json
 
 Notes (padding, headers of free slots, an unclean stop) are no problems.
 exit codes: 0 clean or repaired, 1 problems, 2 wrong usage"""
@@ -42,13 +42,16 @@ class FsckCommand:
         parser.add_argument(
             "--repair", action="store_true", help="repair what can be; nothing is deleted"
         )
+        parser.add_argument(
+            "--raw-device", default="", metavar="PATH", help="where the segments are, if not in DIR"
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
     def run(self, args: argparse.Namespace) -> int:
         """Check, repair, print."""
         progress = _bar() if sys.stderr.isatty() and not args.json else _silent
         try:
-            with Fsck(args.directory, on_progress=progress) as fsck:
+            with Fsck(args.directory, raw_device=args.raw_device, on_progress=progress) as fsck:
                 found = fsck.check()
                 left = FsckRepair(fsck).run() if args.repair else found
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The small files of a data directory, as values: META, CLEAN, the namespaces. What is put aside.
+"""The small files of a data directory, as values: META, CLEAN, RETAINED, namespaces; putting aside.
 
 Owns their formats and versions (docs/disk-format.md). Every file is written whole, synced and
 renamed into place, and carries a check over all of its bytes, so that a flipped one is found. Knows
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dualpath.transfer.errors import Corrupt, InvalidRequest
 STORE_FORMAT = 2
 SUMMED_FORMAT = 2
 """From this format on META and CLEAN have a check and the index has sums."""
+RETAINED_NAME = "RETAINED"
 ASIDE_NAME = "damaged"
 ASIDE_MAX = 4
 """How many things of one name recoveries keep; repairs by a person keep all."""
@@ -57,6 +58,15 @@ class CleanStamp:
     snapshot_crc: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class RetainedPrefix:
+    """One of RETAINED: the prefix that ends with a block should stay until then."""
+
+    namespace_id: bytes
+    hash: bytes
+    until_unix_s: float
+
+
 def read_meta(root: Path) -> Meta:
     """Raises Corrupt, or InvalidRequest for a newer format."""
     path = root / "META"
@@ -73,6 +83,11 @@ def read_meta(root: Path) -> Meta:
             f"{path} is not that of a dualpath store; choose another directory, or restore META"
         )
     version = fields.get("format")
+    if ("check" in fields or version == SUMMED_FORMAT) and raw != _summed(fields):
+        raise Corrupt(
+            f"{path}: its check does not match; restore it, or let `dualpath fsck --repair` make "
+            "a new one"
+        )
     if not isinstance(version, int) or version < 1:
         raise Corrupt(f"{path} names format {version!r}; restore it from a backup")
     if version > STORE_FORMAT:
@@ -80,11 +95,6 @@ def read_meta(root: Path) -> Meta:
             f"data directory {root} has format {version}, this version reads up to "
             f"{STORE_FORMAT}; upgrade dualpath or use another directory",
             reason="newer_format",
-        )
-    if (version >= SUMMED_FORMAT or "check" in fields) and raw != _summed(fields):
-        raise Corrupt(
-            f"{path}: its check does not match; restore it, or let `dualpath fsck --repair` make "
-            "a new one"
         )
     return Meta(version, str(fields.get("id", "")))
 
@@ -121,6 +131,31 @@ def read_clean(root: Path) -> CleanStamp | None:
 def write_clean(root: Path, stamp: CleanStamp) -> None:
     """Durably. Raises OSError."""
     write_durably(root / "CLEAN", _summed(asdict(stamp)))
+
+
+def read_retained(root: Path) -> tuple[RetainedPrefix, ...]:
+    """None at all if there is no file. Raises Corrupt."""
+    path = root / RETAINED_NAME
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    try:
+        fields = json.loads(raw)
+        if raw != _summed(fields):
+            raise Corrupt(f"{path}: its check does not match")
+        return tuple(
+            RetainedPrefix(bytes.fromhex(namespace_id), bytes.fromhex(block_hash), float(until))
+            for namespace_id, block_hash, until in fields["prefixes"]
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Corrupt(f"{path} makes no sense: {error}") from error
+
+
+def write_retained(root: Path, prefixes: Iterable[RetainedPrefix]) -> None:
+    """Durably. Raises OSError."""
+    listed = [[each.namespace_id.hex(), each.hash.hex(), each.until_unix_s] for each in prefixes]
+    write_durably(root / RETAINED_NAME, _summed({"prefixes": listed}))
 
 
 def stamp_index(root: Path) -> IndexStamp | None:

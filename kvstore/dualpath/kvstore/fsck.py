@@ -18,7 +18,7 @@ from typing import Self
 
 from dualpath.kvstore import directory_format
 from dualpath.kvstore.device import Device
-from dualpath.kvstore.directory_format import ASIDE_NAME, SUMMED_FORMAT
+from dualpath.kvstore.directory_format import ASIDE_NAME, RETAINED_NAME, SUMMED_FORMAT
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment, SegmentCheck
 from dualpath.kvstore.index_dump import IndexDump
@@ -26,7 +26,7 @@ from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, check_snapshot
 from dualpath.kvstore.index_sums import SUMS_KEY, IndexSums, is_record_key
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.psync_device import PsyncDevice
-from dualpath.kvstore.raw_device import RawDevice
+from dualpath.kvstore.raw_device import RawDevice, owner_of
 from dualpath.kvstore.raw_marker import RAW_MARKER, raw_device_of
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.ssd_tier import segment_number
@@ -41,6 +41,7 @@ _KNOWN = frozenset(
         "LOCK",
         "META",
         RAW_MARKER,
+        RETAINED_NAME,
         "SCRUB",
         "index",
         "namespaces",
@@ -63,14 +64,15 @@ class FsckState:
 
 
 class Fsck:
-    """One check of a directory; a context manager that holds its lock. Raises InvalidRequest (no
-    data directory, a newer format), Unavailable (in use, by which process)."""
+    """One check of a directory; a context manager that holds its lock. `raw_device` is where its
+    segments lie, if that device has another path now than the store was told. Raises InvalidRequest
+    (no data directory, a newer format), Unavailable (in use, by which process)."""
 
     def __init__(
         self,
         path: str | Path,
         *,
-        device: Device | None = None,
+        raw_device: str = "",
         on_progress: OnProgress = lambda done, total: None,
     ) -> None:
         self.path = Path(path)
@@ -80,13 +82,10 @@ class Fsck:
             raise InvalidRequest(f"{self.path} is not a data directory: it holds no META")
         self._lock = _lock(self.path)
         self._on_progress = on_progress
-        raw = raw_device_of(self.path)
-        if device is None and raw:
-            owner = directory_format.read_meta(self.path).store_id
-            device = RawDevice(raw, owner=owner, read_only=True)
-        self._device = device
+        self.raw_device = raw_device or raw_device_of(self.path)
         self._done = self._total = 0
         self._version = 0
+        self._store_id = ""
         self._snapshot_crc: int | None = None
         self._index_is_as_left = False
         self.report = FsckReport()
@@ -118,13 +117,15 @@ class Fsck:
         self._check_namespaces()
         self._check_clean()
         self._check_snapshot()
+        self._check_retained()
         self._check_index()
         self._check_segments()
         return self.report
 
     def _check_meta(self) -> None:
         try:
-            self._version = directory_format.read_meta(self.path).version
+            meta = directory_format.read_meta(self.path)
+            self._version, self._store_id = meta.version, meta.store_id
         except Corrupt as error:
             self.report.add(FsckCode.META_DAMAGED, "META", str(error))
 
@@ -169,6 +170,12 @@ class Fsck:
                 "its bytes are not those of the clean shutdown",
             )
         self._snapshot_crc = stamp.snapshot_crc
+
+    def _check_retained(self) -> None:
+        try:
+            directory_format.read_retained(self.path)
+        except Corrupt as error:
+            self.report.add(FsckCode.RETAINED_DAMAGED, RETAINED_NAME, str(error))
 
     def _check_snapshot(self) -> None:
         path = self.path / SNAPSHOT_NAME
@@ -225,11 +232,25 @@ class Fsck:
     # Segments
 
     def _check_segments(self) -> None:
-        device = self._device
+        device = self.open_device(read_only=True)
         if device is None:
-            if not (self.path / "segments").is_dir():
-                return
-            device = PsyncDevice(self.path / "segments", read_only=True)
+            return
+        try:
+            self._check_segments_on(device)
+        finally:
+            device.close()
+
+    def open_device(self, *, read_only: bool) -> PsyncDevice | RawDevice | None:
+        """The device of the segments, for one user at a time; None if there is none. Raises what
+        RawDevice raises."""
+        if self.raw_device:
+            owner = self._store_id or owner_of(self.raw_device)
+            return RawDevice(self.raw_device, owner=owner, read_only=read_only)
+        if not (self.path / "segments").is_dir():
+            return None
+        return PsyncDevice(self.path / "segments", direct=read_only, read_only=read_only)
+
+    def _check_segments_on(self, device: Device) -> None:
         check = SegmentCheck(device, self.report, self._progress)
         self.state.segments = {segment.number: segment for segment in check.superblocks()}
         places = self._places()

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dualpath.kvstore import checksum, directory_format
-from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
-from dualpath.kvstore.directory_format import Meta
+from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
+from dualpath.kvstore.directory_format import RETAINED_NAME, Meta
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME
-from dualpath.kvstore.psync_device import PsyncDevice, sync_directory
-from dualpath.kvstore.raw_marker import raw_device_of
+from dualpath.kvstore.psync_device import sync_directory
+from dualpath.kvstore.raw_device import owner_of
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import (
     SegmentGeometry,
@@ -32,7 +32,6 @@ from dualpath.kvstore.segment import (
     write_headers,
     write_superblock,
 )
-from dualpath.transfer.errors import InvalidRequest
 
 _PUTS_MAX = 4096
 _INDEX_CODES = (
@@ -46,15 +45,12 @@ _INDEX_CODES = (
 
 
 class FsckRepair:
-    """Repairs what `fsck` has checked, under its lock. Segments must be files."""
+    """Repairs what `fsck` has checked, under its lock. Segments on a raw device that cannot be read
+    stay where they are: there is no aside."""
 
     def __init__(self, fsck: Fsck) -> None:
         self._fsck = fsck
         self._path = fsck.path
-        raw = raw_device_of(fsck.path)
-        if raw:
-            raise InvalidRequest(f"segments on a raw device ({raw}) can be checked, not repaired")
-        self._device = PsyncDevice(fsck.path / "segments", direct=False)
 
     def run(self) -> FsckReport:
         """Repair, check again, and return that report. Raises OSError (no space, I/O errors)."""
@@ -64,16 +60,26 @@ class FsckRepair:
         asks_headers = report.has(*_INDEX_CODES)
         self._repair_meta()
         self._repair_namespaces()
-        self._repair_segments()
+        self._repair_retained()
+        self._with_device(self._repair_segments)
         # What can be served is known only now.
         report = self._fsck.check()
-        asks_headers = asks_headers or report.has(*_INDEX_CODES)
-        if asks_headers or self._fsck.state.bad_keys:
-            self._replace_index(asks_headers=asks_headers)
+        if asks_headers or report.has(*_INDEX_CODES):
+            self._with_device(self._replace_index)
+        elif self._fsck.state.bad_keys:
+            self._replace_index(None)
         elif report.has(FsckCode.CLEAN_DAMAGED, FsckCode.SNAPSHOT_DAMAGED):
             self._forget_clean()
-        self._repair_headers()
+        self._with_device(self._repair_headers)
         return self._fsck.check()
+
+    def _with_device(self, repair: Callable[[Device], None]) -> None:
+        device = self._fsck.open_device(read_only=False)
+        if device is not None:
+            try:
+                repair(device)
+            finally:
+                device.close()
 
     def _did(self, text: str) -> None:
         self._fsck.report.repairs.append(text)
@@ -82,8 +88,15 @@ class FsckRepair:
         if self._fsck.report.has(FsckCode.META_DAMAGED):
             kept = directory_format.set_aside(self._path, self._path / "META")
             # Of an unknown format: the oldest is brought up to date by the next opening.
-            directory_format.write_meta(self._path, Meta(1, uuid.uuid4().hex))
-            self._did(f"META is written anew, with a new id; the old one is {kept}")
+            raw = self._fsck.raw_device
+            store_id = owner_of(raw) if raw else uuid.uuid4().hex
+            directory_format.write_meta(self._path, Meta(1, store_id))
+            self._did(f"META is written anew, with the id {store_id}; the old one is {kept}")
+
+    def _repair_retained(self) -> None:
+        if self._fsck.report.has(FsckCode.RETAINED_DAMAGED):
+            kept = directory_format.set_aside(self._path, self._path / RETAINED_NAME)
+            self._did(f"{RETAINED_NAME} is put aside as {kept}: retentions are forgotten")
 
     def _repair_namespaces(self) -> None:
         for path in self._fsck.state.bad_namespace_files:
@@ -92,11 +105,13 @@ class FsckRepair:
 
     # Segments
 
-    def _repair_segments(self) -> None:
+    def _repair_segments(self, device: Device) -> None:
         for segment in self._fsck.state.segments.values():
             if segment.geometry is not None or segment.blank or not segment.readable:
                 continue
-            if self._extend(segment) or self._rewrite_superblock(segment):
+            if device.in_files and self._extend(segment):
+                continue
+            if self._rewrite_superblock(device, segment) or not device.in_files:
                 continue
             kept = directory_format.set_aside(self._path, self._path / "segments" / segment.name)
             self._did(f"{segment.name} cannot be read and is put aside as {kept}")
@@ -112,7 +127,7 @@ class FsckRepair:
         self._did(f"{segment.name} is as long as before again, {wanted} bytes; the rest is lost")
         return True
 
-    def _rewrite_superblock(self, segment: CheckedSegment) -> bool:
+    def _rewrite_superblock(self, device: Device, segment: CheckedSegment) -> bool:
         """If the records and headers agree on what it must have been."""
         sizes = {layout.slot_bytes for layout in self._fsck.state.layouts.values()}
         fits = [
@@ -120,7 +135,7 @@ class FsckRepair:
             for size in sorted(sizes)
             if (geometry := SegmentGeometry.fitting(size, segment.nbytes)) is not None
         ]
-        file = self._device.open(segment.name)
+        file = device.open(segment.name)
         try:
             votes = [(self._agreeing(segment, file, geometry), geometry) for geometry in fits]
             count, geometry = max(votes, key=lambda vote: vote[0], default=(0, None))
@@ -165,7 +180,7 @@ class FsckRepair:
             return False
         return checksum.of_block(buffer, layout) == record.checksums
 
-    def _repair_headers(self) -> None:
+    def _repair_headers(self, device: Device) -> None:
         kept = self._fsck.state
         for segment in kept.segments.values():
             if segment.geometry is None or not (segment.bad_headers or segment.bad_free_headers):
@@ -175,7 +190,7 @@ class FsckRepair:
                 for record in map(BlockRecord.from_bytes, self._left())
                 if record.segment == segment.number and record.slot in segment.bad_headers
             }
-            file = self._device.open(segment.name)
+            file = device.open(segment.name)
             try:
                 table = page_buffer(segment.geometry.data_offset - ALIGN_BYTES)
                 file.read(ALIGN_BYTES, [table])
@@ -194,12 +209,13 @@ class FsckRepair:
 
     # Index
 
-    def _replace_index(self, *, asks_headers: bool) -> None:
-        """Write an index of all that can be served and let it take the place of the old one."""
+    def _replace_index(self, device: Device | None) -> None:
+        """Write an index of all that can be served and let it take the place of the old one. With
+        `device` the headers there are asked for more."""
         found = dict(self._good_records())
         brought = 0
-        if asks_headers:
-            for record in self._from_headers(found):
+        if device is not None:
+            for record in self._from_headers(device, found):
                 found[record.key] = record
                 brought += 1
         kept = _rooted(found)
@@ -239,14 +255,14 @@ class FsckRepair:
             record = BlockRecord.from_bytes(raw)
             yield record.key, record
 
-    def _from_headers(self, known: dict[bytes, BlockRecord]) -> list[BlockRecord]:
+    def _from_headers(self, device: Device, known: dict[bytes, BlockRecord]) -> list[BlockRecord]:
         """Blocks whose header and data are whole, that are not known, in slots that are free."""
         taken = {(record.segment, record.slot) for record in known.values()}
         latest: dict[bytes, BlockRecord] = {}
         for segment in self._fsck.state.segments.values():
             if segment.geometry is None:
                 continue
-            file = self._device.open(segment.name)
+            file = device.open(segment.name)
             try:
                 for record in read_headers(file, segment.geometry):
                     layout = self._fsck.state.layouts.get(record.namespace_id)

@@ -37,6 +37,7 @@ class FsckCode(enum.Enum):
     DATA_DAMAGED = "data_damaged"
     """The bytes of a stored block do not have its checksums."""
     SNAPSHOT_DAMAGED = "snapshot_damaged"
+    RETAINED_DAMAGED = "retained_damaged"
 
     PADDING = "padding"
     """Bytes that must be zero and mean nothing are not zero."""

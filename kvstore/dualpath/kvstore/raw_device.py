@@ -226,6 +226,17 @@ class RawDevice:
         return True
 
 
+def owner_of(path: str | Path) -> str:
+    """The id of the store that a raw device belongs to. Raises OSError, Corrupt (it has no whole
+    table)."""
+    with open(path, "rb") as file:
+        copies = [RawTable.from_bytes(file.read(COPY_BYTES)) for _ in range(COPIES)]
+    found = [table for table in copies if table is not None]
+    if not found:
+        raise Corrupt(f"{path} is not the raw device of a store, or its table is damaged")
+    return max(found, key=lambda table: table.generation).owner
+
+
 def _opened(path: Path, *, direct: bool, read_only: bool) -> tuple[int, bool, str]:
     """(descriptor, whether it is a block device, how it is opened), locked."""
     is_block = stat.S_ISBLK(path.stat().st_mode)

@@ -81,14 +81,14 @@ class RawTable:
         end = ALIGN_BYTES + count * _ENTRY.size
         (crc,) = _CRC.unpack_from(data, _HEADER.size)
         found = zlib.crc32(data[ALIGN_BYTES:end], zlib.crc32(data[: _HEADER.size]))
+        if len(data) < end or crc != found:
+            return None
         if version > RAW_FORMAT:
             raise InvalidRequest(
                 f"the raw device has format {version}, this version reads up to {RAW_FORMAT}; "
                 "upgrade dualpath or use another device",
                 reason="newer_format",
             )
-        if len(data) < end or crc != found:
-            return None
         files = {}
         for name, offset, nbytes in _ENTRY.iter_unpack(data[ALIGN_BYTES:end]):
             files[name.rstrip(b"\0").decode()] = Extent(offset, nbytes)

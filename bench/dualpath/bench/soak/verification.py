@@ -70,8 +70,8 @@ def verify(
 def _verdict(root: Path, device: DeviceKind, durable: Collection[bytes], close: bool) -> Verdict:
     """Open the store, read everything that it serves, store one chain."""
     verdict = Verdict()
-    if data_of(root).exists() and device.family == "files":
-        verdict.fsck = _problems(data_of(root))
+    if data_of(root).exists():
+        verdict.fsck = _problems(root, device)
     try:
         store = open_store(root, device)
     except (DualPathError, OSError) as error:
@@ -96,10 +96,12 @@ def _verdict(root: Path, device: DeviceKind, durable: Collection[bytes], close: 
     return verdict
 
 
-def _problems(path: Path) -> str:
-    """What fsck finds. A directory whose making was cut is none yet."""
+def _problems(root: Path, device: DeviceKind) -> str:
+    """What fsck finds. A directory whose making was cut is none yet, and a raw device that is
+    still blank is nobody's."""
+    raw = str(root / "raw") if device is DeviceKind.RAW else ""
     try:
-        with Fsck(path) as fsck:
+        with Fsck(data_of(root), raw_device=raw) as fsck:
             found = [item for item in fsck.check().findings if item.code.is_problem]
     except InvalidRequest:
         return ""
