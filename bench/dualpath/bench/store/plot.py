@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 _SUFFIX = "_gibs"
 _PNG_DPI = 90
-_OURS = frozenset(
-    ["ours", "ours_read", "ours_write", "one_writer", "durable_at_end", "verified", "unverified"]
-)
+_OURS = frozenset(["ours", "ours_read", "ours_write", "one_writer", "durable_at_end", "verified"])
 _OURS_COLOUR, _LIMIT_COLOUR = "#1f77b4", "#b0b0b0"
 
 
@@ -25,6 +23,7 @@ def rates(figures: Figures) -> list[tuple[str, float]]:
         (name.removesuffix(_SUFFIX), float(value))
         for name, value in flat(figures)
         if name.endswith(_SUFFIX) and isinstance(value, int | float)
+        if not name.endswith(".unverified_gibs")
     ]
     return found
 
@@ -47,7 +46,7 @@ def draw(report: StoreReport, path: str) -> None:
         for section in report.sections
         if (found := rates(report.figures[section.name]))
     ]
-    rows_in = 0.32 * sum(len(found) + 1 for _, found in shown)
+    rows_in = 0.2 * sum(len(found) + 1 for _, found in shown)
     figure = Figure(figsize=(9, 1.2 + rows_in), layout="constrained")
     FigureCanvasAgg(figure)
     _draw_rates(figure.subplots(), shown)
@@ -67,11 +66,11 @@ def _draw_rates(axes: Axes, shown: list[tuple[str, list[tuple[str, float]]]]) ->
         for name, value in found:
             colour = _OURS_COLOUR if _is_ours(name) else _LIMIT_COLOUR
             axes.barh(row, value, color=colour, height=0.8)
-            axes.text(value, row, f" {value:.2f}", va="center", fontsize=8)
+            axes.text(value, row, f" {value:.2f}", va="center", fontsize=7)
             labels.append((row, f"{section}: {name}"))
             row += 1
         row += 1
-    axes.set_yticks([at for at, _ in labels], [text for _, text in labels], fontsize=8)
+    axes.set_yticks([at for at, _ in labels], [text for _, text in labels], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("GiB/s, median of the rounds")
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
