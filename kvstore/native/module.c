@@ -2,7 +2,8 @@
 #include "parts.h"
 
 static int execute(PyObject *module) {
-    if (dualpath_add_block_copy(module) < 0 || dualpath_add_key_index(module) < 0 ||
+    if (dualpath_add_block_copy(module) < 0 || dualpath_add_checksum(module) < 0 ||
+        dualpath_add_key_index(module) < 0 ||
         dualpath_add_pages(module) < 0) {
         return -1;
     }

@@ -10,6 +10,7 @@
 
 /* Return 0, or -1 with an exception set. */
 int dualpath_add_block_copy(PyObject *module);
+int dualpath_add_checksum(PyObject *module);
 int dualpath_add_key_index(PyObject *module);
 int dualpath_add_pages(PyObject *module);
 int dualpath_add_ring(PyObject *module);

@@ -13,6 +13,9 @@
  * the stores go past the caches where the processor can; fence before another thread looks. */
 uint64_t dualpath_copy_and_hash(char *target, const char *source, size_t nbytes, int stream);
 
+/* Hash alone, `nbytes` >= XXH3_LONG_BYTES_MIN. */
+uint64_t dualpath_hash(const char *source, size_t nbytes);
+
 /* Copy alone, any length. */
 void dualpath_copy(char *target, const char *source, size_t nbytes, int stream);
 

@@ -39,12 +39,13 @@ _CANCEL_S = 1.0
 
 @dataclass(slots=True)
 class BatchParts:
-    """What a batch is made of. Item arrays: `rows`, `chunks`, `offsets` (in the arena), `nbytes`,
-    `expected` (checksums), `needed` (has to be read). `buffers`: of each read, the read buffer
-    that it goes to, or -1 for the blocks' own slots."""
+    """What a batch is made of. Item arrays: `rows`, `chunks`, `inside` (offset in the block),
+    `offsets` (in the arena), `nbytes`, `expected` (checksums), `needed` (has to be read).
+    `buffers`: of each read, the read buffer that it goes to, or -1 for the blocks' own slots."""
 
     rows: NDArray[np.int32]
     chunks: NDArray[np.int32]
+    inside: NDArray[np.int64]
     offsets: NDArray[np.int64]
     nbytes: NDArray[np.int64]
     expected: NDArray[np.uint64]
@@ -85,6 +86,7 @@ class ChunkBatch:
         self._held = np.ones(len(parts.rows), np.bool_)
         self._owed = np.zeros(len(parts.rows), np.bool_)
         self._run_held = parts.reads.count.copy()
+        self._given = np.zeros(len(parts.reads), np.bool_)
         self._noted = ~parts.needed
         self.status = np.zeros(len(parts.rows), np.uint8)
         self.status[parts.needed] = FetchStatus.UNDER_WAY
@@ -212,6 +214,8 @@ class ChunkBatch:
         good = self.status[items] == FetchStatus.OK
         state.counters.read_bytes[Tier.SSD] += int(parts.nbytes[items[good]].sum())
         slotted = parts.buffers[parts.reads.of_item[items]] < 0
+        if not slotted.any():
+            return
         items, good = items[slotted], good[slotted]
         rows = parts.rows[items]
         bits = np.left_shift(np.uint64(1), parts.chunks[items].astype(np.uint64))
@@ -261,7 +265,8 @@ class ChunkBatch:
         self._held[items] = False
         reads = reads[reads >= 0]
         np.subtract.at(self._run_held, reads, 1)
-        done = np.unique(reads[self._run_held[reads] == 0])
+        done = (self._run_held == 0) & ~self._given
+        self._given |= done
         buffers = parts.buffers[done]
         rows = parts.rows[items]
         state = self._state

@@ -15,7 +15,7 @@ from dualpath.kvstore.block_table import RowState
 from dualpath.kvstore.catalog import NamespaceEntry
 from dualpath.kvstore.chunk_batch import BatchParts, ChunkBatch
 from dualpath.kvstore.chunk_check import ChunkCheck
-from dualpath.kvstore.chunk_plan import ChunkReads, extents, plan_reads
+from dualpath.kvstore.chunk_plan import ChunkReads, distinct, extents, plan_reads
 from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
@@ -88,7 +88,8 @@ class ChunkFetcher:
                 # Only the wait for the first buffer raises: there is nothing else to give back.
                 state.residency.unpin_many(rows)
                 raise
-            state.residency.unpin_many(rows[len(parts.rows) :])
+            if len(parts.rows) < len(rows):
+                state.residency.unpin_many(rows[len(parts.rows) :])
         progress = None if transfers is None else state.ssd.device.read_batch(transfers)
         recheck = self._check.recheck if verify else None
         batch = ChunkBatch(state, parts, progress, dead=dead, recheck=recheck, adopt=self._adopt)
@@ -149,50 +150,75 @@ class ChunkFetcher:
         slots = table.dram[rows]
         buffered = needed & ((slots < 0) | ((table.reading[rows] & bits) != 0))
         buffered |= needed & _repeated(rows, chunks)
-        reads = plan_reads(layout, rows, chunks, needed, buffered)
+        inside, nbytes = extents(layout, chunks)
+        reads = plan_reads(layout.chunk_bytes, rows, chunks, inside, nbytes, needed, buffered)
         slotted = needed & ~buffered
         # Marked before the wait for a buffer, in which others plan too.
-        np.bitwise_or.at(table.reading, rows[slotted], bits[slotted])
+        self._mark(rows, bits, slotted)
         try:
             buffers = self._take_buffers(reads, buffered)
         except BaseException:
-            np.bitwise_and.at(table.reading, rows[slotted], ~bits[slotted])
+            self._unmark(rows, bits, slotted)
             raise
         if len(buffers) < len(reads):
             items = int(reads.first[len(buffers)])
-            cut = slotted[items:]
-            np.bitwise_and.at(table.reading, rows[items:][cut], ~bits[items:][cut])
+            self._unmark(rows[items:], bits[items:], slotted[items:])
             reads = reads.cut(len(buffers), items)
             rows, chunks, slots = rows[:items], chunks[:items], slots[:items]
             dead, needed, buffered = dead[:items], needed[:items], buffered[:items]
-        inside, nbytes = extents(layout, chunks)
+            inside, nbytes = inside[:items], nbytes[:items]
         offsets = np.where(dead, -1, slots + inside)
         of_buffered = reads.of_item[buffered]
         offsets[buffered] = (
             buffers[of_buffered] + inside[buffered] - inside[reads.first[of_buffered]]
         )
-        in_dram = int(nbytes[~dead & ~needed].sum())
-        self._state.counters.read_bytes[Tier.DRAM] += in_dram
+        there = ~(dead | needed)
+        if there.any():
+            self._state.counters.read_bytes[Tier.DRAM] += int(nbytes[there].sum())
         expected = entry.pool.pick(table.checksum_row[rows], chunks)
-        return BatchParts(rows, chunks, offsets, nbytes, expected, needed, reads, buffers), dead
+        parts = BatchParts(rows, chunks, inside, offsets, nbytes, expected, needed, reads, buffers)
+        return parts, dead
+
+    def _mark(
+        self, rows: NDArray[np.int32], bits: NDArray[np.uint64], slotted: NDArray[np.bool_]
+    ) -> None:
+        """These chunks are being read into their blocks' slots."""
+        if slotted.any():
+            np.bitwise_or.at(self._state.table.reading, rows[slotted], bits[slotted])
+
+    def _unmark(
+        self, rows: NDArray[np.int32], bits: NDArray[np.uint64], slotted: NDArray[np.bool_]
+    ) -> None:
+        if slotted.any():
+            np.bitwise_and.at(self._state.table.reading, rows[slotted], ~bits[slotted])
 
     def _take_buffers(self, reads: ChunkReads, buffered: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The read buffer of each read, -1 where it goes to a slot; fewer than reads if there are
         no more. Waits only when not even the first item would be served."""
         pool = self._state.dram.buffers
         buffers = np.full(len(reads), -1, np.int64)
-        for read in np.flatnonzero(buffered[reads.first]).tolist():
-            nbytes = int(reads.nbytes[read])
-            offset = pool.take(nbytes)
-            if offset < 0 and reads.first[read] > 0:
-                return buffers[:read]
-            buffers[read] = offset if offset >= 0 else self._await_buffer(nbytes)
-        return buffers
+        wanted = np.flatnonzero(buffered[reads.first])
+        sizes = reads.nbytes[wanted]
+        served = len(reads)
+        for nbytes in distinct(sizes):
+            mine = wanted[sizes == nbytes]
+            taken = pool.take(len(mine), nbytes)
+            buffers[mine[: len(taken)]] = taken
+            if len(taken) < len(mine):
+                served = min(served, int(mine[len(taken)]))
+        if served == len(reads):
+            return buffers
+        beyond = buffers[served:]
+        pool.give(beyond[beyond >= 0])
+        if reads.first[served] == 0:
+            buffers[0] = self._await_buffer(int(reads.nbytes[0]))
+            served = 1
+        return buffers[:served]
 
     def _await_buffer(self, nbytes: int) -> int:
         state = self._state
         deadline = time.monotonic() + state.config.read_buffer_wait_s
-        while (offset := state.dram.buffers.take(nbytes)) < 0:
+        while not len(taken := state.dram.buffers.take(1, nbytes)):
             left = deadline - time.monotonic()
             if left <= 0 or not state.room.wait(left):
                 raise Overloaded(
@@ -200,7 +226,7 @@ class ChunkFetcher:
                     "chunks or raise read_buffers_bytes",
                     retry_after_s=0.1,
                 )
-        return offset
+        return int(taken[0])
 
     def _transfers(self, parts: BatchParts) -> TransferBatch | None:
         """The reads of a batch; needs the lock."""
@@ -208,8 +234,7 @@ class ChunkFetcher:
         if not len(reads):
             return None
         state, rows = self._state, parts.rows[reads.first]
-        entry = state.catalog.entry_of(int(rows[0]))
-        inside, _ = extents(entry.layout, parts.chunks[reads.first])
+        inside = parts.inside[reads.first]
         files, file, offset = state.ssd.locate(
             state.table.segment[rows], state.table.slot[rows], inside
         )
@@ -228,6 +253,8 @@ class ChunkFetcher:
 def _repeated(rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Which items name a chunk that an earlier item names too."""
     keys = rows.astype(np.int64) * CHUNKS_PER_BLOCK_MAX + chunks
+    if (keys[1:] > keys[:-1]).all():
+        return np.zeros(len(keys), np.bool_)
     repeated = np.ones(len(keys), np.bool_)
     repeated[np.unique(keys, return_index=True)[1]] = False
     return repeated

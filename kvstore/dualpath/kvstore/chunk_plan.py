@@ -39,35 +39,58 @@ def extents(
     layout: KVLayout, chunks: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(offset in the Full Block, bytes) of each chunk, all of them within the layout."""
-    inside = chunks.astype(np.int64) * layout.chunk_bytes
-    return inside, np.minimum(layout.chunk_bytes, layout.block_bytes - inside)
+    chunk_bytes = layout.chunk_bytes
+    inside = chunks * np.int64(chunk_bytes)
+    return inside, np.minimum(chunk_bytes, layout.block_bytes - inside)
+
+
+def runs(first: NDArray[np.int32], count: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The numbers [first[i], first[i] + count[i]) of all i, one after another."""
+    if (count == 1).all():
+        return first
+    ends = count.cumsum(dtype=np.int32)
+    numbers = (first - ends + count).repeat(count)
+    numbers += np.arange(len(numbers), dtype=np.int32)
+    return numbers
+
+
+def distinct(values: NDArray[np.signedinteger]) -> list[int]:
+    """The distinct values; at once if there is only one, as there mostly is."""
+    if len(values) and (values == values[0]).all():
+        return [int(values[0])]
+    return [int(value) for value in np.unique(values)]
 
 
 def plan_reads(
-    layout: KVLayout,
+    chunk_bytes: int,
     rows: NDArray[np.int32],
     chunks: NDArray[np.int32],
+    inside: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
     needed: NDArray[np.bool_],
     buffered: NDArray[np.bool_],
 ) -> ChunkReads:
-    """Group the `needed` items; those that go to a buffer never with those that go to a slot."""
-    together = max(1, READ_BYTES_AIM // layout.chunk_bytes)
-    goes_on = np.zeros(len(rows), np.bool_)
-    if len(rows) > 1:
-        goes_on[1:] = (
-            needed[1:]
-            & needed[:-1]
+    """Group the `needed` items, whose extents are `inside` and `nbytes`; those that go to a buffer
+    never with those that go to a slot."""
+    together = max(1, READ_BYTES_AIM // chunk_bytes)
+    starts = needed.copy()
+    if len(rows) > 1 and together > 1:
+        starts[1:] &= ~(
+            needed[:-1]
             & (buffered[1:] == buffered[:-1])
             & (rows[1:] == rows[:-1])
             & (chunks[1:] == chunks[:-1] + 1)
             & (chunks[1:] % together != 0)
         )
-    starts = needed & ~goes_on
-    first = np.flatnonzero(starts).astype(np.int32)
-    of_item = np.where(needed, np.cumsum(starts) - 1, -1).astype(np.int32)
-    count = np.bincount(of_item[needed], minlength=len(first)).astype(np.int32)
-    begin, _ = extents(layout, chunks[first])
-    last_begin, last_nbytes = extents(layout, chunks[first + count - 1])
-    whole = last_begin + last_nbytes - begin
-    nbytes = -(-whole // ALIGN_BYTES) * ALIGN_BYTES
-    return ChunkReads(first, count, nbytes, of_item)
+    first = starts.nonzero()[0].astype(np.int32)
+    of_item = starts.cumsum(dtype=np.int32)
+    of_item -= 1
+    if needed.all():
+        ends = np.append(first[1:], np.int32(len(rows)))
+        count = ends - first
+    else:
+        of_item[~needed] = -1
+        count = np.bincount(of_item[needed], minlength=len(first)).astype(np.int32)
+    last = first + count - 1
+    whole = inside[last] + nbytes[last] - inside[first]
+    return ChunkReads(first, count, -(-whole // ALIGN_BYTES) * ALIGN_BYTES, of_item)

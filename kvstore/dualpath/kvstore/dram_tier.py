@@ -12,6 +12,7 @@ from dualpath.kvstore.arena_memory import open_arena_memory
 from dualpath.kvstore.layout import ALIGN_BYTES, CHUNK_BYTES_MAX
 from dualpath.kvstore.mapping_table import GUARDS_BYTES
 from dualpath.kvstore.numa import ANY_NODE
+from dualpath.kvstore.read_buffers import ReadBuffers
 from dualpath.kvstore.slab_space import SlabSpace
 from dualpath.transfer.errors import InvalidRequest
 
@@ -38,7 +39,7 @@ class DramTier:
             )
         self.slots = SlabSpace(0, dram_bytes)
         base = -(-dram_bytes // ALIGN_BYTES) * ALIGN_BYTES
-        self.buffers = SlabSpace(base, read_buffers_bytes)
+        self.buffers = ReadBuffers(base, read_buffers_bytes)
         end = base + read_buffers_bytes
         self.guards_offset = -(-end // ALIGN_BYTES) * ALIGN_BYTES
         self.memory = open_arena_memory(

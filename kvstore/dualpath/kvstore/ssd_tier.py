@@ -192,6 +192,12 @@ class SsdTier:
         self, segments: NDArray[np.int32], slots: NDArray[np.int32], inside: NDArray[np.int64]
     ) -> tuple[list[DeviceFile], NDArray[np.int32], NDArray[np.int64]]:
         """(files, the file of each place, its offset there) of places `inside` slots."""
+        if (segments == segments[0]).all():
+            segment = int(segments[0])
+            one = self._geometry[segment]
+            index = np.zeros(len(segments), np.int32)
+            offsets = inside + one.data_offset + slots.astype(np.int64) * one.slot_bytes
+            return [self._files[segment]], index, offsets
         known, index = np.unique(segments, return_inverse=True)
         geometry = [self._geometry[segment] for segment in known.tolist()]
         starts = np.array([g.data_offset for g in geometry], np.int64)[index]

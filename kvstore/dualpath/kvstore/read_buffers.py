@@ -1,0 +1,102 @@
+"""The read buffers of an arena: pieces of frames, handed out and taken back by the batch.
+
+Pure bookkeeping: offsets in, offsets out. A frame of 1 MiB, the largest read, is whole or cut into
+equal pieces; it is whole again once all its pieces are back and another size needs it. The
+pieces that came back last go out first: they are the likeliest to be in the caches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from dualpath.kvstore.chunk_plan import distinct
+from dualpath.kvstore.layout import ALIGN_BYTES, CHUNK_BYTES_MAX
+from numpy.typing import NDArray
+
+FRAME_BYTES = CHUNK_BYTES_MAX
+
+_FREE = 0
+_NOTHING: NDArray[np.int64] = np.empty(0, np.int64)
+
+
+class ReadBuffers:
+    """Bytes [base, base + nbytes), whole frames only. Not thread-safe."""
+
+    def __init__(self, base: int, nbytes: int) -> None:
+        frames = nbytes // FRAME_BYTES
+        self._base = base
+        self._cut: NDArray[np.int16] = np.zeros(frames, np.int16)
+        """Pieces that each frame is cut into; _FREE if it is in nobody's hands."""
+        self._taken: NDArray[np.int16] = np.zeros(frames, np.int16)
+        """Pieces of each frame that are in use."""
+        self._frames = list(range(frames - 1, -1, -1))
+        self._pieces: dict[int, list[int]] = {}
+        self.used_bytes = 0
+        """Bytes of the pieces in use."""
+        self.capacity_bytes = frames * FRAME_BYTES
+
+    def __repr__(self) -> str:
+        return f"<ReadBuffers {self.used_bytes} of {self.capacity_bytes} bytes in use>"
+
+    def take(self, count: int, nbytes: int) -> NDArray[np.int64]:
+        """Offsets of up to `count` buffers of at least `nbytes` each (at most FRAME_BYTES)."""
+        assert 0 < nbytes <= FRAME_BYTES, nbytes
+        cut = FRAME_BYTES // (-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES)
+        pieces = self._pieces.setdefault(cut, [])
+        if len(pieces) < count:
+            self._cut_frames(cut, count - len(pieces))
+        count = min(count, len(pieces))
+        if count == 0:
+            return _NOTHING
+        taken = np.array(pieces[-count:], np.int64)
+        del pieces[-count:]
+        self._count(taken, 1)
+        self.used_bytes += count * _piece_bytes(cut)
+        return taken
+
+    def give(self, offsets: NDArray[np.int64]) -> None:
+        """Take buffers back, of any sizes."""
+        if not len(offsets):
+            return
+        cuts = self._cut[self._count(offsets, -1)]
+        for cut in distinct(cuts):
+            back = offsets[cuts == cut].tolist()
+            self._pieces[cut] += back
+            self.used_bytes -= len(back) * _piece_bytes(cut)
+
+    def _count(self, offsets: NDArray[np.int64], change: int) -> NDArray[np.int64]:
+        """Note that pieces went or came back; return their frames."""
+        frames = (offsets - self._base) // FRAME_BYTES
+        if len(frames) == 1:
+            self._taken[frames] += change
+        else:
+            np.add.at(self._taken, frames, change)
+        return frames
+
+    def _cut_frames(self, cut: int, missing: int) -> None:
+        wanted = -(-missing // cut)
+        if len(self._frames) < wanted:
+            self._join_frames()
+        if not self._frames:
+            return
+        frames = self._frames[-wanted:]
+        del self._frames[-wanted:]
+        self._cut[frames] = cut
+        step = _piece_bytes(cut)
+        pieces = self._pieces[cut]
+        for frame in frames:
+            start = self._base + frame * FRAME_BYTES
+            pieces += range(start + (cut - 1) * step, start - 1, -step)
+
+    def _join_frames(self) -> None:
+        """Frames of which no piece is in use are whole again."""
+        idle = (self._cut != _FREE) & (self._taken == 0)
+        for cut in np.unique(self._cut[idle]).tolist():
+            pieces = np.array(self._pieces[cut], np.int64)
+            kept = ~idle[(pieces - self._base) // FRAME_BYTES]
+            self._pieces[cut] = pieces[kept].tolist()
+        self._cut[idle] = _FREE
+        self._frames += np.flatnonzero(idle).tolist()
+
+
+def _piece_bytes(cut: int) -> int:
+    return FRAME_BYTES // cut // ALIGN_BYTES * ALIGN_BYTES
