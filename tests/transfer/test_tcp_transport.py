@@ -232,7 +232,7 @@ def test_a_machine_out_of_threads_hangs_up_and_goes_on_accepting(
 
 def test_impossible_settings_are_refused_by_value() -> None:
     with pytest.raises(InvalidRequest, match="fragment_bytes"):
-        TcpConfig(fragment_bytes=2 << 20)
+        TcpConfig(fragment_bytes=9 << 20)
     with pytest.raises(InvalidRequest, match="vanished_s"):
         TcpConfig(vanished_s=0.1)
     with pytest.raises(InvalidRequest, match="-5"):

@@ -65,7 +65,7 @@ class LoadWindow:
         self._told = False
         start, end = span
         self.descriptor: RegionDescriptor = network.transport.expose(
-            region, start, end - start, self._arrived
+            region, start, end - start, self._arrived, hashed=True
         )
         self.open = True
 
@@ -121,7 +121,8 @@ class LoadWindow:
         expected = self._checksums.get(arrival.tag)
         if expected is None:
             return False
-        intact = of_fields(self._view, arrival.fields) == expected
+        found = arrival.digest or of_fields(self._view, arrival.fields)
+        intact = found == expected
         self._landed.append((arrival.tag, intact))
         last = len(self._landed) >= len(self.outstanding)
         if last or not self._told:

@@ -104,10 +104,16 @@ class FaultTransport:
         self._inner.disconnect(peer)
 
     def expose(
-        self, region: Region, offset: int, nbytes: int, on_arrival: OnArrival
+        self,
+        region: Region,
+        offset: int,
+        nbytes: int,
+        on_arrival: OnArrival,
+        *,
+        hashed: bool = False,
     ) -> RegionDescriptor:
         """See Transport.expose."""
-        return self._inner.expose(region, offset, nbytes, on_arrival)
+        return self._inner.expose(region, offset, nbytes, on_arrival, hashed=hashed)
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """See Transport.arm."""

@@ -152,10 +152,16 @@ class MemoryTransport:
         self._drop(peer, "disconnected")
 
     def expose(
-        self, region: Region, offset: int, nbytes: int, on_arrival: OnArrival
+        self,
+        region: Region,
+        offset: int,
+        nbytes: int,
+        on_arrival: OnArrival,
+        *,
+        hashed: bool = False,
     ) -> RegionDescriptor:
         """See Transport.expose."""
-        return self._windows.expose(region, offset, nbytes, on_arrival)
+        return self._windows.expose(region, offset, nbytes, on_arrival, hashed=hashed)
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """See Transport.arm."""

@@ -20,7 +20,7 @@ from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import BATCH_WRITES_MAX, WRITE_BYTES_MAX
 
 STREAM_VERSION = 2
-FRAGMENT_BYTES_MAX = 1 << 20
+FRAGMENT_BYTES_MAX = 8 << 20
 """Most payload bytes of one frame."""
 BODY_BYTES_MAX = 8192
 HEAD_BYTES_MAX = BODY_BYTES_MAX + 8

@@ -2,8 +2,8 @@
 
 Owns the socket's read side and the parser's buffer: takes frames apart, receives payloads
 straight into their destination, and answers. Guarantees the fence: bytes are received into a
-region only under the landing's lock, while it is open, by a call that cannot block; everything
-else goes to a scratch buffer.
+region only under the landing's lock, while it is open, by a call that lets go soon after it was
+asked to; everything else goes to a scratch buffer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from dualpath.transfer import stream_frame as frames
+from dualpath.transfer import stream_io
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_sender import StreamSender
-from dualpath.transfer.window import Landing, WindowTable
+from dualpath.transfer.window import Landing, LandingLock, WindowTable
 
 OPEN_WRITES_MAX = 16
 """Writes of one peer that are half way in; a sender has at most one a lane."""
@@ -34,6 +35,8 @@ SCRATCH_BYTES = 256 << 10
 ACKS_DELAYED_MAX = 16
 ACKED_BYTES_DELAYED_MAX = 1 << 20
 POLL_MS = 1000
+WAIT_MS = 2
+"""How long a receive of many bytes waits for more of them, while it holds the landings' lock."""
 
 _CODES = {reason: code for code, reason in enumerate(frames.REFUSALS)}
 
@@ -46,10 +49,22 @@ class OpenWrite:
     """A write, or a batch of them, whose bytes are arriving.
 
     `landings[i]` is None where the bytes of part i are thrown away; `codes[i]` then says why.
-    Parts [0, settled) have come to their end. `lock` is that of all landings.
+    Parts [0, settled) have come to their end. `digests[i]` is that of part i, 0 if not known.
+    `lock` is that of all landings.
     """
 
-    __slots__ = ("codes", "ends", "ident", "landings", "lock", "received", "settled", "table")
+    __slots__ = (
+        "codes",
+        "digests",
+        "ends",
+        "hashed",
+        "ident",
+        "landings",
+        "lock",
+        "received",
+        "settled",
+        "table",
+    )
 
     def __init__(self, ident: int, table: SliceTable, landings: Sequence[Landing | str]) -> None:
         self.ident = ident
@@ -66,7 +81,9 @@ class OpenWrite:
         self.received = 0
         self.settled = 0
         begun = next((landing for landing in self.landings if landing is not None), None)
-        self.lock = threading.Lock() if begun is None else begun.lock
+        self.lock = LandingLock() if begun is None else begun.lock
+        self.hashed = begun is not None and begun.hashed
+        self.digests = [0] * len(table)
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +120,7 @@ class StreamReceiver:
         self._delayed_acks = 0
         self._delayed_bytes = 0
         self._scratch = memoryview(b"")
+        self._nowhere = memoryview(bytearray())
 
     def run(self) -> None:
         """Receive until the connection ends: PeerClosed, MalformedFrame, OSError, PeerLost.
@@ -176,7 +194,8 @@ class StreamReceiver:
         first, last = write.settled, bisect_right(write.ends, write.received)
         landings = [each for each in write.landings[first:last] if each is not None]
         if landings:
-            reasons = iter(self._windows.land_all(landings))
+            digests = write.digests[first:last] if len(landings) == last - first else ()
+            reasons = iter(self._windows.land_all(landings, digests))
             for index in range(first, last):
                 if write.landings[index] is None:
                     continue
@@ -240,7 +259,10 @@ class StreamReceiver:
         """Receive `nbytes` further bytes of `write`, and bring to their end what is complete."""
         left = nbytes - self._from_buffer(write, nbytes)
         while left and not self._stop.is_set():
-            left -= self._receive_piece(write, left)
+            if self._pacer.limited:
+                left -= self._receive_piece(write, left)
+            else:
+                left -= self._receive_run(write, left)
 
     def _from_buffer(self, write: OpenWrite, nbytes: int) -> int:
         """Move payload that was read together with its head."""
@@ -256,6 +278,55 @@ class StreamReceiver:
             target[:] = self._buffer[self._start : self._start + len(target)]
             self._start += len(target)
         return self._start - start
+
+    def _receive_run(self, write: OpenWrite, left: int) -> int:
+        """Receive as many of the `left` bytes as come without a pause."""
+        if self._delayed_acks:
+            self._flush()
+        with write.lock:
+            parts, inside = self._run(write, left)
+            if parts:
+                nbytes = min(left, sum(map(len, parts)) - inside)
+                # What comes behind the payload is the next frame's head.
+                behind = self._buffer[:DATA_HEAD_BYTES] if nbytes == left else self._nowhere
+                got, self._end, ended, digests = stream_io.receive(
+                    self._socket.fileno(),
+                    parts,
+                    inside,
+                    nbytes,
+                    behind,
+                    write.lock.interrupt,
+                    WAIT_MS,
+                    write.hashed,
+                )
+        if not parts:
+            return self._receive_piece(write, left)
+        self._start = 0
+        write.digests[write.settled : write.settled + len(digests)] = digests
+        self._advance(write, got)
+        if got == 0:
+            if ended:
+                raise MalformedFrame("the connection ended in the middle of a write")
+            self._wait_readable()
+        return got
+
+    def _run(self, write: OpenWrite, left: int) -> tuple[list[memoryview], int]:
+        """The whole parts, each in one piece and open, in which the next `left` bytes go, and how
+        many bytes of the first are there already. None at all if that one is not such a part."""
+        table, landings, first = write.table, write.landings, write.settled
+        inside = write.received - (write.ends[first - 1] if first else 0)
+        left += inside
+        parts: list[memoryview] = []
+        if table.solid:
+            for index in range(first, len(landings)):
+                landing = landings[index]
+                if left <= 0 or landing is None or not landing.open:
+                    break
+                start = table.bases[index] + table.skips[index]
+                size = table.sizes[index]
+                parts.append(landing.region.view[start : start + size])
+                left -= size
+        return parts, inside
 
     def _receive_piece(self, write: OpenWrite, left: int) -> int:
         """Receive some of the `left` bytes, as many as the link's limit lets through at once."""
@@ -295,10 +366,14 @@ class StreamReceiver:
         """Let `take` fill up to `nbytes` bytes of the write's targets; it must not block."""
         with write.lock:
             got = take(self._targets(write, nbytes), nbytes)
-        write.received += got
+        self._advance(write, got)
+        return got
+
+    def _advance(self, write: OpenWrite, nbytes: int) -> None:
+        """So many more bytes of a write are where they belong."""
+        write.received += nbytes
         if write.received >= write.ends[write.settled]:
             self._settle(write)
-        return got
 
     def _targets(self, write: OpenWrite, nbytes: int) -> list[memoryview]:
         """Where the next `nbytes` bytes go; fewer, if that is in too many places. Under `lock`."""

@@ -8,6 +8,7 @@ completion, and never once `end` has returned; a blocked peer costs no write its
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import threading
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from dualpath.transfer import stream_frame as frames
+from dualpath.transfer import stream_io
 from dualpath.transfer.errors import PeerLost
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.memfd_channel import send_with_fds
@@ -34,6 +36,8 @@ UNSENT_ACKS_MAX = 1 << 16
 """A peer that writes on without reading its acknowledgements loses the connection."""
 BUFFERS_MAX = 512
 """Most buffers of one sendmsg (IOV_MAX is 1024)."""
+FRAGMENT_S = 0.002
+"""Time that a fragment should take."""
 POLL_S_MAX = 0.05
 """A sender that waits for a full socket looks at deadlines this often."""
 
@@ -59,7 +63,9 @@ class StreamSender:
         self._outbox = outbox
         self._pacer = pacer
         self._counters = counters
-        self._fragment_bytes = min(fragment_bytes, pacer.piece_bytes)
+        self._fragment_bytes_min = min(fragment_bytes, pacer.piece_bytes)
+        self._fragment_bytes = self._fragment_bytes_min
+        self._interrupt = bytearray(1)
         self._changed = threading.Condition()  # guards what follows
         self._ended = False
         self._acks: deque[tuple[int, int]] = deque()  # (ident, code)
@@ -185,9 +191,11 @@ class StreamSender:
             self._ended = True
             pending = self._outbox.drain()
             self._changed.notify_all()
-        with self._wire, contextlib.suppress(OSError):
-            # No send is under way now, and none starts: sources are no longer read.
+        self._interrupt[0] = 1
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        with self._wire:
+            pass  # no send is under way now, and none starts: sources are no longer read
         self._complete(pending, status, reason)
         return True
 
@@ -230,10 +238,21 @@ class StreamSender:
         if cut:
             nbytes = max(0, pending.truncate_at - offset)
         payload = _payload(pending, offset, nbytes) if nbytes else []
+        started_at = time.monotonic()
         self._transmit([head, *payload], pending)
+        self._size_fragments(time.monotonic() - started_at)
         self._counters.sent_bytes += nbytes
         if cut:
             raise Truncated(f"cut after {pending.truncate_at} bytes of a write")
+
+    def _size_fragments(self, took_s: float) -> None:
+        """Longer fragments where they pass quickly: an urgent write waits for one of them."""
+        if self._pacer.limited:
+            return
+        if took_s < FRAGMENT_S / 2:
+            self._fragment_bytes = min(2 * self._fragment_bytes, frames.FRAGMENT_BYTES_MAX)
+        elif took_s > 2 * FRAGMENT_S:
+            self._fragment_bytes = max(self._fragment_bytes // 2, self._fragment_bytes_min)
 
     def release(self) -> None:
         """Give up what the sender holds; called once, after both threads have stopped."""
@@ -248,13 +267,14 @@ class StreamSender:
     ) -> None:
         left: Sequence[bytes | memoryview] = parts
         while True:
+            wait_ms = self._patience_ms()
             with self._wire:
                 if self._ended:
                     return
                 if self._carry:
                     left = [self._carry, *left]
                     self._carry = b""
-                sent = self._send_some(left, fds)
+                sent = self._send_some(left, fds, wait_ms)
                 left = _without(left, sent)
                 self._in_frame = bool(left)
                 if not left and pending is not None and pending.sent == pending.nbytes:
@@ -263,24 +283,30 @@ class StreamSender:
                 return
             if sent:
                 fds = ()
-            self._wait_writable()
             left = self._expire_while_blocked(left, pending)
 
-    def _send_some(self, parts: Sequence[bytes | memoryview], fds: Sequence[int]) -> int:
+    def _send_some(
+        self, parts: Sequence[bytes | memoryview], fds: Sequence[int], wait_ms: int
+    ) -> int:
+        if not fds:
+            # Over BUFFERS_MAX the rest follows with the next call.
+            return stream_io.send(
+                self._socket.fileno(), parts[:BUFFERS_MAX], self._interrupt, wait_ms
+            )
         try:
             return send_with_fds(self._socket, parts[:BUFFERS_MAX], fds, _FLAGS)
         except BlockingIOError:
+            self._poll.poll(wait_ms)
             return 0
 
-    def _wait_writable(self) -> None:
+    def _patience_ms(self) -> int:
+        """How long to wait for the socket before deadlines are looked at again."""
         with self._changed:
-            if self._ended:
-                return
             deadline = self._outbox.next_deadline()
         wait_s = POLL_S_MAX
         if deadline is not None:
             wait_s = min(wait_s, max(0.0, deadline - time.monotonic()))
-        self._poll.poll(wait_s * 1000)
+        return math.ceil(wait_s * 1000)
 
     def _expire_while_blocked(
         self, left: Sequence[bytes | memoryview], current: PendingWrite | None

@@ -34,9 +34,9 @@ class TcpConfig:
     `receive_bytes_per_s` and `send_bytes_per_s` limit payload over all of its connections in
     user space (0: no limit). `socket_buffer_bytes` sets both buffers of each socket (0: the
     kernel's tuning). `congestion` is used where the kernel has it. `vanished_s` is after how
-    long a peer that answers nothing is given up. `fragment_bytes` is what one write sends before
-    a more urgent one may overtake it. `queue_bytes_max` bounds the bytes without a completion of
-    one peer.
+    long a peer that answers nothing is given up. `fragment_bytes` is what one write sends at
+    least before a more urgent one may overtake it: more where that takes hardly any time.
+    `queue_bytes_max` bounds the bytes without a completion of one peer.
     """
 
     receive_bytes_per_s: float = 0

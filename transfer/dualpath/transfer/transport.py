@@ -131,15 +131,19 @@ class BatchCompletion:
 
 
 class Arrival:
-    """A write that landed, at the receiver: its bytes are in `slices` of the window's region."""
+    """A write that landed, at the receiver: its bytes are in `slices` of the window's region.
 
-    __slots__ = ("fields", "key", "peer", "tag")
+    `digest` is their xxh3-64 where the transport has hashed them as they came, else 0.
+    """
 
-    def __init__(self, peer: str, key: int, tag: int, fields: Fields) -> None:
+    __slots__ = ("digest", "fields", "key", "peer", "tag")
+
+    def __init__(self, peer: str, key: int, tag: int, fields: Fields, digest: int = 0) -> None:
         self.peer = peer
         self.key = key
         self.tag = tag
         self.fields = fields
+        self.digest = digest
 
     @property
     def slices(self) -> Slices:
@@ -202,9 +206,16 @@ class Transport(Protocol):
         """End the connection to `peer`, if any; its pending writes complete as LOST."""
 
     def expose(
-        self, region: Region, offset: int, nbytes: int, on_arrival: OnArrival
+        self,
+        region: Region,
+        offset: int,
+        nbytes: int,
+        on_arrival: OnArrival,
+        *,
+        hashed: bool = False,
     ) -> RegionDescriptor:
-        """Open a window. Raises InvalidRequest if out of bounds or `region` is read-only."""
+        """Open a window; with `hashed` its arrivals may have digests. Raises InvalidRequest if
+        out of bounds or `region` is read-only."""
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """Allow one write for each (tag, slices). Raises InvalidRequest if out of the window's

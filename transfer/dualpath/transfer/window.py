@@ -14,8 +14,10 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region, RegionDescriptor
@@ -47,6 +49,7 @@ class _Window:
     descriptor: RegionDescriptor
     region: Region
     on_arrival: OnArrival
+    hashed: bool
     armed: dict[int, Fields] = field(default_factory=dict)
     landings: dict[int, Landing] = field(default_factory=dict)
     spent: set[int] = field(default_factory=set)
@@ -66,12 +69,42 @@ class _Window:
         return True
 
 
+class LandingLock:
+    """Held while bytes go in; `fencing` asks its holder to let go, and comes before a new one.
+
+    The holder looks at `interrupt[0]` all the while, and never blocks for more than a moment.
+    """
+
+    __slots__ = ("_lock", "_turn", "interrupt")
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self.interrupt = bytearray(1)
+
+    def __enter__(self) -> None:
+        with self._turn:
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def fencing(self) -> Iterator[None]:
+        """Hold it as soon as its holder has noticed."""
+        with self._turn:
+            self.interrupt[0] = 1
+            with self._lock:
+                self.interrupt[0] = 0
+                yield
+
+
 class Landing:
     """One accepted write on its way into a region.
 
-    The transport writes only while it holds `lock` and `open` is true, in steps that never
-    block; so whoever takes the lock and closes the landing knows that no byte follows. The
-    landings of one batch share their lock. `landed` says that all bytes came before that. A
+    The transport writes only while it holds `lock` and `open` is true, in steps that block for
+    a moment at most; so whoever takes the lock and closes the landing knows that no byte follows.
+    The landings of one batch share their lock. `landed` says that all bytes came before that. A
     landing stays in its window's table until it was closed, so that everybody who fences the tag
     waits for that lock.
     """
@@ -79,7 +112,7 @@ class Landing:
     __slots__ = ("_window", "fields", "landed", "lock", "open", "peer", "region", "tag")
 
     def __init__(
-        self, window: _Window, peer: str, tag: int, fields: Fields, lock: threading.Lock
+        self, window: _Window, peer: str, tag: int, fields: Fields, lock: LandingLock
     ) -> None:
         self._window = window
         self.lock = lock
@@ -95,12 +128,16 @@ class Landing:
         """Where the bytes go."""
         return Slices(*self.fields)
 
-    def close(self, *, landed: bool = False) -> bool:
-        """Let nothing more in; say whether it was still open. `landed`: all bytes are in."""
-        with self.lock:
+    def close(self) -> bool:
+        """Let nothing more in; say whether it was still open."""
+        with self.lock.fencing():
             was_open, self.open = self.open, False
-            self.landed = self.landed or (was_open and landed)
             return was_open
+
+    @property
+    def hashed(self) -> bool:
+        """Whether the window's owner wants digests."""
+        return self._window.hashed
 
 
 class WindowTable:
@@ -113,7 +150,13 @@ class WindowTable:
         self._closed = False
 
     def expose(
-        self, region: Region, offset: int, nbytes: int, on_arrival: OnArrival
+        self,
+        region: Region,
+        offset: int,
+        nbytes: int,
+        on_arrival: OnArrival,
+        *,
+        hashed: bool = False,
     ) -> RegionDescriptor:
         """Open a window on `nbytes` bytes of `region` from `offset`."""
         if region.read_only:
@@ -135,7 +178,7 @@ class WindowTable:
             while key in self._windows:
                 key = secrets.randbits(64)
             descriptor = RegionDescriptor(key, self._generation, offset, nbytes)
-            self._windows[key] = _Window(descriptor, region, on_arrival)
+            self._windows[key] = _Window(descriptor, region, on_arrival, hashed)
             return descriptor
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
@@ -226,7 +269,7 @@ class WindowTable:
         """Accept a write of `peer`, or raise Refused. It ends by `land` or `abandon`."""
         with self._lock:
             landing = self._begin(
-                self._record(key, generation), peer, tag, slices.fields, threading.Lock()
+                self._record(key, generation), peer, tag, slices.fields, LandingLock()
             )
         if isinstance(landing, str):
             raise Refused(landing)
@@ -236,7 +279,7 @@ class WindowTable:
         self, peer: str, key: int, generation: int, first_tag: int, targets: SliceTable
     ) -> list[Landing | str]:
         """Accept the writes of a batch: a landing each, or the reason of its refusal."""
-        lock = threading.Lock()
+        lock = LandingLock()
         with self._lock:
             record = self._record(key, generation)
             return [
@@ -251,7 +294,7 @@ class WindowTable:
         return record
 
     def _begin(
-        self, record: _Window | None, peer: str, tag: int, fields: Fields, lock: threading.Lock
+        self, record: _Window | None, peer: str, tag: int, fields: Fields, lock: LandingLock
     ) -> Landing | str:
         if record is None:
             return "no_window"
@@ -273,8 +316,9 @@ class WindowTable:
         if reason:
             raise Refused(reason)
 
-    def land_all(self, landings: Sequence[Landing]) -> list[str]:
-        """As `land`, for landings of one batch, at least one: the reason of each refusal, or ""."""
+    def land_all(self, landings: Sequence[Landing], digests: Sequence[int] = ()) -> list[str]:
+        """As `land`, for landings of one batch, at least one: the reason of each refusal, or "".
+        `digests`: of each its bytes' xxh3-64, 0 if it is not known; or nothing."""
         with landings[0].lock:
             reasons = ["" if each.open else "fenced" for each in landings]
             for each in landings:
@@ -286,9 +330,10 @@ class WindowTable:
                 if not reason:
                     record.remove(each)
         key = record.descriptor.key
-        for index, each in enumerate(landings):
+        known = digests or repeat(0)
+        for index, (each, digest) in enumerate(zip(landings, known, strict=False)):
             if not reasons[index] and not _tell(
-                record.on_arrival, Arrival(each.peer, key, each.tag, each.fields)
+                record.on_arrival, Arrival(each.peer, key, each.tag, each.fields, digest)
             ):
                 reasons[index] = "rejected"
         return reasons
