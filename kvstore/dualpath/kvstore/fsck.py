@@ -244,7 +244,11 @@ class Fsck:
         """The device of the segments, for one user at a time; None if there is none. Raises what
         RawDevice raises."""
         if self.raw_device:
-            owner = self._store_id or owner_of(self.raw_device)
+            owner, damaged = owner_of(self.raw_device)
+            if damaged and read_only:
+                text = "a copy of the table is damaged, the other one is used"
+                self.report.add(FsckCode.RAW_TABLE_DAMAGED, self.raw_device, text)
+            owner = self._store_id or owner
             return RawDevice(self.raw_device, owner=owner, read_only=read_only)
         if not (self.path / "segments").is_dir():
             return None

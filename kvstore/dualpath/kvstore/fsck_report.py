@@ -43,6 +43,8 @@ class FsckCode(enum.Enum):
     """Bytes that must be zero and mean nothing are not zero."""
     FREE_HEADER_DAMAGED = "free_header_damaged"
     """The header of a free slot is torn, as a crash may leave it."""
+    RAW_TABLE_DAMAGED = "raw_table_damaged"
+    """One of the two copies, as a crash may leave it."""
     BLANK_SEGMENT = "blank_segment"
     """A segment without a superblock, as a crash may leave it; the next opening removes it."""
     NOT_CLEAN = "not_clean"
@@ -61,6 +63,7 @@ _NOTES = frozenset(
     (
         FsckCode.PADDING,
         FsckCode.FREE_HEADER_DAMAGED,
+        FsckCode.RAW_TABLE_DAMAGED,
         FsckCode.BLANK_SEGMENT,
         FsckCode.NOT_CLEAN,
         FsckCode.SET_ASIDE,

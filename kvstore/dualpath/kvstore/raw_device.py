@@ -226,15 +226,16 @@ class RawDevice:
         return True
 
 
-def owner_of(path: str | Path) -> str:
-    """The id of the store that a raw device belongs to. Raises OSError, Corrupt (it has no whole
-    table)."""
+def owner_of(path: str | Path) -> tuple[str, int]:
+    """(the id of the store that a raw device belongs to, how many copies of its table are damaged).
+    Raises OSError, Corrupt (no copy is whole)."""
     with open(path, "rb") as file:
-        copies = [RawTable.from_bytes(file.read(COPY_BYTES)) for _ in range(COPIES)]
-    found = [table for table in copies if table is not None]
+        copies = [file.read(COPY_BYTES) for _ in range(COPIES)]
+    found = [table for copy in copies if (table := RawTable.from_bytes(copy)) is not None]
     if not found:
         raise Corrupt(f"{path} is not the raw device of a store, or its table is damaged")
-    return max(found, key=lambda table: table.generation).owner
+    used = sum(any(copy[:ALIGN_BYTES]) for copy in copies)
+    return max(found, key=lambda table: table.generation).owner, used - len(found)
 
 
 def _opened(path: Path, *, direct: bool, read_only: bool) -> tuple[int, bool, str]:
