@@ -13,6 +13,7 @@ import pytest
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, check_snapshot
+from dualpath.kvstore.key_index import DictKeyIndex
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import SealStatus
@@ -77,6 +78,21 @@ def test_a_clean_store_opens_from_its_snapshot(
             check_served(store, namespace, [*chain(3), b"f" * 32], content)
             check_served(store, SMALL, chain(300), content)
         assert check_snapshot(data / SNAPSHOT_NAME) == 316
+
+
+def test_a_store_without_the_native_index_does_the_same(
+    data: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("block_table", "record_columns"):
+        monkeypatch.setattr(f"dualpath.kvstore.{module}.new_key_index", DictKeyIndex)
+    for from_snapshot in (True, False):
+        with BlockStore.open(data, CONFIG) as store:
+            assert isinstance(store._state.table.index, DictKeyIndex)
+            assert store.recovered.from_snapshot is from_snapshot
+            assert store.recovered.blocks == 316
+            check_served(store, namespace, chain(9), content)
+            check_served(store, SMALL, chain(300), content)
+        (data / SNAPSHOT_NAME).unlink()
 
 
 def test_what_a_snapshot_tells_is_what_the_index_tells(data: Path) -> None:

@@ -34,7 +34,9 @@ def fill_table(table: BlockTable, catalog: Catalog, columns: BlockColumns) -> No
         entry.blocks = len(rows)
         entry.ever_stored = True
         table.slot_bytes[rows] = entry.layout.slot_bytes
-        checksums = columns.checksums[columns.checksums_at(rows)]
+        checksums = columns.checksums
+        if len(rows) < count:
+            checksums = checksums[columns.checksums_at(rows)]
         start = entry.pool.put_all(checksums.reshape(len(rows), entry.layout.chunk_count))
         table.checksum_row[rows] = np.arange(start, start + len(rows))
 
