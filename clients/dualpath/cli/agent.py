@@ -15,7 +15,7 @@ from dualpath.agent.config import AgentConfig
 from dualpath.agent.process import run_agent
 from dualpath.cli.config_file import add_config_arguments, given_flags, read_config
 from dualpath.cli.logs import LEVELS, configure_logs
-from dualpath.cli.ready import print_ready
+from dualpath.cli.ready import ready_teller
 
 TABLE = "agent"
 _EXAMPLE = """example, one on a prefill node and one on a decode node:
@@ -52,7 +52,7 @@ class AgentCommand:
             fallbacks={"name": socket.gethostname()},
         )
         configure_logs(args.log_level)
-        asyncio.run(run_agent(config, print_ready))
+        asyncio.run(run_agent(config, ready_teller(os.environ)))
         return 0
 
 

@@ -12,7 +12,7 @@ import os
 
 from dualpath.cli.config_file import add_config_arguments, given_flags, read_config
 from dualpath.cli.logs import LEVELS, configure_logs
-from dualpath.cli.ready import print_ready
+from dualpath.cli.ready import ready_teller
 from dualpath.kvstore.service.config import DaemonConfig
 from dualpath.kvstore.service.process import run_daemon
 
@@ -51,7 +51,7 @@ class ServeCommand:
             flags=given_flags(args, DaemonConfig),
         )
         configure_logs(args.log_level)
-        asyncio.run(run_daemon(config, print_ready))
+        asyncio.run(run_daemon(config, ready_teller(os.environ)))
         return 0
 
 
