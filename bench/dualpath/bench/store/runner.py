@@ -9,6 +9,7 @@ import gc
 import logging
 import shutil
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,3 +64,6 @@ def _measured(
         return measure(folder, rounds, lambda text: progress.say(f"  {text}")), ""
     except DualPathError as error:
         return {SKIPPED: f"{error.reason}: {error}"}, f"{error.reason}: {error}"
+    except Exception as error:  # noqa: BLE001 - one section's bug must not cost the others' hours
+        traceback.print_exc()
+        return {SKIPPED: repr(error)}, f"broke: {error!r}"
