@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 STALLS_MAX = 2
 """Stalls of a path without a chunk in between; then its link is made anew."""
-ARRIVALS_PAUSE_S = 0.002
+ARRIVALS_PAUSE_S = 0.004
 """Time between two looks at what has landed, but for the last of what is in flight."""
 REFRESHES_MAX = 3
 """Most new leases of one load after failures; then they count against its chunks."""
@@ -400,23 +400,15 @@ class DaemonLoads:
         touched: dict[str, ActiveLoad] = {}
         for window in windows:
             load = self.loads.get(window.load_id)
-            waits_s: Counter[float] = Counter()
-            intact: list[int] = []
-            corrupt: list[int] = []
-            for tag, holds in window.verdicts():
-                armed_at = window.armed_at.get(tag, now)
-                index = window.settle(tag)
-                if index is not None and load is not None:
-                    (intact if holds else corrupt).append(index)
-                    waits_s[now - armed_at] += holds
-            if load is None or not (intact or corrupt):
+            landed = window.take_landed(now)
+            if load is None or not (landed.intact or landed.corrupt):
                 continue
             touched[window.load_id] = load
-            if fresh := self.dispatcher.verified(window.load_id, intact, window.path, now):
+            if fresh := self.dispatcher.verified(window.load_id, landed.intact, window.path, now):
                 nbytes = load.verified(fresh, window.path)
                 self._stalls[window.path] = 0
-                self.counts.verified(window.path, nbytes, waits_s)
-            for index in corrupt:
+                self.counts.verified(window.path, nbytes, landed.waits_s)
+            for index in landed.corrupt:
                 self._failed(load, window.path, index, "corrupt", "checksum does not hold")
         for load in touched.values():
             load.changed()

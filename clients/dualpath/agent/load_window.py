@@ -8,7 +8,7 @@ a wrong checksum never count, and that after `close` nothing more lands in the m
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualpath.agent.mailbox import Mailbox
@@ -37,6 +37,16 @@ class ArmedChunks:
         return range(self.first_tag, self.first_tag + len(self.indices))
 
 
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Chunks of a load that have landed, by whether their checksums hold; and of those for which
+    they do, how many waited so many seconds from their grant on."""
+
+    intact: Sequence[int]
+    corrupt: Sequence[int]
+    waits_s: Mapping[float, int]
+
+
 class LoadWindow:
     """See the module docstring. All methods belong to the loop."""
 
@@ -49,7 +59,7 @@ class LoadWindow:
         span: tuple[int, int],
         arrivals: Mailbox[LoadWindow],
     ) -> None:
-        """`arrivals` gets the window when something has landed: see `verdicts`."""
+        """`arrivals` gets the window when something has landed: see `take_landed`."""
         self.load_id = load_id
         self.path = path
         self.outstanding: dict[int, int] = {}
@@ -77,19 +87,26 @@ class LoadWindow:
         self.outstanding.update(zip(tags, armed.indices, strict=True))
         self.armed_at.update(dict.fromkeys(tags, now))
 
-    def verdicts(self) -> list[tuple[int, bool]]:
-        """Take (tag, whether its checksum held) of what has landed since the last time."""
+    def take_landed(self, now: float) -> Landed:
+        """Take what has landed since the last time, but for chunks that were given up before."""
         self._told = False  # first: what lands from now on is told again
-        taken: list[tuple[int, bool]] = []
+        outstanding, armed_at, checksums = self.outstanding, self.armed_at, self._checksums
+        intact: list[int] = []
+        corrupt: list[int] = []
+        since: dict[float, int] = {}
         while self._landed:
-            taken.append(self._landed.popleft())
-        return taken
-
-    def settle(self, tag: int) -> int | None:
-        """A verdict on `tag` was taken: its chunk, or None if it was given up before."""
-        self._checksums.pop(tag, None)
-        self.armed_at.pop(tag, None)
-        return self.outstanding.pop(tag, None)
+            tag, holds = self._landed.popleft()
+            index = outstanding.pop(tag, None)
+            checksums.pop(tag, None)
+            at = armed_at.pop(tag, now)
+            if index is None:
+                continue
+            if holds:
+                intact.append(index)
+                since[at] = since.get(at, 0) + 1
+            else:
+                corrupt.append(index)
+        return Landed(intact, corrupt, {now - at: count for at, count in since.items()})
 
     def fence(self, tags: Collection[int]) -> dict[int, int]:
         """Let these tags land no more. Returns chunk by tag of those that had not landed; a
@@ -109,7 +126,8 @@ class LoadWindow:
         tags = [tag for tag, index in self.outstanding.items() if index in wanted]
         self.fence(tags)
         for tag in tags:
-            self.settle(tag)
+            for known in (self.outstanding, self.armed_at, self._checksums):
+                known.pop(tag, None)
 
     def close(self) -> None:
         """Fence everything, for good. Verdicts that come later are void."""

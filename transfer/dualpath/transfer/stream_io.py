@@ -2,8 +2,9 @@
 
 `receive(fd, parts, inside, nbytes, behind, interrupt, wait_ms, hashed)` fills `nbytes` bytes of
 `parts`, of whose first `inside` bytes are there already, and then `behind` (may be empty) with
-what happens to be there by then. Returns (bytes, bytes behind, whether the peer has ended, digests): with
-`hashed` the xxh3-64 of each part that became complete, 0 for one shorter than HASHED_BYTES_MIN.
+what happens to be there by then. Returns (bytes, bytes behind, whether the peer has ended,
+digests): with `hashed` the xxh3-64 of each part that became complete, 0 for one shorter than
+HASHED_BYTES_MIN.
 
 `send(fd, parts, interrupt, wait_ms)` returns how many bytes it sent.
 

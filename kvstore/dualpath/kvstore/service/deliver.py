@@ -48,8 +48,8 @@ JOIN_S_MAX = 5.0
 IDLE_S_MAX = 1.0
 """Longest sleep of a reader, a safety net under its wake-ups."""
 FAILURES_PER_REPORT = 4096
-BATCHES_INFLIGHT = 4
-"""Batches that an attachment's bytes in flight make up: some are sent while others are read."""
+BATCHES_INFLIGHT = 2
+"""Batches that an attachment's bytes in flight make up: one is sent while the next is read."""
 TURN_BYTES = 1 << 20
 """What one grant gets at a time while others wait."""
 
