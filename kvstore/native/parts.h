@@ -14,5 +14,6 @@ int dualpath_add_checksum(PyObject *module);
 int dualpath_add_key_index(PyObject *module);
 int dualpath_add_pages(PyObject *module);
 int dualpath_add_ring(PyObject *module);
+int dualpath_add_row_gather(PyObject *module);
 
 #endif

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.packed_hashes import PackedHashes
-from dualpath.kvstore.store_api import LEASE_S_MAX, TIERS, MissReason, PrefixHit, Tier
+from dualpath.kvstore.row_gather import gather_rows
+from dualpath.kvstore.store_api import LEASE_S_MAX, MissReason, PrefixHit, Tier
 from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.errors import InvalidRequest
-
-assert TIERS == (Tier.DRAM, Tier.SSD), "a tier's code is whether the block is not in DRAM"
 
 
 class BlockReader:
@@ -51,26 +50,29 @@ class BlockReader:
             if not len(rows):
                 return _nothing(entry.layout.chunk_count, miss, detail)
             lease_id = 0
-            # Numpy indexes by its own integers twice as fast as by shorter ones.
-            at = rows.astype(np.intp)
             if lease_s > 0:
+                # A lease keeps its blocks; that they were used counts from its end on.
                 lease = state.leases.grant(owner, rows, entry.index, state.clock(), lease_s)
                 lease_id = lease.id
-                # A lease keeps its blocks; that they were used counts from its end on.
-                state.table.leases[at] += 1
             else:
-                state.residency.touch(at)
-            resident = state.table.resident.take(at)
-            in_dram = int(np.count_nonzero(resident))
-            state.counters.tier_hit_blocks[Tier.DRAM] += in_dram
-            state.counters.tier_hit_blocks[Tier.SSD] += len(rows) - in_dram
-            checksums = entry.pool.take(state.table.checksum_row.take(at))
+                state.residency.touch(rows.astype(np.intp))
+            table = state.table
+            gathered = gather_rows(
+                rows,
+                table.leases,
+                table.resident,
+                table.checksum_row,
+                entry.pool.values,
+                lease=lease_id != 0,
+            )
+            state.counters.tier_hit_blocks[Tier.DRAM] += gathered.in_dram
+            state.counters.tier_hit_blocks[Tier.SSD] += len(rows) - gathered.in_dram
         return PrefixHit(
             blocks=len(rows),
             lease_id=lease_id,
             lease_s=lease_s if lease_id else 0.0,
-            tiers=np.logical_not(resident).view(np.uint8),
-            checksums=checksums,
+            tiers=gathered.tiers,
+            checksums=gathered.checksums,
             miss=miss,
             detail=detail,
         )

@@ -46,6 +46,7 @@ from dualpath.kvstore.mapped_read import ReadBlocks
 from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.media_troubles import MediaTroubles
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.recovery import Recovered, Recovery
 from dualpath.kvstore.reservation_table import ReservationTable
 from dualpath.kvstore.residency import Residency
@@ -426,13 +427,7 @@ def _open_on(
     table = BlockTable(rows_max=config.disk_bytes // ALIGN_BYTES)
     catalog = Catalog(table, config.namespaces_max, config.removals_remembered_max)
     ssd = SsdTier(device, config.disk_bytes, config.segment_bytes)
-    dram = DramTier(
-        config.dram_bytes,
-        config.read_buffers_bytes,
-        shared=config.shared_arena,
-        numa_node=config.numa_node,
-        prefault=config.prefault,
-    )
+    dram = DramTier.of(config)
     if isinstance(device, RingDevice) and dram.memory.huge_bytes >= dram.region.nbytes:
         # On small pages the kernel would keep a list as long as the arena, a ring.
         device.register(dram.region.view)

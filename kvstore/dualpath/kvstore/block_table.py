@@ -273,6 +273,11 @@ class ChecksumPool:
         """Bytes of the rows that were ever used."""
         return self._values[: self._top].nbytes
 
+    @property
+    def values(self) -> NDArray[np.uint64]:
+        """The rows; a change of the pool may move them."""
+        return self._values
+
     def put(self, checksums: tuple[int, ...]) -> int:
         """Store; return the row in this pool."""
         row = self._free_row

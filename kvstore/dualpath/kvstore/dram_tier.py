@@ -14,6 +14,7 @@ from dualpath.kvstore.mapping_table import GUARDS_BYTES
 from dualpath.kvstore.numa import ANY_NODE
 from dualpath.kvstore.read_buffers import ReadBuffers
 from dualpath.kvstore.slab_space import SlabSpace
+from dualpath.kvstore.store_config import StoreConfig
 from dualpath.transfer.errors import InvalidRequest
 
 ARENA_NAME = "dualpath-arena"
@@ -52,6 +53,17 @@ class DramTier:
         self.region = self.memory.region
         guards = self.region.view[self.guards_offset : self.guards_offset + GUARDS_BYTES]
         self.guards = guards.cast("Q")
+
+    @classmethod
+    def of(cls, config: StoreConfig) -> DramTier:
+        """As a store is configured. Raises Unavailable (`no_memory`), InvalidRequest."""
+        return cls(
+            config.dram_bytes,
+            config.read_buffers_bytes,
+            shared=config.shared_arena,
+            numa_node=config.numa_node,
+            prefault=config.prefault,
+        )
 
     def __repr__(self) -> str:
         return f"<DramTier slots {self.slots!r} buffers {self.buffers!r}>"

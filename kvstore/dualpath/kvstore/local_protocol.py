@@ -37,7 +37,7 @@ from dualpath.transfer.errors import (
     PermissionDenied,
     Unavailable,
 )
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 VERSION = 1
 VERSION_LEAST = 1
@@ -71,6 +71,10 @@ _FETCH = struct.Struct("<QII")  # lease, how many follow, zero
 _CHUNK = struct.Struct("<QII")  # lease, block, chunk
 _ERROR = struct.Struct("<HHII")  # class, bytes of the reason, of the text, retry after ms
 _WANT_CHECKSUMS = 1
+_KINDS = {
+    kind: (np.dtype(kind), np.dtype(kind).newbyteorder("=")) for kind in ("<u8", "<i8", "<i4", "u1")
+}
+"""Kinds of numbers on the wire, and the same in the machine's own order."""
 
 _ERRORS: tuple[type[DualPathError], ...] = (
     DualPathError,
@@ -385,14 +389,14 @@ def _rest(body: Body, at: int, nbytes: int) -> Body:
     return body[at:]
 
 
-def _array(body: Body, kind: DTypeLike) -> NDArray[Any]:
-    """A copy."""
-    found = np.frombuffer(body, kind)
-    return found.astype(found.dtype.newbyteorder("="), copy=True)
+def _array(body: Body, kind: str) -> NDArray[Any]:
+    """A copy, in the machine's own order."""
+    packed, own = _KINDS[kind]
+    return np.frombuffer(body, packed).astype(own)
 
 
-def _packed(values: NDArray[Any], kind: DTypeLike) -> memoryview:
-    flat = np.ascontiguousarray(values, kind).reshape(-1)
+def _packed(values: NDArray[Any], kind: str) -> memoryview:
+    flat = np.ascontiguousarray(values, _KINDS[kind][0]).reshape(-1)
     return flat.data.cast("B") if len(flat) else memoryview(b"")
 
 
