@@ -587,6 +587,16 @@ static PyObject *ring_wait(PyObject *self, PyObject *args) {
     return answer;
 }
 
+/* Start what there is room for, without a look at who waits for it. Nothing if the ring is busy. */
+static PyObject *ring_nudge(PyObject *self, PyObject *unused) {
+    Ring *ring = (Ring *)self;
+    if (ring->fd >= 0 && !ring->busy && ring->pending > ring->flying) {
+        /* With the lock of the interpreter: this does not wait, and nobody else may come between. */
+        pump(ring, 0, 0);
+    }
+    return Py_NewRef(Py_None);
+}
+
 static PyObject *ring_cancel(PyObject *self, PyObject *unused) {
     Ring *ring = (Ring *)self;
     unsigned index;
@@ -622,6 +632,7 @@ static PyMethodDef ring_methods[] = {
      "start(writing, fds, offsets, memory, at, nbytes, errors): begin a batch."},
     {"wait", ring_wait, METH_VARARGS,
      "wait(told, least, timeout_s): how many items that have ended were written to told."},
+    {"nudge", ring_nudge, METH_NOARGS, "Reap and submit, if nobody else does; never waits."},
     {"cancel", ring_cancel, METH_NOARGS, "End what is pending soon; go on waiting."},
     {"register", ring_register_memory, METH_O, "Pin memory for all batches in it."},
     {"close", ring_close, METH_NOARGS, "Give everything back; nothing may be in flight."},

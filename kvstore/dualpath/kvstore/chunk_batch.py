@@ -31,16 +31,19 @@ from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
 
-_TRANSIENT = frozenset((errno.ECANCELED, errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ETIMEDOUT))
+_TRANSIENT = frozenset(
+    (errno.ECANCELED, errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ETIMEDOUT, errno.EBADF)
+)
 """Errors that say nothing about the block's bytes."""
 _CANCEL_S = 1.0
 """How long a batch that is given up is waited for, so that it rarely outlives its caller."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class BatchParts:
     """What a batch is made of. Item arrays: `rows`, `chunks`, `inside` (offset in the block),
-    `offsets` (in the arena), `nbytes`, `expected` (checksums), `needed` (has to be read).
+    `offsets` (in the arena), `nbytes`, `expected` (checksums), `needed` (has to be read), `dead`
+    (was dropped earlier). `pinned`: the rows, each once, and `row_of` each item's among them.
     `buffers`: of each read, the read buffer that it goes to, or -1 for the blocks' own slots."""
 
     rows: NDArray[np.int32]
@@ -50,9 +53,14 @@ class BatchParts:
     nbytes: NDArray[np.int64]
     expected: NDArray[np.uint64]
     needed: NDArray[np.bool_]
+    dead: NDArray[np.bool_]
+    pinned: NDArray[np.int32]
+    row_of: NDArray[np.int32]
     reads: ChunkReads
     buffers: NDArray[np.int64]
 
+
+_NONE: NDArray[np.int32] = np.empty(0, np.int32)
 
 Recheck = Callable[[int, int, int, int], bool]
 """(row, chunk, arena offset, expected checksum): bytes were wrong; True if they are right now, else
@@ -68,13 +76,12 @@ class ChunkBatch:
         parts: BatchParts,
         progress: BatchProgress | None,
         *,
-        dead: NDArray[np.bool_],
         recheck: Recheck | None,
         adopt: Callable[[ChunkBatch], None],
     ) -> None:
-        """Takes over the pins and buffers of `parts`. `dead` items were dropped earlier. With
-        `recheck` every chunk is verified as it arrives. `adopt` is called with this when something
-        was released that the device still holds: call `settle` until it is True."""
+        """Takes over the pins and buffers of `parts`. With `recheck` every chunk is verified as it
+        arrives. `adopt` is called with this when something was released that the device still
+        holds: call `settle` until it is True."""
         self._state = state
         self._parts = parts
         self._progress = progress
@@ -82,16 +89,18 @@ class ChunkBatch:
         self._deadline = time.monotonic() + state.config.read_wait_s
         self._adopt = adopt
         self._releasing = threading.Lock()
-        self._all = np.arange(len(parts.rows), dtype=np.int32)
-        self._held = np.ones(len(parts.rows), np.bool_)
-        self._owed = np.zeros(len(parts.rows), np.bool_)
-        self._run_held = parts.reads.count.copy()
-        self._given = np.zeros(len(parts.reads), np.bool_)
+        items = len(parts.rows)
+        self._all = np.arange(items, dtype=np.int32)
+        self._left = items
+        """Items that are not released."""
+        self._held = np.ones(items, np.bool_)
+        self._owed: NDArray[np.int32] = _NONE
+        """Released while the device held them."""
         self._noted = ~parts.needed
-        self.status = np.zeros(len(parts.rows), np.uint8)
-        self.status[parts.needed] = FetchStatus.UNDER_WAY
-        self.status[dead] = FetchStatus.CORRUPT
-        self._fresh: NDArray[np.int32] | None = np.flatnonzero(~parts.needed).astype(np.int32)
+        self.status = parts.needed.astype(np.uint8)
+        assert FetchStatus.UNDER_WAY == 1
+        self.status[parts.dead] = FetchStatus.CORRUPT
+        self._fresh: NDArray[np.int32] | None = self._noted.nonzero()[0].astype(np.int32)
         self._given_up = False
 
     def __len__(self) -> int:
@@ -206,6 +215,8 @@ class ChunkBatch:
 
     def _note_items(self, items: NDArray[np.int32]) -> None:
         """The reads of these items have ended. Needs the lock; before their pins go."""
+        if self._noted.all():
+            return
         items = items[~self._noted[items]]
         if not len(items):
             return
@@ -234,10 +245,12 @@ class ChunkBatch:
             if self._under_way:
                 self._give_up(_CANCEL_S)
             chunks = self._all
-        elif (self.status[chunks] == FetchStatus.UNDER_WAY).any():
-            raise InvalidRequest("a chunk that is still being read cannot be released by itself")
+        else:
+            chunks = np.unique(chunks)
+            if (self.status[chunks] == FetchStatus.UNDER_WAY).any():
+                raise InvalidRequest("a chunk that is being read cannot be released by itself")
         with self._releasing:
-            stuck = self._give_back(chunks[self._held[chunks]])
+            stuck = self._give_back(chunks if self._left == len(self) else self._still(chunks))
         if stuck:
             self._adopt(self)
 
@@ -248,34 +261,52 @@ class ChunkBatch:
             self._progress.wait(0)
             if self._progress.pending == 0:
                 self._note()
-            return not self._give_back(np.flatnonzero(self._owed).astype(np.int32))
+            owed, self._owed = self._owed, _NONE
+            return not self._give_back(owed)
+
+    def _still(self, items: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Those that were not released before."""
+        kept = items[self._held[items]]
+        return kept[~np.isin(kept, self._owed)] if len(self._owed) else kept
 
     def _give_back(self, items: NDArray[np.int32]) -> bool:
         """Return whether some are still the device's; those are owed."""
-        if not len(items):
-            return False
         parts = self._parts
-        reads = parts.reads.of_item[items]
-        stuck = False
         if self._progress is not None and self._progress.pending:
+            reads = parts.reads.of_item[items]
             with_device = (reads >= 0) & (self._progress.errors[reads] == UNDER_WAY)
-            self._owed[items] = with_device
-            stuck = bool(with_device.any())
-            items, reads = items[~with_device], reads[~with_device]
+            self._owed = np.concatenate((self._owed, items[with_device]))
+            items = items[~with_device]
+        if not len(items):
+            return bool(len(self._owed))
+        whole = len(items) == len(self)
+        buffers, rows = parts.buffers, parts.pinned
+        if not whole:
+            buffers, rows = self._freed_with(items)
         self._held[items] = False
-        reads = reads[reads >= 0]
-        np.subtract.at(self._run_held, reads, 1)
-        done = (self._run_held == 0) & ~self._given
-        self._given |= done
-        buffers = parts.buffers[done]
-        rows = parts.rows[items]
+        self._left -= len(items)
         state = self._state
         with state.lock:
             self._note_items(items)
-            state.residency.unpin_many(rows)
+            state.residency.unpin_rows(rows)
             state.dram.buffers.give(buffers[buffers >= 0])
             state.room.notify_all()
-        return stuck
+        return bool(len(self._owed))
+
+    def _freed_with(self, items: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """(buffers, rows) of which these items are the last that were held."""
+        parts, left = self._parts, self._held.copy()
+        left[items] = False
+        reads = parts.reads.of_item
+        of_items = reads[items]
+        gone = np.zeros(len(parts.reads), np.bool_)
+        gone[of_items[of_items >= 0]] = True
+        still = reads[left]
+        gone[still[still >= 0]] = False
+        gone_rows = np.zeros(len(parts.pinned), np.bool_)
+        gone_rows[parts.row_of[items]] = True
+        gone_rows[parts.row_of[left]] = False
+        return parts.buffers[gone], parts.pinned[gone_rows]
 
     def __enter__(self) -> Self:
         """Return self."""

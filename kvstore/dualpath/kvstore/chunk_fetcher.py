@@ -7,6 +7,8 @@ store's lock; `ChunkBatch` then drives it.
 
 from __future__ import annotations
 
+import errno
+import logging
 import threading
 import time
 
@@ -15,16 +17,23 @@ from dualpath.kvstore.block_table import RowState
 from dualpath.kvstore.catalog import NamespaceEntry
 from dualpath.kvstore.chunk_batch import BatchParts, ChunkBatch
 from dualpath.kvstore.chunk_check import ChunkCheck
-from dualpath.kvstore.chunk_plan import ChunkReads, distinct, extents, plan_reads
+from dualpath.kvstore.chunk_plan import ChunkReads, distinct, distinct_rows, extents, plan_reads
 from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
 from dualpath.kvstore.store_api import Tier
 from dualpath.kvstore.store_state import StoreState
-from dualpath.kvstore.transfer_batch import BATCH_ITEMS_MAX, TransferBatch
+from dualpath.kvstore.transfer_batch import (
+    BATCH_ITEMS_MAX,
+    BatchProgress,
+    FailedProgress,
+    TransferBatch,
+)
 from dualpath.transfer.errors import Corrupt, InvalidRequest, Overloaded, Unavailable
 from dualpath.transfer.slices import Slices
 from numpy.typing import ArrayLike, NDArray
+
+_log = logging.getLogger(__name__)
 
 _PROMOTION_PAUSE_S = 0.05
 """No search for a DRAM slot for so long after one was in vain."""
@@ -80,19 +89,20 @@ class ChunkFetcher:
         with state.lock:
             state.check_open()
             rows, entry = self._rows(lease_id, of_block, of_chunk)
-            np.add.at(state.table.pins, rows, 1)
+            pinned, _ = distinct_rows(rows)
+            state.table.pins[pinned] += 1
             try:
-                parts, dead = self._plan(rows, entry, of_chunk)
+                parts = self._plan(rows, entry, of_chunk)
                 transfers = self._transfers(parts)
             except BaseException:
                 # Only the wait for the first buffer raises: there is nothing else to give back.
-                state.residency.unpin_many(rows)
+                state.residency.unpin_rows(pinned)
                 raise
-            if len(parts.rows) < len(rows):
-                state.residency.unpin_many(rows[len(parts.rows) :])
-        progress = None if transfers is None else state.ssd.device.read_batch(transfers)
+            if len(parts.pinned) < len(pinned):
+                state.residency.unpin_rows(np.setdiff1d(pinned, parts.pinned))
+        progress = None if transfers is None else self._begin(transfers)
         recheck = self._check.recheck if verify else None
-        batch = ChunkBatch(state, parts, progress, dead=dead, recheck=recheck, adopt=self._adopt)
+        batch = ChunkBatch(state, parts, progress, recheck=recheck, adopt=self._adopt)
         if wait:
             try:
                 batch.finish()
@@ -100,6 +110,13 @@ class ChunkFetcher:
                 batch.release()
                 raise
         return batch
+
+    def _begin(self, transfers: TransferBatch) -> BatchProgress:
+        try:
+            return self._state.ssd.device.read_batch(transfers)
+        except OSError as error:
+            _log.warning("a batch of reads could not begin: %s", error)
+            return FailedProgress(len(transfers), error.errno or errno.EIO)
 
     def reap(self) -> None:
         """Give back what the device has let go of since its batch was released."""
@@ -120,26 +137,23 @@ class ChunkFetcher:
         self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
     ) -> tuple[NDArray[np.int32], NamespaceEntry]:
         lease = self._state.leases.find(lease_id, self._state.clock())
-        outside = (blocks < 0) | (blocks >= len(lease.rows))
-        if outside.any():
+        wrong = _outside(blocks, len(lease.rows))
+        if wrong is not None:
             raise InvalidRequest(
-                f"lease {lease_id} covers blocks 0..{len(lease.rows) - 1}, not block "
-                f"{blocks[outside.argmax()]}"
+                f"lease {lease_id} covers blocks 0..{len(lease.rows) - 1}, not block {wrong}"
             )
         rows = lease.rows[blocks]
         entry = self._state.catalog.entry_of(int(rows[0]))
-        outside = (chunks < 0) | (chunks >= entry.layout.chunk_count)
-        if outside.any():
-            raise InvalidRequest(
-                f"chunk {chunks[outside.argmax()]} is outside of 0..{entry.layout.chunk_count - 1}"
-            )
+        wrong = _outside(chunks, entry.layout.chunk_count)
+        if wrong is not None:
+            raise InvalidRequest(f"chunk {wrong} is outside of 0..{entry.layout.chunk_count - 1}")
         return rows, entry
 
     def _plan(
         self, rows: NDArray[np.int32], entry: NamespaceEntry, chunks: NDArray[np.int32]
-    ) -> tuple[BatchParts, NDArray[np.bool_]]:
-        """(the batch, which of its items are dead). Needs the lock; all rows are pinned. Raises
-        Overloaded. Cuts the batch where the read buffers end."""
+    ) -> BatchParts:
+        """Needs the lock; all rows are pinned. Raises Overloaded. Cuts the batch where the read
+        buffers end."""
         table, layout = self._state.table, entry.layout
         bits = np.left_shift(np.uint64(1), chunks.astype(np.uint64))
         dead = table.state[rows] != RowState.PRESENT
@@ -176,8 +190,21 @@ class ChunkFetcher:
         if there.any():
             self._state.counters.read_bytes[Tier.DRAM] += int(nbytes[there].sum())
         expected = entry.pool.pick(table.checksum_row[rows], chunks)
-        parts = BatchParts(rows, chunks, inside, offsets, nbytes, expected, needed, reads, buffers)
-        return parts, dead
+        pinned, row_of = distinct_rows(rows)
+        return BatchParts(
+            rows=rows,
+            chunks=chunks,
+            inside=inside,
+            offsets=offsets,
+            nbytes=nbytes,
+            expected=expected,
+            needed=needed,
+            dead=dead,
+            pinned=pinned,
+            row_of=row_of,
+            reads=reads,
+            buffers=buffers,
+        )
 
     def _mark(
         self, rows: NDArray[np.int32], bits: NDArray[np.uint64], slotted: NDArray[np.bool_]
@@ -248,6 +275,12 @@ class ChunkFetcher:
             return
         if not self._state.residency.promote(row):
             self._promote_after = now + _PROMOTION_PAUSE_S
+
+
+def _outside(numbers: NDArray[np.int32], end: int) -> int | None:
+    """A number outside of 0..end-1, if there is one."""
+    least, most = int(numbers.min()), int(numbers.max())
+    return least if least < 0 else most if most >= end else None
 
 
 def _repeated(rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.bool_]:

@@ -61,6 +61,22 @@ def distinct(values: NDArray[np.signedinteger]) -> list[int]:
     return [int(value) for value in np.unique(values)]
 
 
+def distinct_rows(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(the different rows, which of them each item has). Without a sort where the rows ascend,
+    as those of neighbours mostly do."""
+    if len(rows) < 2:
+        return rows, np.zeros(len(rows), np.int32)
+    steps = rows[1:] - rows[:-1]
+    if steps.min() < 0:
+        found, of_item = np.unique(rows, return_inverse=True)
+        return found, of_item.astype(np.int32)
+    of_item = np.zeros(len(rows), np.int32)
+    (steps > 0).cumsum(dtype=np.int32, out=of_item[1:])
+    if of_item[-1] == len(rows) - 1:
+        return rows, of_item
+    return rows[np.append(True, steps > 0)], of_item
+
+
 def plan_reads(
     chunk_bytes: int,
     rows: NDArray[np.int32],

@@ -26,7 +26,7 @@ class ReadBuffers:
         self._base = base
         self._cut: NDArray[np.int16] = np.zeros(frames, np.int16)
         """Pieces that each frame is cut into; _FREE if it is in nobody's hands."""
-        self._taken: NDArray[np.int16] = np.zeros(frames, np.int16)
+        self._taken: NDArray[np.int64] = np.zeros(frames, np.int64)
         """Pieces of each frame that are in use."""
         self._frames = list(range(frames - 1, -1, -1))
         self._pieces: dict[int, list[int]] = {}
@@ -69,7 +69,7 @@ class ReadBuffers:
         if len(frames) == 1:
             self._taken[frames] += change
         else:
-            np.add.at(self._taken, frames, change)
+            self._taken += change * np.bincount(frames, minlength=len(self._taken))
         return frames
 
     def _cut_frames(self, cut: int, missing: int) -> None:

@@ -213,18 +213,6 @@ class Residency:
         self._table.pins[rows] -= 1
         self.settle_all(rows)
 
-    def unpin_many(self, rows: NDArray[np.int32]) -> None:
-        """`unpin` each; a row may occur more than once."""
-        np.subtract.at(self._table.pins, rows, 1)
-        ascending = rows[1:] >= rows[:-1]
-        if ascending.all():
-            # As a batch of neighbours comes: no sort is needed.
-            first = np.ones(len(rows), np.bool_)
-            np.not_equal(rows[1:], rows[:-1], out=first[1:])
-            self.settle_all(rows[first])
-        else:
-            self.settle_all(np.unique(rows))
-
     def promote(self, row: int) -> bool:
         """Give a present block a DRAM slot, to be filled; False if no colder copy may make way."""
         table, entry = self._table, self._catalog.entry_of(row)

@@ -81,6 +81,7 @@ class RingProgress:
                 self._start(timeout_s)
             return self._fail_all() if self._failure else _NOTHING
         count = ring.wait(self._told, 1, max(0.0, timeout_s))
+        self._pool.nudge(ring)
         self.pending -= count
         if self.pending == 0:
             self._ring = None

@@ -41,6 +41,9 @@ class NativeRing(Protocol):
     def wait(self, told: NDArray[np.int32], least: int, timeout_s: float, /) -> int:
         """Write items that have ended to `told`, as soon as `least` have; return how many."""
 
+    def nudge(self) -> None:
+        """Reap and submit, if no other thread does; never waits."""
+
     def cancel(self) -> None:
         """End what is pending soon; go on waiting."""
 
@@ -59,6 +62,7 @@ class RingPool:
         self._max = rings_max
         self._returned = threading.Condition()
         self._idle: list[NativeRing] = []
+        self._used: list[NativeRing] = []
         self._rings = 0
         self._memory: memoryview | None = None
         self._closed = False
@@ -81,7 +85,8 @@ class RingPool:
                     return None
                 self._returned.wait(left)
             if self._idle:
-                return self._idle.pop()
+                self._used.append(self._idle.pop())
+                return self._used[-1]
             self._rings += 1
         try:
             ring = self._make()
@@ -89,11 +94,22 @@ class RingPool:
             self.lose()
             raise
         self._pin(ring)
+        with self._returned:
+            self._used.append(ring)
         return ring
+
+    def nudge(self, driven: NativeRing) -> None:
+        """Let the other rings go on: whoever drives them may be busy with what has arrived, as
+        the caller, who drives `driven`, is about to be."""
+        if len(self._used) > 1:
+            for ring in self._used.copy():
+                if ring is not driven:
+                    ring.nudge()
 
     def give(self, ring: NativeRing) -> None:
         """Return a ring whose batch has ended."""
         with self._returned:
+            self._used.remove(ring)
             if self._closed:
                 self._rings -= 1
                 ring.close()

@@ -87,14 +87,15 @@ def check_batch(batch: TransferBatch, align_bytes: int) -> None:
         return
     if batch.file.min() < 0 or batch.file.max() >= len(batch.files):
         raise OSError(errno.EINVAL, f"a transfer names a file outside of 0..{len(batch.files) - 1}")
-    sizes = np.array([file.nbytes for file in batch.files], np.int64)[batch.file]
     if ((batch.offset | batch.at | batch.nbytes) % align_bytes).any():
         raise OSError(errno.EINVAL, "a transfer of the batch is not 4 KiB-aligned")
-    # Each number is bounded before two are added: no sum can overflow.
-    bad = (batch.nbytes <= 0) | (batch.nbytes > sizes) | (batch.nbytes > batch.memory.nbytes)
-    bad |= batch.nbytes > ITEM_BYTES_MAX
-    bad |= (batch.offset < 0) | (batch.offset > sizes - batch.nbytes)
-    bad |= (batch.at < 0) | (batch.at > batch.memory.nbytes - batch.nbytes)
+    sizes = np.array([file.nbytes for file in batch.files], np.int64)[batch.file]
+    # No sum is made of what was given: it could overflow.
+    bad = (batch.offset > sizes - batch.nbytes) | (batch.at > batch.memory.nbytes - batch.nbytes)
+    least = min(batch.offset.min(), batch.at.min(), batch.nbytes.min() - 1)
+    if least < 0 or batch.nbytes.max() > ITEM_BYTES_MAX:
+        bad |= (batch.offset < 0) | (batch.at < 0) | (batch.nbytes < 1)
+        bad |= batch.nbytes > ITEM_BYTES_MAX
     if bad.any():
         item = int(bad.argmax())
         raise OSError(
@@ -102,6 +103,22 @@ def check_batch(batch: TransferBatch, align_bytes: int) -> None:
             f"transfer {item}: {batch.nbytes[item]} bytes at {batch.offset[item]} of "
             f"{sizes[item]}, in memory at {batch.at[item]} of {batch.memory.nbytes}",
         )
+
+
+class FailedProgress:
+    """A batch that could not begin: every item has failed with one errno."""
+
+    def __init__(self, items: int, error: int) -> None:
+        self.pending = items
+        self.errors: NDArray[np.int32] = np.full(items, error, np.int32)
+
+    def wait(self, timeout_s: float) -> NDArray[np.int32]:
+        """See BatchProgress."""
+        count, self.pending = self.pending, 0
+        return np.arange(count, dtype=np.int32)
+
+    def cancel(self) -> None:
+        """See BatchProgress."""
 
 
 class SerialProgress:
