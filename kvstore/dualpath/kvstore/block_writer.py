@@ -17,6 +17,7 @@ from dualpath.kvstore import checksum
 from dualpath.kvstore.block_table import GONE, NO_ROW, RowState
 from dualpath.kvstore.catalog import NamespaceEntry, check_hashes
 from dualpath.kvstore.committer import CommitJob, Committer
+from dualpath.kvstore.housekeeping import Housekeeping
 from dualpath.kvstore.media_troubles import MediaTroubles
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.store_api import (
@@ -72,6 +73,7 @@ class BlockWriter:
     def __init__(self, state: StoreState, troubles: MediaTroubles) -> None:
         self._state = state
         self._troubles = troubles
+        self._housekeeping = Housekeeping(state)
         self._committer: Committer | None = None
         self._queued: set[int] = set()
         # Jobs so far; they are settled in the order in which they were submitted.
@@ -446,8 +448,9 @@ class BlockWriter:
 
     def chores(self) -> None:
         """See CommitHost: free the extents of expired reservations, fenced first; try again what
-        failed some time ago."""
+        failed some time ago; keep house."""
         state = self._state
+        self._housekeeping.run()
         with state.lock:
             self._troubles.chores()
             state.reap()

@@ -81,7 +81,7 @@ class SsdSpace:
             if place is not None:
                 self.shares.take(bucket, slot_bytes)
                 return place
-            givers = self.shares.givers(bucket, slot_bytes, self._tier.capacity_bytes)
+            givers = self.shares.givers(bucket, slot_bytes, self._tier.slots_bytes)
             row = self._order.victim(givers, slot_bytes, any_size=False, spare=False)
             if row != NONE and not self._balance(row, givers, slot_bytes):
                 self._make_way(row, MissReason.EVICTED)

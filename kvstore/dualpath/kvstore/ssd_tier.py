@@ -47,6 +47,8 @@ class SsdTier:
         """Segments that found no space: they never get a file."""
         self._allocated_bytes = 0
         self._next_segment = 0
+        self.slots_bytes = 0
+        """Bytes of all slots, taken or free, of the segments that there are."""
 
     def __repr__(self) -> str:
         return (
@@ -72,6 +74,7 @@ class SsdTier:
         self._files[segment] = file
         self._geometry[segment] = geometry
         self._allocated_bytes += geometry.file_bytes
+        self.slots_bytes += geometry.slots * geometry.slot_bytes
         self._allocator.add(segment, geometry.slot_bytes, geometry.slots, taken=taken)
         if not len(taken) and self._allocated_bytes > self.capacity_bytes:
             self._retire(segment)
@@ -144,6 +147,7 @@ class SsdTier:
         self._next_segment += 1
         self._geometry[segment] = geometry
         self._allocated_bytes += geometry.file_bytes
+        self.slots_bytes += geometry.slots * slot_bytes
         self._allocator.add(segment, slot_bytes, geometry.slots)
         return True
 
@@ -155,7 +159,9 @@ class SsdTier:
 
     def _retire(self, segment: int) -> None:
         self._allocator.remove(segment)
-        self._allocated_bytes -= self._geometry.pop(segment).file_bytes
+        geometry = self._geometry.pop(segment)
+        self._allocated_bytes -= geometry.file_bytes
+        self.slots_bytes -= geometry.slots * geometry.slot_bytes
         self._unmade.discard(segment)
         self._retired.append(segment)
 

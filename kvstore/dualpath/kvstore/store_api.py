@@ -382,6 +382,13 @@ class Store(Protocol):
     def forget_owner(self, owner: str) -> None:
         """(fast) The owner's connection ended: drop its leases and reservations."""
 
+    def retain(self, namespace_id: bytes, hashes: Sequence[bytes], *, retain_s: float) -> int:
+        """(fast) Keep the present prefix for `retain_s` seconds from now, at most RETENTION_S_MAX,
+        as long as anything else may make way for new blocks; 0 ends it. Return how many leading
+        blocks are retained: fewer than are present where the budget or the tenant's part of it
+        ends. A retention survives a restart, but for those of the last second before a crash.
+        Raises InvalidRequest, Overloaded (too many prefixes are retained)."""
+
     def invalidate(self, scope: InvalidationScope, *, dry_run: bool = False) -> Invalidation:
         """Blocks leave, with their descendants, at once for lookups and for good on return: they
         do not come back after a crash. Memory that is in use stays as it is until released. With
