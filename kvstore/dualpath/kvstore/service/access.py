@@ -1,4 +1,4 @@
-"""What principals may do in which namespaces, now: the rules in force, and quick answers.
+"""What principals may do in which namespaces, and how much: the rules in force, quick answers.
 
 Owns the rules and a bounded memory of decisions, forgotten when the rules change. The check of a
 call that was decided before costs one look-up in a dict. Thread-safe: everything is replaced, not
@@ -10,19 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.service.access_rules import AccessRules
+from dualpath.kvstore.service.access_rules import AccessRules, Limits
 from dualpath.kvstore.service.principal import Rights
 from dualpath.transfer.errors import PermissionDenied
 
 DECISIONS_MAX = 1 << 16
+_NO_LIMITS = Limits()
 
 
 class Access:
     """See the module docstring. `namespace_of` finds the namespace of an id, and raises
-    InvalidRequest if the id was never opened."""
+    InvalidRequest if the id was never opened; `limits` are those of a principal that no entry
+    names."""
 
-    def __init__(self, rules: AccessRules, namespace_of: Callable[[bytes], Namespace]) -> None:
+    def __init__(
+        self,
+        rules: AccessRules,
+        namespace_of: Callable[[bytes], Namespace],
+        limits: Limits = _NO_LIMITS,
+    ) -> None:
         self._rules = rules
+        self._default_limits = limits
+        self._limits: dict[str, Limits] = {}
         self._namespace_of = namespace_of
         self._decided: dict[tuple[str, bytes], Rights] = {}
 
@@ -35,6 +44,18 @@ class Access:
         """From now on these rules hold, also for connections that are open."""
         self._rules = rules
         self._decided = {}
+        self._limits = {}
+
+    def limits_of(self, principal: str) -> Limits:
+        """What it may hold."""
+        known = self._limits
+        found = known.get(principal)
+        if found is None:
+            found = self._rules.limits_of(principal, self._default_limits)
+            if len(known) >= DECISIONS_MAX:
+                known.clear()
+            known[principal] = found
+        return found
 
     def may(self, principal: str, namespace_id: bytes, right: Rights) -> bool:
         """Whether it may. Raises InvalidRequest for a namespace that was never opened."""

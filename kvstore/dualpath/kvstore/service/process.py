@@ -120,10 +120,8 @@ class Daemon:
         )
         stack.push_async_callback(_in_thread, _close_engine, engine)
         planes = self._open_planes()
-        access = Access(rules, store.namespace)
-        quotas = Quotas(
-            lambda principal: access.rules.limits_of(principal, config.limits), self._clock
-        )
+        access = Access(rules, store.namespace, config.limits)
+        quotas = Quotas(access.limits_of, self._clock)
         service = StoreService(
             store=store,
             planes=planes,
