@@ -18,6 +18,7 @@ from dualpath.cli.config_file import (
     read_config,
 )
 from dualpath.kvstore.service.config import DaemonConfig
+from dualpath.kvstore.tenant_limits import TenantLimits
 from dualpath.transfer.errors import InvalidRequest
 
 
@@ -168,3 +169,52 @@ def test_a_daemon_is_configured_from_texts() -> None:
     )
     assert (config.disk_bytes, config.dram_bytes) == (8 << 30, 64 << 20)
     assert (config.drain_s, config.send_limit_bytes_per_s) == (0.5, 5e7)
+
+
+TENANTS = """
+[serve]
+data = "d"
+
+[[serve.tenants]]
+tenant = "acme"
+disk_bytes = "10GiB"
+ttl_s = "90s"
+
+[[serve.tenants]]
+tenant = "other"
+dram_bytes = 4096
+"""
+
+
+def test_tenants_are_tables_of_the_file_or_texts(tmp_path: Path) -> None:
+    expected = (
+        TenantLimits(tenant="acme", disk_bytes=10 << 30, ttl_s=90),
+        TenantLimits(tenant="other", dram_bytes=4096),
+    )
+    file = tmp_path / "settings.toml"
+    file.write_text(TENANTS)
+    assert read_config(DaemonConfig, "serve", file=file).tenants == expected
+    text = "tenant=acme, disk_bytes=10GiB, ttl_s=90; tenant=other,dram_bytes=4KiB"
+    given = read_config(
+        DaemonConfig, "serve", environment={"DUALPATH_SERVE_TENANTS": text}, flags={"data": "d"}
+    )
+    assert given.tenants == expected
+    flags = {"data": "d", "tenants": ["tenant=acme,disk_bytes=10GiB,ttl_s=90", text.split(";")[1]]}
+    assert read_config(DaemonConfig, "serve", flags=flags).tenants == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tenant=a,disc_bytes=1", "unknown setting 'disc_bytes'; did you mean 'disk_bytes'"),
+        ("disk_bytes=1", "has no 'tenant'"),
+        ("a", "'a' is not field=value"),
+        ("tenant=a,disk_bytes=lots", "disk_bytes: 'lots' is not"),
+        ("tenant=a;tenant=a", "'a' is named 2 times"),
+        (5, "is not a list of tables"),
+        ([5], "5 is not a table"),
+    ],
+)
+def test_a_wrong_tenant_is_refused_by_name(text: object, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        read_config(DaemonConfig, "serve", flags={"data": "d", "tenants": text})

@@ -8,7 +8,9 @@ check. Nothing else in the product reads the
 environment.
 
 How a text becomes a value: a field named `*_bytes` takes sizes (`4GiB`), `*_bytes_per_s` rates
-(`50MB/s`), `*_s` durations (`500ms`); a tuple takes a list separated by commas.
+(`50MB/s`), `*_s` durations (`500ms`); a tuple takes a list separated by commas; a tuple of records
+takes an array of tables in the file, and in a text `field=value` separated by commas, records by
+semicolons.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def add_config_arguments(
                 flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text
             )
         elif _is_tuple(hints[name]):
-            metavar = f"{name.upper()},..."
+            record = _record_of(hints[name])
+            metavar = f"{field_names(record)[0]}=...,..." if record else f"{name.upper()},..."
             parser.add_argument(flag, dest=name, action="append", metavar=metavar, help=text)
         else:
             parser.add_argument(flag, dest=name, metavar=_metavar(name), help=text)
@@ -205,6 +208,9 @@ def _is_tuple(hint: object) -> bool:
 def _typed(hint: object, key: str, value: object, where: str) -> object:
     """`value` as the type of the field. Texts are parsed; other types must match."""
     try:
+        record = _record_of(hint)
+        if record is not None:
+            return _records(record, value)
         if _is_tuple(hint):
             return _tuple(value)
         if hint is bool:
@@ -226,6 +232,48 @@ def _tuple(value: object) -> tuple[str, ...]:
         raise InvalidRequest(f"{value!r} is not a list of texts")
     parts = [part.strip() for item in items for part in item.split(",")]
     return tuple(part for part in parts if part)
+
+
+def _record_of(hint: object) -> type | None:
+    """The dataclass of a tuple of dataclasses."""
+    inner = typing.get_args(hint)[0] if _is_tuple(hint) else None
+    return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
+
+
+def _records(kind: type, value: object) -> tuple[object, ...]:
+    """Tables of a file, or texts `a=1,b=2;a=3`."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
+        raise InvalidRequest(f"{value!r} is not a list of tables")
+    tables: list[Mapping[str, object]] = []
+    for item in given:
+        if isinstance(item, str):
+            tables += [_assignments(text) for text in item.split(";") if text.strip()]
+        elif isinstance(item, dict):
+            tables.append(item)
+        else:
+            raise InvalidRequest(f"{item!r} is not a table")
+    hints = typing.get_type_hints(kind)
+    known = field_names(kind)
+    found = []
+    for table in tables:
+        for key in table:
+            _check_known(key, known, ", ".join(f"{k}={v}" for k, v in table.items()))
+        missing = [name for name in _required(kind) if name not in table]
+        if missing:
+            raise InvalidRequest(f"{dict(table)!r} has no '{missing[0]}'")
+        found.append(kind(**{k: _typed(hints[k], k, v, k) for k, v in table.items()}))
+    return tuple(found)
+
+
+def _assignments(text: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise InvalidRequest(f"'{part}' is not field=value")
+        found[key.strip()] = value.strip()
+    return found
 
 
 def _bool(value: object) -> bool:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
+from dualpath.kvstore.eviction_choice import check_policy
 from dualpath.kvstore.io_mode import IO_DEPTH, IoMode, check_io
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX
+from dualpath.kvstore.s3_fifo import S3Fifo
 from dualpath.kvstore.service.access_rules import Limits, check_tokens
+from dualpath.kvstore.tenant_limits import TenantLimits, check_tenants
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.unix_path import UNIX_PATH_CHARS_MAX
 
@@ -84,6 +87,10 @@ class DaemonConfig:
     client of the local socket may have mapped, 0 for half of `dram_bytes`. `mapped_bytes_max`: that
     all may, 0 for three quarters. `scrub_bytes_per_s`: how fast stored blocks are read again and
     verified in the background, when hardly anything else moves; 0 for not at all.
+    `eviction`: which blocks make way when a tier is full: s3-fifo or lru. `ttl_s`: blocks leave
+    when nobody has used them for so long, 0 for never. `retain_bytes`: the most that clients may
+    have retained, 0 for a quarter of `disk_bytes`. `tenants`: quotas and times to live of single
+    tenants, each with the fields tenant, disk_bytes, dram_bytes, ttl_s.
     """
 
     data: str
@@ -124,6 +131,10 @@ class DaemonConfig:
     mapped_client_bytes_max: int = 0
     mapped_bytes_max: int = 0
     scrub_bytes_per_s: float = 8 << 20
+    eviction: str = S3Fifo.name
+    ttl_s: float = 0
+    retain_bytes: int = 0
+    tenants: tuple[TenantLimits, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -155,9 +166,16 @@ class DaemonConfig:
                 f"namespaces_max must lie in 1..{NAMESPACES_MAX}, not {self.namespaces_max}"
             )
         check_io(self.io, self.io_depth)
+        check_policy(self.eviction)
+        check_tenants(self.tenants)
+        if not 0 <= self.retain_bytes <= self.disk_bytes:
+            raise InvalidRequest(
+                f"retain_bytes must lie in 0..{self.disk_bytes} (disk_bytes), not "
+                f"{self.retain_bytes}"
+            )
         if not 1 <= self.readers <= READERS_MAX:
             raise InvalidRequest(f"readers must lie in 1..{READERS_MAX}, not {self.readers}")
-        for name in ("send_limit_bytes_per_s", "drain_s", "scrub_bytes_per_s"):
+        for name in ("send_limit_bytes_per_s", "drain_s", "scrub_bytes_per_s", "ttl_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidRequest(f"{name} must not be negative, not {getattr(self, name)}")
 
