@@ -161,3 +161,19 @@ def test_the_python_of_the_readme_runs(
     (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(program.replace("127.0.0.1:7070", daemon["listen"]), {})
     assert "blocks=4" in capsys.readouterr().out
+
+
+def test_a_stored_file_is_retained_for_a_while(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(2_000_000))
+    report(capsys, "put", str(path), "--key", "kept")
+    kept = report(capsys, "retain", "--key", "kept", "--for", "1d")
+    assert kept == {"blocks": 2, "retained_blocks": 2}
+    assert main(["retain", "--key", "kept", "--for", "0"]) == 0
+    assert "2 stored blocks are not retained any longer" in capsys.readouterr().out
+    absent = report(capsys, "retain", "--key", "never", "--for", "12h")
+    assert absent == {"blocks": 0, "retained_blocks": 0}
+    assert main(["retain", "--key", "kept", "--for", "1d", "--agent", "unix:/x"]) != 0
+    assert "give --daemon, not --agent" in capsys.readouterr().err

@@ -72,6 +72,7 @@ BUILT_IN = (
     CommandSource(
         "invalidate", "remove blocks by namespace, prefix or writer", "dualpath.cli.invalidate"
     ),
+    CommandSource("retain", "keep a stored prefix for a while", "dualpath.cli.retain"),
     CommandSource(
         "drain", "let a daemon finish what runs, and take nothing new", "dualpath.cli.drain"
     ),

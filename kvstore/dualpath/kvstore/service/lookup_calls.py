@@ -25,6 +25,7 @@ from dualpath.kvstore.service.messages import (
     lease_s_of,
 )
 from dualpath.kvstore.service.namespace_message import namespace_of
+from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.service.ticket import TicketMint
 from dualpath.kvstore.store_api import Store
 from dualpath.proto.v1 import store_pb2
@@ -132,6 +133,15 @@ class LookupCalls:
                 for peer_id in request.peer_id
             ]
         )
+
+    def retain(self, request: store_pb2.RetainRequest, caller: Caller) -> store_pb2.RetainResponse:
+        """See store.proto."""
+        namespace_id = checked_namespace_id(request.namespace_id)
+        hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
+        checked_batch("hashes", len(hashes))
+        self._gate.access.require(caller.principal, namespace_id, Rights.WRITE)
+        retained = self._store.retain(namespace_id, list(hashes), retain_s=request.retain_ms / 1000)
+        return store_pb2.RetainResponse(blocks=retained)
 
     async def report_corrupt(
         self, request: store_pb2.ReportCorruptRequest, caller: Caller

@@ -243,6 +243,12 @@ class StoreService(store_pb2_grpc.StoreServicer):
         """See store.proto."""
         return await self._operators.invalidate(request, caller_of_call())
 
+    async def Retain(
+        self, request: store_pb2.RetainRequest, context: Context
+    ) -> store_pb2.RetainResponse:
+        """See store.proto."""
+        return self._lookups.retain(request, caller_of_call())
+
     async def Drain(  # type: ignore[override]
         self, request: store_pb2.DrainRequest, context: Context
     ) -> None:

@@ -1066,6 +1066,50 @@ class InvalidateResponse(google.protobuf.message.Message):
 global___InvalidateResponse = InvalidateResponse
 
 @typing.final
+class RetainRequest(google.protobuf.message.Message):
+    """Keep a stored prefix for a while, as long as anything else may make way. Needs the right `write`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
+    HASHES_FIELD_NUMBER: builtins.int
+    HASH_BYTES_FIELD_NUMBER: builtins.int
+    RETAIN_MS_FIELD_NUMBER: builtins.int
+    namespace_id: builtins.bytes
+    hashes: builtins.bytes
+    """the chain from the first block on, as in LookupRequest"""
+    hash_bytes: builtins.int
+    retain_ms: builtins.int
+    """from now; 0 ends it; at most 90 days"""
+    def __init__(
+        self,
+        *,
+        namespace_id: builtins.bytes = ...,
+        hashes: builtins.bytes = ...,
+        hash_bytes: builtins.int = ...,
+        retain_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hash_bytes", b"hash_bytes", "hashes", b"hashes", "namespace_id", b"namespace_id", "retain_ms", b"retain_ms"]) -> None: ...
+
+global___RetainRequest = RetainRequest
+
+@typing.final
+class RetainResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: builtins.int
+    blocks: builtins.int
+    """leading blocks that are retained now"""
+    def __init__(
+        self,
+        *,
+        blocks: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks"]) -> None: ...
+
+global___RetainResponse = RetainResponse
+
+@typing.final
 class DrainRequest(google.protobuf.message.Message):
     """Refuse new reservations and leases, wait for what runs, then flush. Progress about twice a second."""
 

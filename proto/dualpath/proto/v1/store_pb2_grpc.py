@@ -125,6 +125,11 @@ class StoreStub(object):
                 request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainRequest.SerializeToString,
                 response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainProgress.FromString,
                 _registered_method=True)
+        self.Retain = channel.unary_unary(
+                '/dualpath.v1.Store/Retain',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.RetainRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.RetainResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServicer(object):
@@ -239,6 +244,12 @@ class StoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Retain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -331,6 +342,11 @@ def add_StoreServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainRequest.FromString,
                     response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.DrainProgress.SerializeToString,
+            ),
+            'Retain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retain,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_store__pb2.RetainRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_store__pb2.RetainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -819,6 +835,33 @@ class Store(object):
             '/dualpath.v1.Store/Drain',
             dualpath_dot_proto_dot_v1_dot_store__pb2.DrainRequest.SerializeToString,
             dualpath_dot_proto_dot_v1_dot_store__pb2.DrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Retain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dualpath.v1.Store/Retain',
+            dualpath_dot_proto_dot_v1_dot_store__pb2.RetainRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_store__pb2.RetainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -114,6 +114,11 @@ class StoreStub:
         dualpath.proto.v1.store_pb2.DrainProgress,
     ]
 
+    Retain: grpc.UnaryUnaryMultiCallable[
+        dualpath.proto.v1.store_pb2.RetainRequest,
+        dualpath.proto.v1.store_pb2.RetainResponse,
+    ]
+
 class StoreAsyncStub:
     OpenNamespace: grpc.aio.UnaryUnaryMultiCallable[
         dualpath.proto.v1.store_pb2.OpenNamespaceRequest,
@@ -204,6 +209,11 @@ class StoreAsyncStub:
     Drain: grpc.aio.UnaryStreamMultiCallable[
         dualpath.proto.v1.store_pb2.DrainRequest,
         dualpath.proto.v1.store_pb2.DrainProgress,
+    ]
+
+    Retain: grpc.aio.UnaryUnaryMultiCallable[
+        dualpath.proto.v1.store_pb2.RetainRequest,
+        dualpath.proto.v1.store_pb2.RetainResponse,
     ]
 
 class StoreServicer(metaclass=abc.ABCMeta):
@@ -333,5 +343,12 @@ class StoreServicer(metaclass=abc.ABCMeta):
         request: dualpath.proto.v1.store_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[dualpath.proto.v1.store_pb2.DrainProgress], collections.abc.AsyncIterator[dualpath.proto.v1.store_pb2.DrainProgress]]: ...
+
+    @abc.abstractmethod
+    def Retain(
+        self,
+        request: dualpath.proto.v1.store_pb2.RetainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dualpath.proto.v1.store_pb2.RetainResponse, collections.abc.Awaitable[dualpath.proto.v1.store_pb2.RetainResponse]]: ...
 
 def add_StoreServicer_to_server(servicer: StoreServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
