@@ -190,7 +190,7 @@ class Panicking:
 def test_an_index_that_has_panicked_is_opened_anew_and_nobody_notices(rig: Rig) -> None:
     rig.put(chain(2))
     rig.store._index._env.close()
-    rig.store._index._env = Panicking()
+    rig.store._index._env = Panicking()  # type: ignore[assignment]
     assert rig.put(chain(4))[2:] == [SealStatus.SEALED] * 2
     assert not rig.troubles
     assert rig.intact(chain(4)) == 4
