@@ -25,7 +25,7 @@ from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.errors import Corrupt, Unavailable
 from numpy.typing import NDArray
 
-_DROPPED_AT_ONCE = 64
+_DROPPED_AT_ONCE = 16
 """Blocks between two chances for others to take the lock."""
 _SCANNED_AT_ONCE = 4096
 """Records between two chances for the committer to take the index."""
@@ -116,14 +116,18 @@ class Invalidator:
     def _written_by(self, scope: InvalidationScope) -> list[BlockRecord]:
         """Durable records of a writer, scanned beside the committer."""
         found = []
+        name = recorded_writer(scope.writer)
+        encoded = name.encode()
         for key, value in self._records(scope.namespace_id):
             if not key.startswith(scope.namespace_id):
                 break
+            if encoded not in value:  # most records, and cheaper than decoding them
+                continue
             try:
                 record = BlockRecord.from_bytes(value)
             except Corrupt:
                 continue
-            if record.writer == recorded_writer(scope.writer):
+            if record.writer == name:
                 found.append(record)
         return found
 
