@@ -5,8 +5,9 @@
  * the columns of the block table, which `bind` lends; so a key costs 10 to 20 bytes here. The
  * upper bits of the hash are the place in the table, hence growing needs no key and keeps the
  * order; it goes on a few slots a change, beside the old table, so that no change takes long.
- * The hash is SipHash-1-3 with a secret seed: nobody can choose keys that collide. */
+ * The hash has a secret seed: nobody can choose keys that collide. */
 #include "parts.h"
+#include "siphash.h"
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -47,37 +48,12 @@ typedef struct {
     const uint8_t *bytes;
 } Key;
 
-/* --- hash ---------------------------------------------------------------------------------- */
-
-#define ROTATE(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
-#define ROUND(v)                                                                                 \
-    do {                                                                                         \
-        v[0] += v[1], v[1] = ROTATE(v[1], 13) ^ v[0], v[0] = ROTATE(v[0], 32);                   \
-        v[2] += v[3], v[3] = ROTATE(v[3], 16) ^ v[2];                                            \
-        v[0] += v[3], v[3] = ROTATE(v[3], 21) ^ v[0];                                            \
-        v[2] += v[1], v[1] = ROTATE(v[1], 17) ^ v[2], v[2] = ROTATE(v[2], 32);                   \
-    } while (0)
-
 static uint32_t tag_of(const KeyIndex *self, const Key *key) {
+    /* The first word has the length, so zeros behind a hash cannot be taken for its end. */
     uint64_t words[1 + HASH_BYTES_MAX / 8] = {0};
-    uint64_t v[4] = {
-        self->seed[0] ^ 0x736f6d6570736575u,
-        self->seed[1] ^ 0x646f72616e646f6du,
-        self->seed[0] ^ 0x6c7967656e657261u,
-        self->seed[1] ^ 0x7465646279746573u,
-    };
     words[0] = (uint64_t)(uint32_t)key->namespace | (uint64_t)key->length << 32;
     memcpy(words + 1, key->bytes, key->length);
-    for (int i = 0; i <= (key->length + 7) / 8; i++) {
-        v[3] ^= words[i];
-        ROUND(v);
-        v[0] ^= words[i];
-    }
-    v[2] ^= 0xff;
-    ROUND(v);
-    ROUND(v);
-    ROUND(v);
-    return (uint32_t)((v[0] ^ v[1] ^ v[2] ^ v[3]) >> 32);
+    return (uint32_t)(siphash(self->seed, words, 1 + (key->length + 7) / 8) >> 32);
 }
 
 /* --- table --------------------------------------------------------------------------------- */
