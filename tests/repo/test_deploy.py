@@ -198,8 +198,8 @@ def test_the_commands_of_a_unit_have_flags_that_exist(root: Path, unit: str) -> 
         args = command_parser(known_commands()[name].load()).parse_args(flags)
         if name in CONFIGS:
             file = root / DEPLOY / Path(args.config).name
-            flags = {**given_flags(args, CONFIGS[name])}
-            read_config(CONFIGS[name], name, file=file, environment={}, flags=flags)
+            given = given_flags(args, CONFIGS[name])
+            read_config(CONFIGS[name], name, file=file, environment={}, flags=given)
     stop = float(re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)[0])
     drained = re.findall(r"--deadline (\d+)s", text)
     waits = [float(seconds) for seconds in drained]
