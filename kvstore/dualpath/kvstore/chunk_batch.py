@@ -97,6 +97,8 @@ class ChunkBatch:
         self._owed: NDArray[np.int32] = _NONE
         """Released while the device held them."""
         self._noted = ~parts.needed
+        self._all_noted = False
+        self._slotted = len(parts.buffers) > 0 and bool((parts.buffers < 0).any())
         self.status = parts.needed.astype(np.uint8)
         assert FetchStatus.UNDER_WAY == 1
         self.status[parts.dead] = FetchStatus.CORRUPT
@@ -215,18 +217,17 @@ class ChunkBatch:
 
     def _note_items(self, items: NDArray[np.int32]) -> None:
         """The reads of these items have ended. Needs the lock; before their pins go."""
-        if self._noted.all():
+        if self._all_noted:
             return
         items = items[~self._noted[items]]
-        if not len(items):
-            return
         self._noted[items] = True
+        self._all_noted = bool(self._noted.all())
         state, parts, table = self._state, self._parts, self._state.table
         good = self.status[items] == FetchStatus.OK
         state.counters.read_bytes[Tier.SSD] += int(parts.nbytes[items[good]].sum())
-        slotted = parts.buffers[parts.reads.of_item[items]] < 0
-        if not slotted.any():
+        if not self._slotted:
             return
+        slotted = parts.buffers[parts.reads.of_item[items]] < 0
         items, good = items[slotted], good[slotted]
         rows = parts.rows[items]
         bits = np.left_shift(np.uint64(1), parts.chunks[items].astype(np.uint64))

@@ -89,10 +89,10 @@ class ChunkFetcher:
         with state.lock:
             state.check_open()
             rows, entry = self._rows(lease_id, of_block, of_chunk)
-            pinned, _ = distinct_rows(rows)
+            pinned, row_of = distinct_rows(rows)
             state.table.pins[pinned] += 1
             try:
-                parts = self._plan(rows, entry, of_chunk)
+                parts = self._plan(rows, entry, of_chunk, pinned, row_of)
                 transfers = self._transfers(parts)
             except BaseException:
                 # Only the wait for the first buffer raises: there is nothing else to give back.
@@ -150,7 +150,12 @@ class ChunkFetcher:
         return rows, entry
 
     def _plan(
-        self, rows: NDArray[np.int32], entry: NamespaceEntry, chunks: NDArray[np.int32]
+        self,
+        rows: NDArray[np.int32],
+        entry: NamespaceEntry,
+        chunks: NDArray[np.int32],
+        pinned: NDArray[np.int32],
+        row_of: NDArray[np.int32],
     ) -> BatchParts:
         """Needs the lock; all rows are pinned. Raises Overloaded. Cuts the batch where the read
         buffers end."""
@@ -181,16 +186,17 @@ class ChunkFetcher:
             rows, chunks, slots = rows[:items], chunks[:items], slots[:items]
             dead, needed, buffered = dead[:items], needed[:items], buffered[:items]
             inside, nbytes = inside[:items], nbytes[:items]
-        offsets = np.where(dead, -1, slots + inside)
-        of_buffered = reads.of_item[buffered]
-        offsets[buffered] = (
-            buffers[of_buffered] + inside[buffered] - inside[reads.first[of_buffered]]
-        )
-        there = ~(dead | needed)
-        if there.any():
-            self._state.counters.read_bytes[Tier.DRAM] += int(nbytes[there].sum())
+            pinned, row_of = distinct_rows(rows)
+        first = reads.first
+        begin = np.where(buffers >= 0, buffers - inside[first], slots[first])
+        if needed.all():
+            offsets = begin[reads.of_item] + inside
+        else:
+            offsets = np.where(dead, -1, slots + inside)
+            offsets[needed] = begin[reads.of_item[needed]] + inside[needed]
+            in_dram = int(nbytes[~(dead | needed)].sum())
+            self._state.counters.read_bytes[Tier.DRAM] += in_dram
         expected = entry.pool.pick(table.checksum_row[rows], chunks)
-        pinned, row_of = distinct_rows(rows)
         return BatchParts(
             rows=rows,
             chunks=chunks,

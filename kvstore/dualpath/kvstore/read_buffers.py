@@ -49,7 +49,7 @@ class ReadBuffers:
             return _NOTHING
         taken = np.array(pieces[-count:], np.int64)
         del pieces[-count:]
-        self._count(taken, 1)
+        self._count((taken - self._base) // FRAME_BYTES, [cut], 1)
         self.used_bytes += count * _piece_bytes(cut)
         return taken
 
@@ -57,20 +57,21 @@ class ReadBuffers:
         """Take buffers back, of any sizes."""
         if not len(offsets):
             return
-        cuts = self._cut[self._count(offsets, -1)]
-        for cut in distinct(cuts):
-            back = offsets[cuts == cut].tolist()
+        frames = (offsets - self._base) // FRAME_BYTES
+        of_each = self._cut[frames]
+        cuts = distinct(of_each)
+        self._count(frames, cuts, -1)
+        for cut in cuts:
+            back = (offsets if len(cuts) == 1 else offsets[of_each == cut]).tolist()
             self._pieces[cut] += back
             self.used_bytes -= len(back) * _piece_bytes(cut)
 
-    def _count(self, offsets: NDArray[np.int64], change: int) -> NDArray[np.int64]:
-        """Note that pieces went or came back; return their frames."""
-        frames = (offsets - self._base) // FRAME_BYTES
-        if len(frames) == 1:
+    def _count(self, frames: NDArray[np.int64], cuts: list[int], change: int) -> None:
+        """Note that pieces of frames that are cut into so many went or came back."""
+        if cuts == [1] or len(frames) == 1:
             self._taken[frames] += change
         else:
             self._taken += change * np.bincount(frames, minlength=len(self._taken))
-        return frames
 
     def _cut_frames(self, cut: int, missing: int) -> None:
         wanted = -(-missing // cut)
