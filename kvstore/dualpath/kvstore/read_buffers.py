@@ -43,7 +43,7 @@ class ReadBuffers:
         cut = FRAME_BYTES // (-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES)
         pieces = self._pieces.setdefault(cut, [])
         if len(pieces) < count:
-            self._cut_frames(cut, count - len(pieces))
+            self._cut_frames(cut, count)
         count = min(count, len(pieces))
         if count == 0:
             return _NOTHING
@@ -73,17 +73,18 @@ class ReadBuffers:
         else:
             self._taken += change * np.bincount(frames, minlength=len(self._taken))
 
-    def _cut_frames(self, cut: int, missing: int) -> None:
-        wanted = -(-missing // cut)
-        if len(self._frames) < wanted:
+    def _cut_frames(self, cut: int, count: int) -> None:
+        """Have `count` pieces of this size, or as many as there are."""
+        pieces = self._pieces[cut]
+        if len(self._frames) * cut < count - len(pieces):
             self._join_frames()
-        if not self._frames:
+        wanted = -(-(count - len(pieces)) // cut)
+        if wanted <= 0 or not self._frames:
             return
         frames = self._frames[-wanted:]
         del self._frames[-wanted:]
         self._cut[frames] = cut
         step = _piece_bytes(cut)
-        pieces = self._pieces[cut]
         for frame in frames:
             start = self._base + frame * FRAME_BYTES
             pieces += range(start + (cut - 1) * step, start - 1, -step)
@@ -94,7 +95,7 @@ class ReadBuffers:
         for cut in np.unique(self._cut[idle]).tolist():
             pieces = np.array(self._pieces[cut], np.int64)
             kept = ~idle[(pieces - self._base) // FRAME_BYTES]
-            self._pieces[cut] = pieces[kept].tolist()
+            self._pieces[cut][:] = pieces[kept].tolist()
         self._cut[idle] = _FREE
         self._frames += np.flatnonzero(idle).tolist()
 
