@@ -20,9 +20,9 @@ from dualpath.client.loopback_cluster import (
     stored,
     wrong_blocks,
 )
+from dualpath.kvstore.fd_file import FdFile
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.fd_file import FdFile
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 
 Run: TypeAlias = Callable[..., None]

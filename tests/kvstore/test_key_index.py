@@ -267,7 +267,7 @@ def test_any_order_of_changes_keeps_all_keys(make: Make) -> None:
     class Machine(IndexMachine):
         pass
 
-    Machine.make = staticmethod(make)  # type: ignore[assignment]
+    Machine.make = staticmethod(make)
     case = Machine.TestCase
     case.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
     case("runTest").runTest()

@@ -156,6 +156,7 @@ def test_every_metric_is_documented(root: Path) -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         if re.fullmatch(r"dualpath_[a-z0-9_]+", node.value)
     }
+    used -= {path.stem for path in root.glob("bench/**/dualpath_*.py")}  # modules, not metrics
     assert not used - documented, sorted(used - documented)
     listed = set(
         re.findall(r"^\| `(dualpath_[a-z0-9_]+)` \|", (root / OPERATIONS).read_text("utf-8"), re.M)

@@ -231,6 +231,17 @@ def test_deadlines_of_grants_that_are_over_do_not_pile_up_behind_one_that_waits(
     assert queue.next_deadline() == 1.0
 
 
+def _drawn(data: st.DataObject, grant_id: int, now: float) -> Grant:
+    return _grant(
+        grant_id,
+        data.draw(st.integers(1, 6)),
+        data.draw(st.sampled_from(list(Lane))),
+        now + data.draw(st.floats(0.1, 20)),
+        data.draw(st.sampled_from([CHUNK, CHUNK // 3])),
+        data.draw(st.integers(1, 2)),
+    )
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PLR0912
@@ -260,14 +271,7 @@ def test_every_chunk_lands_or_is_reported_once_and_the_bytes_add_up(  # noqa: PL
         action = data.draw(st.sampled_from(["add", "next", "finish", "cancel", "time", "collect"]))
         name = data.draw(st.sampled_from(names))
         if action == "add":
-            grant = _grant(
-                next_id,
-                data.draw(st.integers(1, 6)),
-                data.draw(st.sampled_from(list(Lane))),
-                now + data.draw(st.floats(0.1, 20)),
-                data.draw(st.sampled_from([CHUNK, CHUNK // 3])),
-                data.draw(st.integers(1, 2)),
-            )
+            grant = _drawn(data, next_id, now)
             queue.add(name, grant)
             assert grant.granted is not None
             granted.update((name, tag) for tag in grant.granted.tags)

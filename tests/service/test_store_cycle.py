@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 import pytest
-from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.fd_file import FdFile
+from dualpath.kvstore.layout import KVLayout
 from dualpath.proto.status import error_of
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.region import RegionDescriptor

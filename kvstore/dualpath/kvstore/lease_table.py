@@ -10,7 +10,6 @@ from dualpath.kvstore.mapping_table import Mapping
 from dualpath.transfer.errors import LeaseExpired, Overloaded, PermissionDenied
 from numpy.typing import NDArray
 
-
 LEASED_BLOCKS_MAX = 1 << 26
 """Four bytes each: what leases take is bounded by 256 MiB."""
 

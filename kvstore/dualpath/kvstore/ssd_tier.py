@@ -201,9 +201,8 @@ class SsdTier:
         if (segments == segments[0]).all():
             segment = int(segments[0])
             one = self._geometry[segment]
-            index = np.zeros(len(segments), np.int32)
             offsets = inside + one.data_offset + slots.astype(np.int64) * one.slot_bytes
-            return [self._files[segment]], index, offsets
+            return [self._files[segment]], np.zeros(len(segments), np.int32), offsets
         known, index = np.unique(segments, return_inverse=True)
         geometry = [self._geometry[segment] for segment in known.tolist()]
         starts = np.array([g.data_offset for g in geometry], np.int64)[index]
