@@ -49,7 +49,7 @@ def runs(first: NDArray[np.int32], count: NDArray[np.int32]) -> NDArray[np.int32
     if (count == 1).all():
         return first
     ends = count.cumsum(dtype=np.int32)
-    numbers = (first - ends + count).repeat(count)
+    numbers: NDArray[np.int32] = (first - ends + count).repeat(count)
     numbers += np.arange(len(numbers), dtype=np.int32)
     return numbers
 
@@ -68,9 +68,9 @@ def distinct_rows(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[n
         return rows, np.zeros(len(rows), np.int32)
     steps = rows[1:] - rows[:-1]
     if steps.min() < 0:
-        found, of_item = np.unique(rows, return_inverse=True)
-        return found, of_item.astype(np.int32)
-    of_item = np.zeros(len(rows), np.int32)
+        found, inverse = np.unique(rows, return_inverse=True)
+        return found, inverse.astype(np.int32)
+    of_item: NDArray[np.int32] = np.zeros(len(rows), np.int32)
     (steps > 0).cumsum(dtype=np.int32, out=of_item[1:])
     if of_item[-1] == len(rows) - 1:
         return rows, of_item
