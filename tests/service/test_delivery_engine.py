@@ -76,7 +76,7 @@ class _Rig:
         self.loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
         self.engine.open(
-            "client", self.sender, lambda: _quietly(self.loop.call_soon_threadsafe, self.news.set)
+            "client", self.sender, lambda _: _quietly(self.loop.call_soon_threadsafe, self.news.set)
         )
 
     def grant(self, chunks: int, deadline_s: float = 10.0, nbytes: int = 4096) -> Grant:

@@ -192,12 +192,13 @@ class DaemonLink:
         self.link.send(store_pb2.DeliverRequest(lease_id=lease_id, ticket=ticket, grant=grant))
         return self._grants.add(on_progress)
 
-    def cancel(self, grant_ids: Iterable[int]) -> None:
-        """Spare the daemon work that nobody wants any more; no answer is awaited."""
+    def cancel(self, grant_ids: Iterable[int], *, landed: bool = False) -> None:
+        """Spare the daemon work that nobody wants any more, unless all of it is done (`landed`);
+        no answer is awaited."""
         known = self._grants.forget(grant_ids)
         if self.mounted is not None:
             known += self._grants.forget(self.mounted.cancel(known))
-        if known and self.up:
+        if known and self.up and not landed:
             self.link.send(store_pb2.DeliverRequest(cancel_grant_id=known))
 
     # Unary calls. All raise the errors of dualpath.transfer.errors.

@@ -211,7 +211,8 @@ class DaemonLoads:
         load_id = load.spec.load_id
         for window in load.windows.values():
             window.close()
-            self._routes.cancel(load, window.path, window.grant_ids)
+            landed = not window.outstanding
+            self._routes.cancel(load, window.path, window.grant_ids, landed=landed)
         extra = {
             name: count
             for name, count in self.dispatcher.events(load_id).items()

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 log = logging.getLogger(__name__)
 
 TICKET_S_MAX = 600.0
+RELEASE_PAUSE_S = 0.01
+"""Leases that end within this time are released together."""
 RETRY_S = 0.01
 """Pause after a call that failed with its session, until the link notices."""
 
@@ -40,6 +42,7 @@ class LoadRefresh:
         self._relays = relays
         self._lease_s = lease_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._over: list[int] = []
 
     def ready(self, load: ActiveLoad, path: str) -> bool:
         """Whether grants of this load may be sent on a path now."""
@@ -157,17 +160,27 @@ class LoadRefresh:
         )
 
     def release(self, load: ActiveLoad) -> None:
-        """The load ended: give its lease back."""
-        if load.lease_id and self._daemon.up:
-            self._start(self._release(load), f"release {load.spec.load_id}")
-
-    async def _release(self, load: ActiveLoad) -> None:
+        """The load ended: give its lease back, with those of others that end now."""
+        if not load.lease_id or not self._daemon.up:
+            return
         if load.reports:
-            await asyncio.wait(load.reports)
+            self._start(self._release_after(load), f"release {load.spec.load_id}")
+            return
+        self._over.append(load.lease_id)
+        if len(self._over) == 1:
+            asyncio.get_running_loop().call_later(RELEASE_PAUSE_S, self._release)
+
+    async def _release_after(self, load: ActiveLoad) -> None:
+        await asyncio.wait(load.reports)
         await self._daemon.release((load.lease_id,))
 
+    def _release(self) -> None:
+        over, self._over = self._over, []
+        if over and self._daemon.up:
+            self._start(self._daemon.release(over), f"release {len(over)} leases")
+
     def close(self) -> None:
-        """Cancel what is under way."""
+        """Cancel what is under way; leases end with the session."""
         for task in tuple(self._tasks):
             task.cancel()
 

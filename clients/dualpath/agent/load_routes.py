@@ -64,14 +64,18 @@ class LoadRoutes:
             return self._self_relay.submit(self.daemon, load.lease_id, grant, on_progress)
         return self.daemon.deliver(grant, on_progress, lease_id=load.lease_id)
 
-    def cancel(self, load: ActiveLoad, path: str, grant_ids: Iterable[int]) -> None:
-        """Spare the other side work that nobody wants any more."""
+    def cancel(
+        self, load: ActiveLoad, path: str, grant_ids: Iterable[int], *, landed: bool = False
+    ) -> None:
+        """Spare the other side work that nobody wants any more; with `landed` all of it is done,
+        though the other side has not said so yet."""
         if path in self.relays:
-            self.relays[path].cancel(grant_ids)
+            if not landed:
+                self.relays[path].cancel(grant_ids)
         elif load.entry.behind_compute_link:
             self._self_relay.cancel(grant_ids)
         else:
-            self.daemon.cancel(grant_ids)
+            self.daemon.cancel(grant_ids, landed=landed)
 
     def renew(self, path: str, reason: str) -> None:
         """Make the link of a path anew."""

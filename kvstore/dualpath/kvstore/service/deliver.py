@@ -48,6 +48,8 @@ JOIN_S_MAX = 5.0
 IDLE_S_MAX = 1.0
 """Longest sleep of a reader, a safety net under its wake-ups."""
 FAILURES_PER_REPORT = 4096
+OnReport = Callable[[bool], None]
+"""Told whether the news is of failures, rather than of a grant that is done."""
 BATCHES_INFLIGHT = 2
 """Batches that an attachment's bytes in flight make up: one is sent while the next is read."""
 TURN_BYTES = 1 << 20
@@ -111,7 +113,7 @@ class _Receiver:
     name: str
     principal: str
     transport: Transport
-    on_report: Callable[[], None]
+    on_report: OnReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,11 @@ class DeliveryEngine:
             batch_bytes=config.attachment_inflight_bytes // BATCHES_INFLIGHT,
             turn_bytes=TURN_BYTES,
         )
-        self._wake = threading.Condition()
+        lock = threading.Lock()  # guards what follows
+        self._wake = threading.Condition(lock)
+        """There is something to read, or the end."""
+        self._quiet = threading.Condition(lock)
+        """Nothing is in flight, or nothing pending any more."""
         self._receivers: dict[str, _Receiver] = {}
         self._closed = False
         self._draining = False
@@ -172,7 +178,7 @@ class DeliveryEngine:
         self,
         peer: str,
         transport: Transport,
-        on_report: Callable[[], None],
+        on_report: OnReport,
         *,
         name: str = "",
         principal: str = "",
@@ -190,6 +196,7 @@ class DeliveryEngine:
             self._queue.close(peer)
             self._receivers.pop(peer, None)
             self._wake.notify_all()
+            self._quiet.notify_all()
 
     def submit(self, peer: str, grant: Grant) -> None:
         """Queue a grant. Raises InvalidRequest, Overloaded; PeerLost cannot happen here."""
@@ -206,15 +213,16 @@ class DeliveryEngine:
         with self._wake:
             self._queue.refuse(peer, grant_id, tags, failure, detail)
             receiver = self._receivers[peer]
-        receiver.on_report()
+        receiver.on_report(True)
 
     def cancel(self, peer: str, grant_id: int) -> bool:
         """Drop what waits of a grant; False if the grant is unknown or done."""
         with self._wake:
             known = self._queue.cancel(peer, grant_id)
+            self._quiet.notify_all()
             receiver = self._receivers[peer]
         if known:
-            receiver.on_report()
+            receiver.on_report(True)
         return known
 
     def reports(self, peer: str) -> list[Progress]:
@@ -258,12 +266,12 @@ class DeliveryEngine:
         """Refuse new grants and wait until nothing is pending; False if the time ran out."""
         with self._wake:
             self._draining = True
-            return self._wake.wait_for(lambda: self._queue.pending_bytes == 0, deadline_s)
+            return self._quiet.wait_for(lambda: self._queue.pending_bytes == 0, deadline_s)
 
     def wait_idle(self, deadline_s: float) -> bool:
         """Wait until nothing is in flight, so that no chunk's buffer is held any more."""
         with self._wake:
-            return self._wake.wait_for(lambda: self._queue.inflight_bytes == 0, deadline_s)
+            return self._quiet.wait_for(lambda: self._queue.inflight_bytes == 0, deadline_s)
 
     def close(self) -> None:
         """Drop all queues and join the readers. Writes in flight still complete later."""
@@ -273,6 +281,7 @@ class DeliveryEngine:
                 self._queue.close(peer)
             self._receivers.clear()
             self._wake.notify_all()
+            self._quiet.notify_all()
         for thread in self._threads:
             thread.join(JOIN_S_MAX)
 
@@ -296,9 +305,9 @@ class DeliveryEngine:
                     wait_s = IDLE_S_MAX if deadline is None else max(0.0, deadline - now)
                     self._wake.wait(min(IDLE_S_MAX, wait_s))
                 elif self._queue.pending_bytes == 0:
-                    self._wake.notify_all()  # drain may be over
+                    self._quiet.notify_all()
             for receiver in late:
-                receiver.on_report()
+                receiver.on_report(True)
 
     def _start(self, job: Delivery) -> None:
         """Read the chunks of a delivery and send them on as they come."""
@@ -339,7 +348,8 @@ class DeliveryEngine:
                 arrived = fetched.arrived(IDLE_S_MAX)
                 if len(arrived) < len(left):
                     with self._wake:  # a medium is at work: others may read meanwhile
-                        self._wake.notify()
+                        if self._queue.queued_bytes:
+                            self._wake.notify()
                 sending = _Sending(receiver.name, receiver.principal, picked_at, self._clock())
                 left.difference_update(arrived.tolist())
                 status = fetched.status[arrived]
@@ -448,11 +458,11 @@ class DeliveryEngine:
             news = self._queue.finished(job, indices, failures, detail)
             receiver = self._receivers.get(job.peer) if news else None
             if self._queue.inflight_bytes == 0 or self._draining:
-                self._wake.notify_all()
-            else:
+                self._quiet.notify_all()
+            if self._queue.queued_bytes:
                 self._wake.notify()
         if receiver is not None:
-            receiver.on_report()
+            receiver.on_report(bool(failures))
 
 
 def _runs(indices: Sequence[int]) -> Iterator[range]:

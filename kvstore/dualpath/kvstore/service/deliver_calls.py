@@ -35,6 +35,8 @@ from dualpath.transfer.errors import (
 
 FIRST_MESSAGE_S_MAX = 10.0
 CANCELS_MAX = 4096
+DONE_PAUSE_S = 0.005
+"""Grants that are done are reported together: their receiver knows of the chunks already."""
 # What refuses a grant alone, most specific first. While the daemon stops, another path serves.
 _REFUSALS: tuple[tuple[type[DualPathError], ChunkFailure], ...] = (
     (PermissionDenied, ChunkFailure.DENIED),
@@ -198,6 +200,7 @@ class _Stream:
         self._attachment = attachment
         self._ended = False
         self.wake = asyncio.Event()
+        self._telling = False
         self._stopped: Unavailable | None = None
         self.reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -240,10 +243,24 @@ class _Stream:
                 if engine.open_grants(peer) == 0:
                     return
 
-    def _news(self) -> None:
+    def _news(self, failed: bool) -> None:
         """The engine has reports. From any thread."""
+        if failed:
+            call = self.wake.set
+        elif self._telling:
+            return
+        else:
+            self._telling = True
+            call = self._tell_soon
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody to tell
-            self._loop.call_soon_threadsafe(self.wake.set)
+            self._loop.call_soon_threadsafe(call)
+
+    def _tell_soon(self) -> None:
+        self._loop.call_later(DONE_PAUSE_S, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = False  # first: what comes from now on is told again
+        self.wake.set()
 
     def stop(self) -> None:
         """The daemon stops: end the stream once what is known was reported."""
