@@ -8,7 +8,7 @@ be done with a row: `verdict`. Needs the store's lock; does no I/O. Pure.
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -33,9 +33,8 @@ class TierOrder:
         self._verdict = verdict
         self._groups: dict[tuple[int, int], int] = {}
         self._group_of: list[tuple[int, int]] = []
-        # Rows that were refused as spare, each once, in the order of the policy.
-        self._spare: list[deque[int]] = []
-        self._is_spare: set[int] = set()
+        # Of each group the rows that were refused as spare, in the order of the policy.
+        self._spare: list[OrderedDict[int, None]] = []
 
     def sizes(self, bucket: int) -> list[int]:
         """Size classes of which the bucket has or had rows."""
@@ -74,7 +73,10 @@ class TierOrder:
 
     def leave(self, row: int, key: int = 0) -> None:
         """A row has left; with `key` because it had to make way."""
-        self.policy.remove(row, key)
+        group = self.policy.group_of(row)
+        if group != NONE:
+            self._spare[group].pop(row, None)
+            self.policy.remove(row, key)
 
     def victim(
         self, buckets: Sequence[int], slot_bytes: int, *, any_size: bool, spare: bool
@@ -95,26 +97,24 @@ class TierOrder:
         return self.policy.victim(group, lambda row: self._may_go(group, row))
 
     def _next_spare(self, group: int) -> int:
-        queue = self._spare[group]
-        while queue:
-            row = queue[0]
-            if self.policy.group_of(row) == group and self._verdict(row) is not Verdict.STAY:
+        spare = self._spare[group]
+        while spare:
+            row = next(iter(spare))
+            if self._verdict(row) is not Verdict.STAY:
                 return row
             # It will be refused, and noted, again when its turn comes again.
-            queue.popleft()
-            self._is_spare.discard(row)
+            del spare[row]
         return NONE
 
     def _group(self, bucket: int, slot_bytes: int) -> int:
         group = self._groups.get((bucket, slot_bytes))
         if group is None:
             group = self._groups[bucket, slot_bytes] = len(self._spare)
-            self._spare.append(deque())
+            self._spare.append(OrderedDict())
         return group
 
     def _may_go(self, group: int, row: int) -> bool:
         verdict = self._verdict(row)
-        if verdict is Verdict.SPARE and row not in self._is_spare:
-            self._is_spare.add(row)
-            self._spare[group].append(row)
+        if verdict is Verdict.SPARE:
+            self._spare[group][row] = None
         return verdict is Verdict.GO
