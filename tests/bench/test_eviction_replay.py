@@ -160,6 +160,7 @@ def test_generated_sessions_are_the_same_for_a_seed() -> None:
     assert len(one) > 1000
 
 
+@pytest.mark.slow
 def test_the_report_has_each_policy_beside_the_bound() -> None:
     config = EvictionConfig(capacities=(0.01, 1500), seed=3)
     report = replay(config, Progress())

@@ -28,6 +28,7 @@ def soak(tmp_path: Path, *arguments: str) -> dict[str, dict[str, object]]:
     return parts
 
 
+@pytest.mark.slow
 def test_a_few_power_losses_lose_nothing_and_a_store_that_does_not_sync_is_caught(
     tmp_path: Path,
 ) -> None:

@@ -164,7 +164,14 @@ def run(tmp_path: Path, *words: str) -> tuple[int, dict[str, dict[str, object]]]
     return status, json.loads(out.read_text()) if out.exists() else {}
 
 
-@pytest.mark.parametrize("section", ["cold_read_256k", "write", "mixed"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        "cold_read_256k",
+        pytest.param("write", marks=pytest.mark.slow),
+        pytest.param("mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_quick_run_of_a_disk_section_verifies_its_bytes(tmp_path: Path, section: str) -> None:
     status, found = run(tmp_path, "--quick", "--only", section)
     assert status == EXIT_OK, found
