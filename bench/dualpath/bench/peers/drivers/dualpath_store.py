@@ -21,7 +21,7 @@ from dualpath.bench import serving
 from dualpath.bench.store.batch_reader import BatchReader
 from dualpath.client.blocking import BlockingKVClient
 from dualpath.client.local_store import LocalStore
-from dualpath.kvstore.block_copy import copy_blocks, copy_blocks_hashed
+from dualpath.kvstore.block_copy import copy_blocks_hashed
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.layout import KVLayout
@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 
 SPARE_BYTES = 512 << 20
 READ_BUFFERS_BYTES = 128 << 20
-BATCH_BYTES = 32 << 20
 LEASE_S = 60.0
 DEADLINE_S = 60.0
 _OWNER = "bench"
@@ -161,7 +160,7 @@ class Disk(Embedded):
         # What was just written is still in DRAM; what is opened again is not.
         self._store.close()
         self._store = BlockStore.open(self._folder / "data", self._config())
-        self._reader = BatchReader(self._store, self._layout, BATCH_BYTES)
+        self._reader = BatchReader(self._store, self._layout, PIECE_BYTES, verify=False)
 
     def get(self, keys: list[str], places: list[memoryview]) -> None:
         hit = self._store.lookup(
@@ -174,7 +173,12 @@ class Disk(Embedded):
             block, chunk = np.divmod(items + first, count)
             at = block.astype(np.int64) * self._block_bytes + chunk * chunk_bytes
             nbytes = int(batch.nbytes[items[0]])
-            copy_blocks(target, at, batch.region.view, batch.offsets[items], nbytes)
+            # Copied and hashed in one pass; so the store need not hash before.
+            arrived = copy_blocks_hashed(
+                target, at, batch.region.view, batch.offsets[items], nbytes, nbytes
+            )
+            if not np.array_equal(arrived[:, 0], hit.checksums[block, chunk]):
+                raise RuntimeError("a checksum is wrong")
 
         try:
             if hit.blocks != len(keys):
