@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dualpath.bench.document import put_figures
+from dualpath.bench.machine import busy_line
 from dualpath.bench.table import Row, markdown_table
 from dualpath.transfer.errors import InvalidRequest
 
@@ -74,6 +75,7 @@ def headline(store: Json, peers: Json) -> str:
             f"{store.get('rounds')} interleaved rounds; peers by gets of {BLOCKS} blocks on "
             f"{peers.get('date')}, ours in the same run in brackets.",
             markdown_table(_HEADINGS, list(_rows(store, peers))),
+            *(text[0].upper() + text[1:] + "." for text in (busy_line(machine),) if text),
         ]
     )
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("dualpath", "grpcio", "protobuf", "lmdb", "numpy", "xxhash")
+BUSY_LOAD = 0.5
+"""Load average a core beyond which a run is marked: others took part of the machine."""
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
@@ -24,6 +27,17 @@ def describe_machine() -> dict[str, object]:
         "processor": _processor(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def busy_line(machine: Mapping[str, object]) -> str:
+    """What to say of figures taken beside other work; "" if the machine was free."""
+    load, cores = machine.get("load_average"), machine.get("cores")
+    if isinstance(load, float) and isinstance(cores, int) and load > BUSY_LOAD * cores:
+        return (
+            f"the machine was busy when it began (load average {load:.1f} on {cores} cores): "
+            "measure again when it is free"
+        )
+    return ""
 
 
 def describe_storage(path: Path) -> dict[str, object]:

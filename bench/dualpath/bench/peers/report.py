@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from dualpath.bench.machine import busy_line
 from dualpath.bench.peers.catalogue import Reach
 from dualpath.bench.peers.comparison import Comparison, Row
 from dualpath.bench.table import Row as Cells
@@ -120,6 +121,7 @@ def summary(report: PeersReport) -> list[str]:
 def verdict(report: PeersReport) -> Iterator[str]:
     """Ours beside the fastest peer, by size; and what failed."""
     comparison = report.comparison
+    yield from (text for text in (busy_line(report.machine),) if text)
     for row in comparison.rows:
         if not row.entry.ours or not row.runs:
             continue

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from dualpath.bench.machine import busy_line
 from dualpath.bench.store.section import JUDGED_ROUNDS_MIN, SECTIONS, Figures, Section
 from dualpath.bench.table import Row, markdown_table, print_table
 
-BUSY_LOAD = 0.5
-"""Load average a core beyond which the run is marked: others took part of the machine."""
 HEADINGS = ("section", "figure", "value", "target", "")
 
 
@@ -109,9 +108,7 @@ def summary(report: StoreReport) -> list[str]:
 def verdict(report: StoreReport) -> list[str]:
     """What to say at the end."""
     lines = [f"failed: {failure}" for failure in report.failures]
-    load, cores = report.machine.get("load_average"), report.machine.get("cores")
-    if isinstance(load, float) and isinstance(cores, int) and load > BUSY_LOAD * cores:
-        lines.append(f"the machine was busy when it began: load average {load:.1f}, {cores} cores")
+    lines += [text for text in (busy_line(report.machine),) if text]
     lines += [f"missed: {miss}" for miss in report.misses]
     lines += [f"note: {note}" for note in report.notes]
     if not report.judged:
