@@ -56,7 +56,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    int fd, busy, writing, fixed;
+    int fd, busy, writing, fixed, cancelled;
     unsigned depth;
     unsigned char *rings;
     size_t rings_bytes, sqes_bytes;
@@ -140,7 +140,8 @@ static void complete(Ring *ring, uint32_t number, int result) {
     Slot *slot = &ring->slots[number];
     ring->flying--;
     if (result < 0) {
-        int again = result == -EINTR || result == -EAGAIN;
+        /* A cancel that came late from the batch before is no reason to fail this one. */
+        int again = result == -EINTR || result == -EAGAIN || (result == -ECANCELED && !ring->cancelled);
         if (again && ++slot->stalls <= STALLS_MAX) {
             ring->again[ring->again_count++] = number;
         } else {
@@ -492,6 +493,7 @@ static int start_batch(Ring *ring, const Arrays *arrays, PyObject *memory, PyObj
     }
     ring->fixed = ring->registered.obj != NULL && ring->registered.buf == ring->memory.buf &&
                   ring->memory.len <= ring->registered.len;
+    ring->cancelled = 0;
     ring->count = ring->pending = (uint32_t)count;
     return 1;
 }
@@ -612,7 +614,8 @@ static PyObject *ring_cancel(PyObject *self, PyObject *unused) {
         ring->ended[ring->ended_count++] = ring->next++;
         ring->pending--;
     }
-    if (ring->flying) {
+    ring->cancelled = 1;
+    if (ring->flying && ring->unsubmitted <= ring->sq_mask) {
         struct io_uring_sqe *entry = next_entry(ring, &index);
         entry->opcode = IORING_OP_ASYNC_CANCEL;
         entry->fd = -1;

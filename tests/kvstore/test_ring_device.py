@@ -229,6 +229,20 @@ def test_a_cancelled_batch_leaves_a_ring_that_works(device: RingDevice, pipe: Pi
 
 
 @needs_ring
+def test_many_cancels_are_as_one(tmp_path: Path, pipe: Pipe) -> None:
+    device = ring_device(tmp_path, depth=1)
+    progress = device.read_batch(batch_of(pipe.file, pages(2), 2))
+    for _ in range(50):
+        progress.cancel()
+    assert finish(progress, 2) == [errno.ECANCELED] * 2
+    memory = pages(1)
+    progress = device.read_batch(batch_of(pipe.file, memory, 1))
+    os.write(pipe.writer, bytes([3]) * ALIGN_BYTES)
+    assert finish(progress, 1) == [0]
+    device.close()
+
+
+@needs_ring
 def test_a_batch_waits_for_a_ring_when_all_stand_still(tmp_path: Path) -> None:
     device = ring_device(tmp_path)
     pipes = [Pipe() for _ in range(RINGS_MAX)]

@@ -219,10 +219,15 @@ class ChunkBatch:
         """The reads of these items have ended. Needs the lock; before their pins go."""
         if self._all_noted:
             return
+        state, parts, table = self._state, self._parts, self._state.table
+        if items is self._all and not self._slotted and self.ok and not self._noted.any():
+            # The usual end of a batch: all of it was read into buffers, and is right.
+            self._all_noted = True
+            state.counters.read_bytes[Tier.SSD] += int(parts.nbytes.sum())
+            return
         items = items[~self._noted[items]]
         self._noted[items] = True
         self._all_noted = bool(self._noted.all())
-        state, parts, table = self._state, self._parts, self._state.table
         good = self.status[items] == FetchStatus.OK
         state.counters.read_bytes[Tier.SSD] += int(parts.nbytes[items[good]].sum())
         if not self._slotted:
