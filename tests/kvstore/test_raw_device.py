@@ -19,7 +19,7 @@ from dualpath.kvstore.device_conformance import check_device
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_repair import FsckRepair
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.raw_device import RawDevice
+from dualpath.kvstore.raw_device import RawDevice, owner_of
 from dualpath.kvstore.raw_table import (
     COPY_BYTES,
     DATA_OFFSET,
@@ -119,17 +119,38 @@ def test_files_are_found_again_and_hold_their_bytes(place: Path) -> None:
 def test_a_torn_table_leaves_the_one_before(place: Path) -> None:
     device = RawDevice(place, owner="one")
     device.create("old", MIB).close()
-    newest = device._table.generation
+    before = place.read_bytes()[: 2 * COPY_BYTES]
     device.create("new", MIB).close()
+    newest = device._table.generation
     device.close()
+    first, second = newest % 2 * COPY_BYTES, (newest + 1) % 2 * COPY_BYTES
     with place.open("r+b") as file:
-        file.seek((newest + 1) % 2 * COPY_BYTES + ALIGN_BYTES)
+        file.seek(first + ALIGN_BYTES)
         file.write(bytes(ALIGN_BYTES))
+        file.seek(second)
+        file.write(before[second : second + COPY_BYTES])
     device = RawDevice(place, owner="one")
     assert device.names() == ("old",)
     device.create("newer", MIB).close()
     device.close()
     assert RawDevice(place, owner="one").names() == ("newer", "old")
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_one_rotten_copy_of_the_table_loses_nothing(place: Path, copy: int) -> None:
+    device = RawDevice(place, owner="one")
+    device.create("a", MIB).close()
+    device.create("b", MIB).close()
+    device.close()
+    with place.open("r+b") as file:
+        file.seek(copy * COPY_BYTES + 20)
+        file.write(b"?")
+    assert owner_of(place) == ("one", 1)
+    device = RawDevice(place, owner="one")
+    assert device.names() == ("a", "b")
+    device.create("c", MIB).close()
+    device.close()
+    assert owner_of(place) == ("one", 0), "the next change writes both"
 
 
 def test_an_extent_is_not_given_to_another_file_while_one_is_open(place: Path) -> None:

@@ -196,8 +196,10 @@ class RawDevice:
         data = new.to_bytes()
         buffer = page_buffer(len(data))
         buffer[:] = data
-        self._move(new.generation % COPIES * COPY_BYTES, buffer, reading=False)
-        os.fdatasync(self._fd)
+        # One copy is whole at any time; in the end both are, so that one of them may rot.
+        for number in range(new.generation, new.generation + COPIES):
+            self._move(number % COPIES * COPY_BYTES, buffer, reading=False)
+            os.fdatasync(self._fd)
         self._table = new
 
     def _clear(self, extent: Extent) -> None:

@@ -4,8 +4,9 @@
     1 MiB    copy B
     2 MiB    extents, each 1 MiB-aligned
 
-A change is written to the copy that is not the newest, under the next generation, so that a
-torn write leaves the other copy. The CRC covers the header and the entries in use.
+A change is written to one copy, synced, and then to the other, under the next generation: a crash
+leaves one that is whole, and later one of them may rot. The CRC covers the header and the entries
+in use.
 """
 
 from __future__ import annotations
