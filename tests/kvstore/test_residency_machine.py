@@ -96,6 +96,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             row = int(self.table.parent[row])
         return np.array(found[::-1], np.int32)
 
+    def forget_giver(self) -> None:
+        self.first_giver = None
+
     def entry(self, row: int) -> NamespaceEntry:
         return self.catalog.entry_of(row)
 
@@ -165,7 +168,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             and self.residency.dram.bucket(self.entry(row)) == self.residency.dram.bucket(entry)
             and self.table.slot_bytes[row] == size
         }
-        self.first_giver = None
+        self.forget_giver()
         outcome = self.residency.reserve(entry, b"%032d" % self.number, parent, "owner")
         gone = present - set(self.rows(RowState.PRESENT))
         inner = {row for row in kept if row in gone and not self.table.leases[row]}
