@@ -342,10 +342,30 @@ def test_a_store_on_a_raw_device_is_checked_and_repaired(tmp_path: Path, damage:
     flip(raw, 20)
     report = check(path)
     assert (report.problems, report.counts[FsckCode.RAW_TABLE_DAMAGED]) == (0, 1)
+    flip(raw, (1 << 20) + 20)
+    assert check(path).counts[FsckCode.RAW_TABLE_LOST] == 1
+    for copy in (0, 1 << 20):
+        flip(raw, copy + 20)
     moved = tmp_path / "elsewhere"
     raw.rename(moved)
     with Fsck(path, raw_device=str(moved)) as fsck:
         assert not fsck.check().problems
+
+
+def test_a_raw_device_that_is_still_blank_is_no_problem(tmp_path: Path) -> None:
+    path, raw = tmp_path / "data", tmp_path / "raw"
+    with raw.open("wb") as file:
+        file.truncate(8 << 20)
+    config = dataclasses.replace(CONFIG, raw_device=str(raw))
+    BlockStore.open(path, config).close()
+    with raw.open("r+b") as file:
+        file.write(bytes(2 << 20))
+    assert not check(path).findings
+    with BlockStore.open(path, config) as store:
+        put(store, SMALL, SMALL_HASHES)
+    with raw.open("r+b") as file:
+        file.write(bytes(2 << 20))
+    assert check(path).counts[FsckCode.RECORD_MISPLACED] == len(SMALL_HASHES)
 
 
 def test_two_blocks_in_one_slot_leave_one_of_them(data: Path) -> None:

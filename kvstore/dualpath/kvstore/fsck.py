@@ -233,40 +233,50 @@ class Fsck:
 
     def _check_segments(self) -> None:
         device = self.open_device(read_only=True)
-        if device is None:
-            return
         try:
             self._check_segments_on(device)
         finally:
-            device.close()
+            if device is not None:
+                device.close()
+        self._check_parents()
 
     def open_device(self, *, read_only: bool) -> PsyncDevice | RawDevice | None:
-        """The device of the segments, for one user at a time; None if there is none. Raises what
-        RawDevice raises."""
+        """The device of the segments, for one user at a time; None if there is none that can be
+        used. Raises InvalidRequest (another store's device), OSError."""
         if self.raw_device:
-            owner, damaged = owner_of(self.raw_device)
-            if damaged and read_only:
-                text = "a copy of the table is damaged, the other one is used"
-                self.report.add(FsckCode.RAW_TABLE_DAMAGED, self.raw_device, text)
-            owner = self._store_id or owner
-            return RawDevice(self.raw_device, owner=owner, read_only=read_only)
+            return self._open_raw_device(read_only=read_only)
         if not (self.path / "segments").is_dir():
             return None
         return PsyncDevice(self.path / "segments", direct=read_only, read_only=read_only)
 
-    def _check_segments_on(self, device: Device) -> None:
-        check = SegmentCheck(device, self.report, self._progress)
-        self.state.segments = {segment.number: segment for segment in check.superblocks()}
+    def _open_raw_device(self, *, read_only: bool) -> RawDevice | None:
+        try:
+            owner, damaged = owner_of(self.raw_device)
+        except Corrupt as error:
+            if read_only:
+                self.report.add(FsckCode.RAW_TABLE_LOST, self.raw_device, str(error))
+            return None
+        if not owner:
+            return None  # blank: a crash came before its first table
+        if damaged and read_only:
+            text = "a copy of the table is damaged, the other one is used"
+            self.report.add(FsckCode.RAW_TABLE_DAMAGED, self.raw_device, text)
+        return RawDevice(self.raw_device, owner=self._store_id or owner, read_only=read_only)
+
+    def _check_segments_on(self, device: Device | None) -> None:
+        check = None
+        if device is not None:
+            check = SegmentCheck(device, self.report, self._progress)
+            self.state.segments = {segment.number: segment for segment in check.superblocks()}
         places = self._places()
         self._done, self._total = 0, self._readable_bytes(places)
         for number, segment in sorted(self.state.segments.items()):
-            if segment.geometry is None:
+            if segment.geometry is None or check is None:
                 continue
             keys = places.get(number, {})
             raw = {slot: self.state.records[key] for slot, key in keys.items()}
             for slot in check.contents(segment, raw, self.state.layouts):
                 self._bad(keys[slot])
-        self._check_parents()
 
     def _places(self) -> dict[int, dict[int, bytes]]:
         """Keys by segment and slot; of two that claim one slot, the later one."""

@@ -89,7 +89,7 @@ class FsckRepair:
             kept = directory_format.set_aside(self._path, self._path / "META")
             # Of an unknown format: the oldest is brought up to date by the next opening.
             raw = self._fsck.raw_device
-            store_id = owner_of(raw)[0] if raw else uuid.uuid4().hex
+            store_id = (owner_of(raw)[0] if raw else "") or uuid.uuid4().hex
             directory_format.write_meta(self._path, Meta(1, store_id))
             self._did(f"META is written anew, with the id {store_id}; the old one is {kept}")
 

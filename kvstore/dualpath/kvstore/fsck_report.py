@@ -32,6 +32,8 @@ class FsckCode(enum.Enum):
     SUPERBLOCK_DAMAGED = "superblock_damaged"
     SEGMENT_SIZE = "segment_size"
     SEGMENT_UNREADABLE = "segment_unreadable"
+    RAW_TABLE_LOST = "raw_table_lost"
+    """Neither copy of a raw device's table is whole: nobody knows where its segments are."""
     HEADER_DAMAGED = "header_damaged"
     """The header of a stored block is not that of its record."""
     DATA_DAMAGED = "data_damaged"

@@ -229,14 +229,16 @@ class RawDevice:
 
 
 def owner_of(path: str | Path) -> tuple[str, int]:
-    """(the id of the store that a raw device belongs to, how many copies of its table are damaged).
-    Raises OSError, Corrupt (no copy is whole)."""
+    """(the id of the store that a raw device belongs to, how many copies of its table are damaged);
+    "" if it is blank. Raises OSError, Corrupt (no copy is whole)."""
     with open(path, "rb") as file:
         copies = [file.read(COPY_BYTES) for _ in range(COPIES)]
     found = [table for copy in copies if (table := RawTable.from_bytes(copy)) is not None]
+    used = sum(any(copy[:ALIGN_BYTES]) for copy in copies)
+    if not used:
+        return "", 0
     if not found:
         raise Corrupt(f"{path} is not the raw device of a store, or its table is damaged")
-    used = sum(any(copy[:ALIGN_BYTES]) for copy in copies)
     return max(found, key=lambda table: table.generation).owner, used - len(found)
 
 
