@@ -9,8 +9,8 @@ Why a ring of our own and not PyPI's liburing (2026.3.30, measured in turn, 1 Mi
 13 ms late (median; 0.07 ms beside this ring); it takes a Python object and several calls a transfer
 and checks no bounds. In throughput neither is ahead (quiet machine: 1.66 against 1.65 GiB/s). In
 processor time, without checksums, CPU-s/GiB there: liburing 0.022, this ring 0.019, 0.009 with the
-arena pinned, fio 0.013; so pinning the arena is what halves it. DEFER_TASKRUN and registered files gained nothing; SQPOLL read
-at a sixth of the speed on two busy cores, as its thread wants one; IOPOLL needs poll queues.
+arena pinned, fio 0.013. DEFER_TASKRUN and registered files gained nothing; SQPOLL read at a sixth
+of the speed on two busy cores, as its thread wants one; IOPOLL needs poll queues.
 """
 
 from __future__ import annotations
