@@ -75,7 +75,7 @@ class LoadWindow:
         self._told = False
         start, end = span
         self.descriptor: RegionDescriptor = network.transport.expose(
-            region, start, end - start, self._arrived, hashed=True
+            region, start, end - start, self._arrived, on_hashed=self._hashed
         )
         self.open = True
 
@@ -136,14 +136,24 @@ class LoadWindow:
             self._network.transport.revoke(self.descriptor)
 
     def _arrived(self, arrival: Arrival) -> bool:
-        expected = self._checksums.get(arrival.tag)
-        if expected is None:
-            return False
-        found = arrival.digest or of_fields(self._view, arrival.fields)
-        intact = found == expected
-        self._landed.append((arrival.tag, intact))
+        digest = of_fields(self._view, arrival.fields)
+        return self._hashed((arrival.tag,), (digest,))[0]
+
+    def _hashed(self, tags: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
+        """Bytes have landed that hash to `digests`. On a thread of the transport."""
+        expected = self._checksums.get
+        landed = self._landed.append
+        taken: list[bool] = []
+        corrupt = False
+        for tag, digest in zip(tags, digests, strict=True):
+            wanted = expected(tag)
+            intact = wanted == digest
+            taken.append(intact)
+            if wanted is not None:
+                landed((tag, intact))
+                corrupt = corrupt or not intact
         last = len(self._landed) >= len(self.outstanding)
-        if last or not self._told:
+        if last or corrupt or not self._told:
             self._told = True
-            self._arrivals.put(self, urgent=last or not intact)
-        return intact
+            self._arrivals.put(self, urgent=last or corrupt)
+        return taken

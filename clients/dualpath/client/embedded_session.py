@@ -49,7 +49,11 @@ class EmbeddedSession:
 
     async def allocate(self, nbytes: int, *, behind_compute_link: bool) -> EngineMemory:
         """See AgentSession."""
-        region = Region.memfd("dualpath-engine", nbytes)
+        if "shm" in self.agent.storage:
+            region = Region.memfd("dualpath-engine", nbytes)
+        else:
+            # Nobody else maps it, so it may have pages that shared memory does not get.
+            region = Region.anonymous(nbytes)
         region.prefault()
         entry = self.agent.regions.add(region, behind_compute_link=behind_compute_link, owned=False)
         return EngineMemory(region, entry.handle, self.agent.regions.drop)

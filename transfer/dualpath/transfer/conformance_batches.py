@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import partial
 
+import xxhash
 from dualpath.transfer.conformance_scene import (
     READER,
     WAIT_S,
@@ -22,6 +24,7 @@ from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import (
     BATCH_WRITES_MAX,
+    Arrival,
     BatchCompletion,
     WriteBatch,
     WriteStatus,
@@ -158,6 +161,37 @@ def parts_may_be_rejected_on_arrival(make_pair: MakePair) -> None:
         assert ends.wait().refused == {11: "rejected"}
 
 
+def what_a_transport_has_hashed_is_told_once_with_its_digest(make_pair: MakePair) -> None:
+    """By `on_hashed` or `on_arrival`, never by both; False refuses that part alone."""
+    sizes = [256 * KIB, 300 * KIB + 5, 100, 256 * KIB, 5_000]
+    table = SliceTable.contiguous([400 * KIB * i for i in range(5)], sizes)
+    with scene_of(make_pair) as scene:
+        source, target = scene.source(2 * MIB), Region.anonymous(2 * MIB)
+        told: list[int] = []
+
+        def on_arrival(arrival: Arrival) -> bool:
+            told.append(arrival.tag)
+            return arrival.tag != 13
+
+        def on_hashed(tags: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
+            for tag, digest in zip(tags, digests, strict=True):
+                data = gather(source, table.part((tag - 10) % 10))
+                assert digest == xxhash.xxh3_64_intdigest(data), f"digest of tag {tag}"
+            told.extend(tags)
+            return [tag != 13 for tag in tags]
+
+        window = scene.reader.expose(target, 0, 2 * MIB, on_arrival, on_hashed=on_hashed)
+        ends = _Ends()
+        scene.reader.arm_table(window, 10, table)
+        _send(scene, source, window, (table, table), ends)
+        assert ends.wait().refused == {13: "rejected"}
+        scene.reader.arm(window, [(20, table.part(0))])
+        scene.write(source, window, table.part(0), 20)
+        assert scene.finish(1) == [WriteStatus.DONE]
+        assert sorted(told) == [10, 11, 12, 13, 14, 20], told
+        assert gather(target, table.part(1)) == gather(source, table.part(1))
+
+
 def a_batch_completes_once_however_it_ends(make_pair: MakePair) -> None:
     """Lost, expired or closed, it is told once and for all of its parts."""
     table = SliceTable.contiguous([MIB * i for i in range(4)], [MIB] * 4)
@@ -212,6 +246,7 @@ CHECKS = (
     parts_of_a_batch_are_refused_one_by_one,
     a_fence_stops_its_parts_of_a_batch_only,
     parts_may_be_rejected_on_arrival,
+    what_a_transport_has_hashed_is_told_once_with_its_digest,
     a_batch_completes_once_however_it_ends,
     bad_batches_name_the_value,
 )

@@ -30,6 +30,7 @@ from dualpath.transfer.transport import (
     OnArrival,
     OnBatchCompletion,
     OnCompletion,
+    OnHashed,
     PeerTraffic,
     Transport,
     Write,
@@ -110,10 +111,10 @@ class FaultTransport:
         nbytes: int,
         on_arrival: OnArrival,
         *,
-        hashed: bool = False,
+        on_hashed: OnHashed | None = None,
     ) -> RegionDescriptor:
         """See Transport.expose."""
-        return self._inner.expose(region, offset, nbytes, on_arrival, hashed=hashed)
+        return self._inner.expose(region, offset, nbytes, on_arrival, on_hashed=on_hashed)
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """See Transport.arm."""

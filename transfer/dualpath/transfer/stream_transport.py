@@ -41,6 +41,7 @@ from dualpath.transfer.transport import (
     OnArrival,
     OnBatchCompletion,
     OnCompletion,
+    OnHashed,
     OnPeerLost,
     PeerTraffic,
     Write,
@@ -178,10 +179,10 @@ class StreamTransport(ABC):
         nbytes: int,
         on_arrival: OnArrival,
         *,
-        hashed: bool = False,
+        on_hashed: OnHashed | None = None,
     ) -> RegionDescriptor:
         """See Transport.expose."""
-        return self._windows.expose(region, offset, nbytes, on_arrival, hashed=hashed)
+        return self._windows.expose(region, offset, nbytes, on_arrival, on_hashed=on_hashed)
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """See Transport.arm."""

@@ -131,19 +131,15 @@ class BatchCompletion:
 
 
 class Arrival:
-    """A write that landed, at the receiver: its bytes are in `slices` of the window's region.
+    """A write that landed, at the receiver: its bytes are in `slices` of the window's region."""
 
-    `digest` is their xxh3-64 where the transport has hashed them as they came, else 0.
-    """
+    __slots__ = ("fields", "key", "peer", "tag")
 
-    __slots__ = ("digest", "fields", "key", "peer", "tag")
-
-    def __init__(self, peer: str, key: int, tag: int, fields: Fields, digest: int = 0) -> None:
+    def __init__(self, peer: str, key: int, tag: int, fields: Fields) -> None:
         self.peer = peer
         self.key = key
         self.tag = tag
         self.fields = fields
-        self.digest = digest
 
     @property
     def slices(self) -> Slices:
@@ -173,6 +169,8 @@ class PeerTraffic:
 
 
 OnArrival = Callable[[Arrival], bool]
+OnHashed = Callable[[Sequence[int], Sequence[int]], Sequence[bool]]
+"""Tags that landed, and the xxh3-64 of the bytes of each; as OnArrival for each of them."""
 OnCompletion = Callable[[Completion], None]
 OnBatchCompletion = Callable[[BatchCompletion], None]
 OnPeerLost = Callable[[str, str], None]
@@ -212,10 +210,11 @@ class Transport(Protocol):
         nbytes: int,
         on_arrival: OnArrival,
         *,
-        hashed: bool = False,
+        on_hashed: OnHashed | None = None,
     ) -> RegionDescriptor:
-        """Open a window; with `hashed` its arrivals may have digests. Raises InvalidRequest if
-        out of bounds or `region` is read-only."""
+        """Open a window. Writes that the transport has hashed as they came are told by
+        `on_hashed`, if given, instead of `on_arrival`. Raises InvalidRequest if out of bounds or
+        `region` is read-only."""
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """Allow one write for each (tag, slices). Raises InvalidRequest if out of the window's

@@ -17,14 +17,13 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_copy import copy_slices
 from dualpath.transfer.slice_table import Fields, SliceTable
 from dualpath.transfer.slices import Slices
-from dualpath.transfer.transport import WRITE_BYTES_MAX, Arrival, OnArrival
+from dualpath.transfer.transport import WRITE_BYTES_MAX, Arrival, OnArrival, OnHashed
 
 WINDOWS_MAX = 1 << 16
 ARMED_TAGS_MAX = 1 << 20
@@ -49,7 +48,7 @@ class _Window:
     descriptor: RegionDescriptor
     region: Region
     on_arrival: OnArrival
-    hashed: bool
+    on_hashed: OnHashed | None
     armed: dict[int, Fields] = field(default_factory=dict)
     landings: dict[int, Landing] = field(default_factory=dict)
     spent: set[int] = field(default_factory=set)
@@ -137,7 +136,7 @@ class Landing:
     @property
     def hashed(self) -> bool:
         """Whether the window's owner wants digests."""
-        return self._window.hashed
+        return self._window.on_hashed is not None
 
 
 class WindowTable:
@@ -156,7 +155,7 @@ class WindowTable:
         nbytes: int,
         on_arrival: OnArrival,
         *,
-        hashed: bool = False,
+        on_hashed: OnHashed | None = None,
     ) -> RegionDescriptor:
         """Open a window on `nbytes` bytes of `region` from `offset`."""
         if region.read_only:
@@ -178,7 +177,7 @@ class WindowTable:
             while key in self._windows:
                 key = secrets.randbits(64)
             descriptor = RegionDescriptor(key, self._generation, offset, nbytes)
-            self._windows[key] = _Window(descriptor, region, on_arrival, hashed)
+            self._windows[key] = _Window(descriptor, region, on_arrival, on_hashed)
             return descriptor
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
@@ -267,10 +266,7 @@ class WindowTable:
 
     def begin(self, peer: str, key: int, generation: int, tag: int, slices: Slices) -> Landing:
         """Accept a write of `peer`, or raise Refused. It ends by `land` or `abandon`."""
-        with self._lock:
-            landing = self._begin(
-                self._record(key, generation), peer, tag, slices.fields, LandingLock()
-            )
+        landing = self.begin_table(peer, key, generation, tag, SliceTable.of(slices))[0]
         if isinstance(landing, str):
             raise Refused(landing)
         return landing
@@ -282,30 +278,24 @@ class WindowTable:
         lock = LandingLock()
         with self._lock:
             record = self._record(key, generation)
-            return [
-                self._begin(record, peer, tag, fields, lock)
-                for tag, fields in enumerate(targets.fields(), first_tag)
-            ]
+            if record is None:
+                return ["no_window"] * len(targets)
+            armed, landings = record.armed, record.landings
+            begun: list[Landing | str] = []
+            for tag, fields in enumerate(targets.fields(), first_tag):
+                if armed.get(tag) == fields:
+                    del armed[tag]
+                    landing = landings[tag] = Landing(record, peer, tag, fields, lock)
+                    begun.append(landing)
+                else:
+                    begun.append("other_slices" if tag in armed else "not_armed")
+            return begun
 
     def _record(self, key: int, generation: int) -> _Window | None:
         record = self._windows.get(key)
         if record is None or record.revoked or record.descriptor.generation != generation:
             return None
         return record
-
-    def _begin(
-        self, record: _Window | None, peer: str, tag: int, fields: Fields, lock: LandingLock
-    ) -> Landing | str:
-        if record is None:
-            return "no_window"
-        armed = record.armed.get(tag)
-        if armed is None:
-            return "not_armed"
-        if armed != fields:
-            return "other_slices"
-        del record.armed[tag]
-        landing = record.landings[tag] = Landing(record, peer, tag, fields, lock)
-        return landing
 
     def land(self, landing: Landing) -> None:
         """All bytes are in place: count the tag as landed and tell the window's owner.
@@ -319,23 +309,32 @@ class WindowTable:
     def land_all(self, landings: Sequence[Landing], digests: Sequence[int] = ()) -> list[str]:
         """As `land`, for landings of one batch, at least one: the reason of each refusal, or "".
         `digests`: of each its bytes' xxh3-64, 0 if it is not known; or nothing."""
+        fenced = False
         with landings[0].lock:
-            reasons = ["" if each.open else "fenced" for each in landings]
             for each in landings:
-                each.landed = each.landed or each.open
-                each.open = False
-        record = landings[0]._window
-        with self._lock:
-            for each, reason in zip(landings, reasons, strict=True):
-                if not reason:
-                    record.remove(each)
-        key = record.descriptor.key
-        known = digests or repeat(0)
-        for index, (each, digest) in enumerate(zip(landings, known, strict=False)):
-            if not reasons[index] and not _tell(
-                record.on_arrival, Arrival(each.peer, key, each.tag, each.fields, digest)
-            ):
-                reasons[index] = "rejected"
+                if each.open:
+                    each.open, each.landed = False, True
+                else:
+                    fenced = True
+        reasons = [""] * len(landings)
+        landed: Sequence[Landing] = landings
+        if fenced:
+            reasons = ["" if each.landed else "fenced" for each in landings]
+            landed = [each for each in landings if each.landed]
+            digests = [
+                digest for each, digest in zip(landings, digests, strict=False) if each.landed
+            ]
+        if landed:
+            record = landings[0]._window
+            with self._lock:
+                known = record.landings
+                for each in landed:
+                    if known.get(each.tag) is each:
+                        del known[each.tag]
+            taken = iter(_told(record, landed, digests))
+            for index, reason in enumerate(reasons):
+                if not reason and not next(taken):
+                    reasons[index] = "rejected"
         return reasons
 
     def place(self, window: RegionDescriptor, tag: int, slices: Slices, source: memoryview) -> str:
@@ -389,6 +388,22 @@ def _check_target(
 
 def _wrong_size(nbytes: int) -> InvalidRequest:
     return InvalidRequest(f"a write has 1 to {WRITE_BYTES_MAX} bytes, not {nbytes}; split it")
+
+
+def _told(record: _Window, landed: Sequence[Landing], digests: Sequence[int]) -> Sequence[bool]:
+    """Tell the owner of a window what has landed; whether it takes each."""
+    if record.on_hashed is not None and len(digests) == len(landed) and all(digests):
+        try:
+            taken = record.on_hashed([each.tag for each in landed], digests)
+            assert len(taken) == len(landed), "an answer for each"
+        except Exception:  # noqa: BLE001 - a callback of others
+            _log.exception("on_hashed of tag %d and more raised; rejected", landed[0].tag)
+            return [False] * len(landed)
+        return taken
+    key = record.descriptor.key
+    return [
+        _tell(record.on_arrival, Arrival(each.peer, key, each.tag, each.fields)) for each in landed
+    ]
 
 
 def _tell(on_arrival: Callable[[Arrival], bool], arrival: Arrival) -> bool:
