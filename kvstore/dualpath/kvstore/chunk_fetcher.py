@@ -17,7 +17,14 @@ from dualpath.kvstore.block_table import RowState
 from dualpath.kvstore.catalog import NamespaceEntry
 from dualpath.kvstore.chunk_batch import BatchParts, ChunkBatch
 from dualpath.kvstore.chunk_check import ChunkCheck
-from dualpath.kvstore.chunk_plan import ChunkReads, distinct, distinct_rows, extents, plan_reads
+from dualpath.kvstore.chunk_plan import (
+    ChunkReads,
+    distinct,
+    distinct_rows,
+    extents,
+    no_reads,
+    plan_reads,
+)
 from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
@@ -163,6 +170,8 @@ class ChunkFetcher:
         bits = np.left_shift(np.uint64(1), chunks.astype(np.uint64))
         dead = table.state[rows] != RowState.PRESENT
         needed = ~dead & ((table.filled[rows] & bits) == 0)
+        if not needed.any():
+            return self._resident(rows, entry, chunks, dead, pinned, row_of)
         if self._state.config.promote:
             for row in np.unique(rows[needed & (table.dram[rows] < 0)]).tolist():
                 self._promote(row)
@@ -210,6 +219,39 @@ class ChunkFetcher:
             row_of=row_of,
             reads=reads,
             buffers=buffers,
+        )
+
+    def _resident(
+        self,
+        rows: NDArray[np.int32],
+        entry: NamespaceEntry,
+        chunks: NDArray[np.int32],
+        dead: NDArray[np.bool_],
+        pinned: NDArray[np.int32],
+        row_of: NDArray[np.int32],
+    ) -> BatchParts:
+        """As `_plan` where nothing has to be read: the way of what is asked for most."""
+        table = self._state.table
+        inside, nbytes = extents(entry.layout, chunks)
+        offsets = table.dram[rows] + inside
+        if dead.any():
+            offsets[dead] = -1
+            self._state.counters.read_bytes[Tier.DRAM] += int(nbytes[~dead].sum())
+        else:
+            self._state.counters.read_bytes[Tier.DRAM] += int(nbytes.sum())
+        return BatchParts(
+            rows=rows,
+            chunks=chunks,
+            inside=inside,
+            offsets=offsets,
+            nbytes=nbytes,
+            expected=entry.pool.pick(table.checksum_row[rows], chunks),
+            needed=np.zeros(len(rows), np.bool_),
+            dead=dead,
+            pinned=pinned,
+            row_of=row_of,
+            reads=no_reads(len(rows)),
+            buffers=_NO_BUFFERS,
         )
 
     def _mark(
@@ -281,6 +323,9 @@ class ChunkFetcher:
             return
         if not self._state.residency.promote(row):
             self._promote_after = now + _PROMOTION_PAUSE_S
+
+
+_NO_BUFFERS: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 def _outside(numbers: NDArray[np.int32], end: int) -> int | None:

@@ -35,6 +35,12 @@ class ChunkReads:
         )
 
 
+def no_reads(items: int) -> ChunkReads:
+    """For `items` items that all are in memory."""
+    none: NDArray[np.int32] = np.empty(0, np.int32)
+    return ChunkReads(none, none, np.empty(0, np.int64), np.full(items, -1, np.int32))
+
+
 def extents(
     layout: KVLayout, chunks: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
