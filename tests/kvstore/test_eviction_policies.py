@@ -212,6 +212,30 @@ def test_a_search_among_used_rows_only_ends_soon() -> None:
     assert len(asked) == 5000
 
 
+def test_where_what_left_unused_comes_back_the_small_queue_is_patient() -> None:
+    policy = S3Fifo()
+    fill(policy, *range(1000, 1100))
+    policy.hit(np.arange(1000, 1100, dtype=np.int32))
+    # Strangers that all come back while they are remembered.
+    for _ in range(3):
+        for row in range(60):
+            if policy.group_of(row) == NONE:
+                policy.insert(row, 0, row + 1)
+                while policy.count(0) > 120:
+                    victim = policy.victim(0, any_row)
+                    policy.remove(victim, victim + 1)
+    assert policy._returned[0] > 0.5 * policy._left[0]
+    fresh = 500
+    policy.insert(fresh, 0, fresh + 1)
+    # By turns of the published algorithm alone the fresh ones would all go first.
+    gone = []
+    for _ in range(60):
+        victim = policy.victim(0, any_row)
+        gone.append(victim)
+        policy.remove(victim)
+    assert fresh not in gone[:20]
+
+
 # Ghosts
 
 

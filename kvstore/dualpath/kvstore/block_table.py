@@ -131,11 +131,17 @@ class BlockTable:
         """64 bits of the chain hash: the block's name for an eviction policy."""
         return int.from_bytes(self._hash[row, :8].tobytes(), "little")
 
-    def extended(self, row: int) -> int:
-        """The parent of which the row is the only child; NO_ROW if there is none."""
+    def extended(self, row: int, children_max: int) -> int:
+        """The parent, if it has at most so many children; else NO_ROW."""
         parent = int(self.parent[row])
-        alone = self._next[row] == NO_ROW and self._previous[row] == NO_ROW
-        return parent if parent >= 0 and alone else NO_ROW
+        if parent < 0:
+            return NO_ROW
+        child = int(self.first_child[parent])
+        for _ in range(children_max):
+            child = int(self._next[child])
+            if child == NO_ROW:
+                return parent
+        return NO_ROW
 
     def link(self, row: int, parent: int) -> None:
         """Make `row` a child."""

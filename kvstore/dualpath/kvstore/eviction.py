@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 
 NONE: Final = -1
 """No row."""
+CHAIN_CHILDREN_MAX: Final = 2
+"""See `EvictionPolicy.insert`. A conversation forks where its last turn is put anew."""
 
 
 class EvictionPolicy(Protocol):
@@ -46,7 +48,8 @@ class EvictionPolicy(Protocol):
         self, row: int, group: int, key: int, *, extends: int = NONE, parked: bool = False
     ) -> None:
         """A row is there from now on. `key` (64 bits) names its block also after it has left.
-        `extends` is the parent's row if this is its only child: a chain that grows."""
+        `extends` is the parent's row, unless that has over CHAIN_CHILDREN_MAX children, this one
+        included: where many prompts branch off, none of them goes on with a conversation."""
 
     def fill(self, rows: NDArray[np.int32], group: int, parked: NDArray[np.bool_]) -> None:
         """Insert rows that are there at the start, the first to go first."""

@@ -18,6 +18,7 @@ from dualpath.kvstore.block_table import GONE, NO_ROW, BlockTable, RowState
 from dualpath.kvstore.catalog import Catalog, NamespaceEntry
 from dualpath.kvstore.dram_space import NO_OFFSET, DramSpace
 from dualpath.kvstore.dram_tier import DramTier
+from dualpath.kvstore.eviction import CHAIN_CHILDREN_MAX
 from dualpath.kvstore.eviction_choice import new_policy
 from dualpath.kvstore.ssd_space import SsdSpace
 from dualpath.kvstore.ssd_tier import SsdTier
@@ -136,7 +137,7 @@ class Residency:
         self.clock += 1
         table.used[row] = self.clock
         table.used_s[row] = self.now_s()
-        key, extends = table.fingerprint(row), table.extended(row)
+        key, extends = table.fingerprint(row), table.extended(row, CHAIN_CHILDREN_MAX)
         if extends != NO_ROW and table.leases[extends]:
             # In use right now: its use is noted only when the lease ends.
             self.ssd.order.policy.hit(np.array([extends], np.int32))
@@ -220,7 +221,8 @@ class Residency:
         if offset == NO_OFFSET:
             return False
         table.dram[row] = offset
-        self.dram.enter(row, table.fingerprint(row), extends=table.extended(row))
+        extends = table.extended(row, CHAIN_CHILDREN_MAX)
+        self.dram.enter(row, table.fingerprint(row), extends=extends)
         return True
 
     def evict(self, row: int, reason: MissReason) -> None:

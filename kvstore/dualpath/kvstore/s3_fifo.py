@@ -13,10 +13,12 @@ What chains of blocks need besides, each with the hit rates that it brings in do
    uses left when its turn comes. Else each row of a dead conversation went round by itself, one
    after another.
 3. What extends a chain in the main queue enters the main queue: the next turn of a conversation is
-   no one-hit wonder, though nobody has used it yet.
+   no one-hit wonder, though nobody has used it yet. What branches off where many do is one.
 4. One use suffices to move on, not two: the first use of a new block is the next turn.
+5. Where most of what leaves the small queue comes back while it is remembered, quick demotion is
+   wrong: then a small row leaves only when it has been idle half as long as the next main row.
 
-Needs 13 bytes a row and 8 to 16 for its ghosts. Pure.
+Needs 17 bytes a row and 8 to 16 for its ghosts. Pure.
 """
 
 from __future__ import annotations
@@ -35,6 +37,13 @@ _SMALL_SHARE_OF: Final = 10
 _USES_MAX: Final = 3
 _REPRIEVES_MAX: Final = 256
 """Most rows that go round in one search for a victim: then the next one leaves, used or not."""
+_PATIENCE: Final = 2
+"""Rule 5: a small row leaves when its idle time, so many times, is that of the next main row."""
+_RETURNS_MANY: Final = 0.5
+"""Rule 5: the share of rows that left unused and came back from which on it holds."""
+_RETURNS_OVER_MIN: Final = 1000
+"""That share is one of at least so many rows that left, the latest ones weighing most."""
+_TICKS_MASK: Final = (1 << 32) - 1
 _ROWS_MIN: Final = 1024
 _UNKNOWN: Final = 0
 _SMALL: Final = 1
@@ -53,15 +62,21 @@ class S3Fifo:
         self._uses: NDArray[np.uint8] = np.zeros(0, np.uint8)
         self._parked: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._group: NDArray[np.uint16] = np.zeros(0, np.uint16)
+        # When the row came or was used last, in ticks: one for each insert and each hit.
+        self._used: NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self._ticks = 0
         self._small_rows: list[int] = []
         self._main_rows: list[int] = []
+        # Rows of a group that left unused, and that came back since; both fade.
+        self._left: list[float] = []
+        self._returned: list[float] = []
         self._rows = 0
         self._grow(max(rows_max, _ROWS_MIN))
 
     @property
     def nbytes(self) -> int:
         """See EvictionPolicy."""
-        columns = (self._home, self._uses, self._parked, self._group)
+        columns = (self._home, self._uses, self._parked, self._group, self._used)
         return sum(each.nbytes for each in columns) + self._lists.nbytes + self._ghosts.nbytes
 
     def insert(
@@ -74,8 +89,12 @@ class S3Fifo:
             self._add_groups(group + 1)
         assert self._home_view[row] == _UNKNOWN, row
         returns = self._ghosts.take(key, self._rows)
+        if returns:
+            self._returned[group] += 1
         grows = extends != NONE and self._home_view[extends] == _MAIN
         home = _MAIN if returns or grows else _SMALL
+        self._ticks += 1
+        self._used_view[row] = self._ticks & _TICKS_MASK
         self._home_view[row] = home
         self._uses_view[row] = 0
         self._group_view[row] = group
@@ -100,6 +119,7 @@ class S3Fifo:
         self._uses[rows] = 0
         self._group[rows] = group
         self._parked[rows] = parked
+        self._used[rows] = self._ticks & _TICKS_MASK
         self._small_rows[group] += len(rows)
         self._rows += len(rows)
         self._ghosts.grow(self._rows)
@@ -111,6 +131,8 @@ class S3Fifo:
             return
         if int(rows.max()) >= len(self._home):
             rows = rows[rows < len(self._home)]
+        self._ticks += 1
+        self._used[rows] = self._ticks & _TICKS_MASK
         uses = self._uses.take(rows)
         self._uses[rows] = uses + (uses < _USES_MAX)
         proven = rows[(self._home.take(rows) == _SMALL) & self._parked.take(rows)]
@@ -157,6 +179,7 @@ class S3Fifo:
             self._lists.discard(2 * group + home, row)
         if home == _SMALL and key:
             self._ghosts.add(key)
+            self._note_left(group)
         self._counts(home)[group] -= 1
         self._rows -= 1
         self._home_view[row] = _UNKNOWN
@@ -170,9 +193,7 @@ class S3Fifo:
         reprieves = 0
         while True:
             row = lists.first(small)
-            small_rows = self._small_rows[group]
-            is_large = small_rows * _SMALL_SHARE_OF > small_rows + self._main_rows[group]
-            if row != NONE and (is_large or lists.first(main) == NONE):
+            if row != NONE and self._is_small_turn(group, row, lists.first(main)):
                 if self._uses_view[row]:
                     lists.discard(small, row)
                     self._move_on(row, group)
@@ -192,6 +213,25 @@ class S3Fifo:
             if may_go(row):
                 return row
             self.park(row)
+
+    def _is_small_turn(self, group: int, small: int, main: int) -> bool:
+        """Whether the first of the small queue is to leave or to move on, not that of main."""
+        if main == NONE:
+            return True
+        small_rows = self._small_rows[group]
+        if small_rows * _SMALL_SHARE_OF <= small_rows + self._main_rows[group]:
+            return False
+        if self._returned[group] <= _RETURNS_MANY * self._left[group] or self._uses_view[small]:
+            return True
+        idle = (self._ticks - self._used_view[small]) & _TICKS_MASK
+        return _PATIENCE * idle >= (self._ticks - self._used_view[main]) & _TICKS_MASK
+
+    def _note_left(self, group: int) -> None:
+        self._left[group] += 1
+        over = max(_RETURNS_OVER_MIN, (self._small_rows[group] + self._main_rows[group]) // 2)
+        if self._left[group] > over:
+            self._left[group] /= 2
+            self._returned[group] /= 2
 
     def group_of(self, row: int) -> int:
         """See EvictionPolicy."""
@@ -216,12 +256,14 @@ class S3Fifo:
     def _add_groups(self, count: int) -> None:
         self._small_rows += [0] * (count - len(self._small_rows))
         self._main_rows += [0] * (count - len(self._main_rows))
+        self._left += [0.0] * (count - len(self._left))
+        self._returned += [0.0] * (count - len(self._returned))
         # Two lists a group: 2 * group + _SMALL and + _MAIN.
         self._lists.add_lists(2 * count + _MAIN)
 
     def _grow(self, rows: int) -> None:
         rows = max(rows, 2 * len(self._home))
-        for name in ("_home", "_uses", "_parked", "_group"):
+        for name in ("_home", "_uses", "_parked", "_group", "_used"):
             old = getattr(self, name)
             column = np.zeros(rows, old.dtype)
             column[: len(old)] = old
@@ -230,4 +272,5 @@ class S3Fifo:
         self._uses_view = self._uses.data
         self._parked_view = self._parked.data
         self._group_view = self._group.data
+        self._used_view = self._used.data
         self._lists.grow(rows)

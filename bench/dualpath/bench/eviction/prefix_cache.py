@@ -13,7 +13,7 @@ import enum
 from typing import Protocol
 
 import numpy as np
-from dualpath.kvstore.eviction import NONE, EvictionPolicy
+from dualpath.kvstore.eviction import CHAIN_CHILDREN_MAX, NONE, EvictionPolicy
 from numpy.typing import NDArray
 
 _GROUP = 0
@@ -81,8 +81,8 @@ class PrefixCache:
         self._here_view[block] = True
         self._clock += 1
         self._used_view[block] = self._clock
-        alone = above >= 0 and self._children_view[above] == 1
-        self._policy.insert(block, _GROUP, block + 1, extends=above if alone else NONE)
+        chain = above >= 0 and self._children_view[above] <= CHAIN_CHILDREN_MAX
+        self._policy.insert(block, _GROUP, block + 1, extends=above if chain else NONE)
         return True
 
     def _evict(self) -> bool:
