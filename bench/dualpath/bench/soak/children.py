@@ -7,6 +7,7 @@ pipe; that it ends without a word is a result too.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -36,11 +37,15 @@ Tell = Callable[[Any], None]
 
 
 class Child:
-    """A running process."""
+    """A running process. It is signalled by a descriptor, never by its number: the server reaps
+    children at once, and a number may be somebody else's by then."""
 
     def __init__(self, process: Any, pipe: Connection) -> None:
         self._process = process
         self._pipe = pipe
+        # It cannot end before it is told to go on: the number is still its own.
+        self._descriptor = os.pidfd_open(process.pid)
+        pipe.send(None)
 
     @property
     def pid(self) -> int:
@@ -59,17 +64,25 @@ class Child:
 
     def kill(self) -> int:
         """kill -9, if it still runs; return its exit status (negative: a signal)."""
-        self._process.kill()
+        self._signal_kill()
         return self.join()
+
+    def _signal_kill(self) -> None:
+        if self._descriptor >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
 
     def join(self) -> int:
         """Wait for its end by itself; return its exit status. Raises ChildLost."""
         self._process.join(_END_S_MAX)
         if self._process.exitcode is None:
-            self._process.kill()
+            self._signal_kill()
             self._process.join(_END_S_MAX)
             raise ChildLost(f"did not end within {_END_S_MAX:.0f} s")
         self._pipe.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         return int(self._process.exitcode)
 
     def wait(self, wait_s: float) -> int | None:
@@ -102,7 +115,7 @@ class Nursery:
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Child:
         """Run `function(tell, *arguments)` in a fresh process; all must be picklable."""
-        ours, theirs = self._context.Pipe(duplex=False)
+        ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_run, args=(theirs, self._said, function, arguments))
         process.daemon = True
         process.start()
@@ -125,6 +138,7 @@ def _nothing(tell: Tell) -> None:
 def _run(
     pipe: Connection, said: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    pipe.recv()
     # An interrupt at the keyboard is the program's to handle: it ends its children itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
