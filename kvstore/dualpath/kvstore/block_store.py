@@ -47,6 +47,7 @@ from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.media_troubles import MediaTroubles
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
+from dualpath.kvstore.read_ahead import start_read_ahead
 from dualpath.kvstore.recovery import Recovered, Recovery
 from dualpath.kvstore.reservation_table import ReservationTable
 from dualpath.kvstore.residency import Residency
@@ -99,6 +100,7 @@ class BlockStore:
         self._locator = BlockLocator(state)
         self._check = ChunkCheck(state)
         self._fetcher = ChunkFetcher(state, self._check)
+        self._ahead = start_read_ahead(state, self._fetcher)
         self._writer = writer
         self._committer = committer
         self._invalidator = Invalidator(state, writer, committer, index)
@@ -359,6 +361,8 @@ class BlockStore:
                 self._state.room.notify_all()
             if self._scrub is not None:
                 self._scrub.stop(self._state.config.commit_wait_s)
+            if self._ahead is not None:
+                self._ahead.stop(self._state.config.commit_wait_s)
             finished = self._committer.close(self._state.config.commit_wait_s)
             if not finished:
                 # The thread still writes: leave everything to it and to the next recovery.
@@ -485,7 +489,7 @@ def _open_on(
     troubles = MediaTroubles(state)
     state.read_failed = troubles.read_failed
     writer = BlockWriter(state, troubles)
-    committer = Committer(writer, troubles, ssd, recovery.index, directory)
+    committer = Committer(writer, troubles, ssd, recovery.index, directory, state.io)
     committers.append(committer)
     writer.attach(committer)
     committer.start()

@@ -27,7 +27,9 @@ from dualpath.kvstore.chunk_plan import (
 )
 from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.fetched_chunk import ArenaChunk
+from dualpath.kvstore.io_order import IoClass
 from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
+from dualpath.kvstore.read_ahead import ReadAhead
 from dualpath.kvstore.store_api import Tier
 from dualpath.kvstore.store_state import StoreState
 from dualpath.kvstore.transfer_batch import (
@@ -55,6 +57,8 @@ class ChunkFetcher:
         self._promote_after = 0.0
         self._stuck_lock = threading.Lock()
         self._stuck: list[ChunkBatch] = []
+        self.ahead: ReadAhead | None = None
+        """Told of what is read; None: nothing is read ahead."""
 
     def fetch(self, lease_id: int, block: int, chunk: int) -> ArenaChunk:
         """See Store."""
@@ -82,8 +86,9 @@ class ChunkFetcher:
         *,
         verify: bool = False,
         wait: bool = True,
+        kind: IoClass = IoClass.LOAD,
     ) -> ChunkBatch:
-        """See Store."""
+        """See Store; for whom the bytes are read, `kind`, is for the order of transfers."""
         of_block, of_chunk = np.asarray(blocks, np.int32), np.asarray(chunks, np.int32)
         if of_block.ndim != 1 or of_block.shape != of_chunk.shape or not len(of_block):
             raise InvalidRequest(
@@ -107,7 +112,9 @@ class ChunkFetcher:
                 raise
             if len(parts.pinned) < len(pinned):
                 state.residency.unpin_rows(np.setdiff1d(pinned, parts.pinned))
-        progress = None if transfers is None else self._begin(transfers)
+        progress = None if transfers is None else self._begin(transfers, kind)
+        if progress is not None and self.ahead is not None and kind is IoClass.LOAD:
+            self.ahead.asked(lease_id, int(of_block.max()))
         recheck = self._check.recheck if verify else None
         batch = ChunkBatch(state, parts, progress, recheck=recheck, adopt=self._adopt)
         if wait:
@@ -118,12 +125,14 @@ class ChunkFetcher:
                 raise
         return batch
 
-    def _begin(self, transfers: TransferBatch) -> BatchProgress:
+    def _begin(self, transfers: TransferBatch, kind: IoClass) -> BatchProgress:
+        progress: BatchProgress
         try:
-            return self._state.ssd.device.read_batch(transfers)
+            progress = self._state.ssd.device.read_batch(transfers)
         except OSError as error:
             _log.warning("a batch of reads could not begin: %s", error)
-            return FailedProgress(len(transfers), error.errno or errno.EIO)
+            progress = FailedProgress(len(transfers), error.errno or errno.EIO)
+        return self._state.io.counted(progress, transfers.nbytes, kind)
 
     def reap(self) -> None:
         """Give back what the device has let go of since its batch was released."""
@@ -299,7 +308,7 @@ class ChunkFetcher:
                 raise Overloaded(
                     f"no read buffer within {state.config.read_buffer_wait_s} s; release fetched "
                     "chunks or raise read_buffers_bytes",
-                    retry_after_s=0.1,
+                    retry_after_s=state.io.retry_after_s(),
                 )
         return int(taken[0])
 

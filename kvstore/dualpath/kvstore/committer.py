@@ -20,6 +20,7 @@ from typing import Protocol
 
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.durable_index import DurableIndex
+from dualpath.kvstore.io_gate import IoGate
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import runs
@@ -104,12 +105,14 @@ class Committer:
         ssd: SsdTier,
         index: DurableIndex,
         directory: DataDirectory,
+        gate: IoGate,
     ) -> None:
         self._host = host
         self._troubles = troubles
         self._ssd = ssd
         self._index = index
         self._directory = directory
+        self._gate = gate
         self._wake = threading.Condition()
         self._jobs: deque[CommitJob] = deque()
         self._deletes: list[_Delete] = []
@@ -278,7 +281,8 @@ class Committer:
             for first, count in runs(by_slot, most):
                 run = [by_slot[slot] for slot in range(first, first + count)]
                 try:
-                    self._ssd.write_slots(segment, first, [job.data for job in run])
+                    with self._gate.save(sum(job.data.nbytes for job in run)):
+                        self._ssd.write_slots(segment, first, [job.data for job in run])
                 except OSError as error:
                     self._sicken(segment, run, f"data: {error}", error)
 

@@ -44,6 +44,9 @@ class StoreConfig:
     scrub_bytes_per_s: float = 0
     """How fast stored blocks are read again and verified in the background; 0: not at all."""
     promote: bool = True
+    read_ahead_bytes: int = 0
+    """Bytes of a leased prefix that are brought from SSD to DRAM before they are asked for, once a
+    block before them was; at most an eighth of `dram_bytes`; 0: none."""
     eviction: str = S3Fifo.name
     """Which blocks make way, on SSD and in DRAM: `s3-fifo` or `lru`."""
     ttl_s: float = 0

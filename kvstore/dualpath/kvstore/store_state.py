@@ -16,6 +16,7 @@ from dualpath.kvstore.block_table import BlockTable
 from dualpath.kvstore.catalog import Catalog
 from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.expiry import Expiry
+from dualpath.kvstore.io_gate import IoGate
 from dualpath.kvstore.lease_table import Lease, LeaseTable
 from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.reservation_table import HeldReservation, ReservationTable
@@ -74,6 +75,7 @@ class StoreState:
     room: threading.Condition
     counters: StoreCounters = field(default_factory=StoreCounters)
     health: HealthBoard = field(default_factory=HealthBoard)
+    io: IoGate = field(default_factory=IoGate)
     breaker: SegmentBreaker = field(default_factory=SegmentBreaker)
     read_failed: Callable[[int, str], None] = field(default=_nobody_told)
     """(row, why): a pinned row could not be read from SSD; called without the lock. Tied late to

@@ -87,6 +87,8 @@ class DaemonConfig:
     client of the local socket may have mapped, 0 for half of `dram_bytes`. `mapped_bytes_max`: that
     all may, 0 for three quarters. `scrub_bytes_per_s`: how fast stored blocks are read again and
     verified in the background, when hardly anything else moves; 0 for not at all.
+    `read_ahead_bytes`: how much of a leased prefix is brought from SSD to DRAM before it is asked
+    for, while the SSD has nothing else to do; at most an eighth of `dram_bytes`, 0 for none.
     `eviction`: which blocks make way when a tier is full: s3-fifo or lru. `ttl_s`: blocks leave
     when nobody has used them for so long, 0 for never. `retain_bytes`: the most that clients may
     have retained, 0 for a quarter of `disk_bytes`. `tenants`: quotas and times to live of single
@@ -131,6 +133,7 @@ class DaemonConfig:
     mapped_client_bytes_max: int = 0
     mapped_bytes_max: int = 0
     scrub_bytes_per_s: float = 8 << 20
+    read_ahead_bytes: int = 32 << 20
     eviction: str = S3Fifo.name
     ttl_s: float = 0
     retain_bytes: int = 0

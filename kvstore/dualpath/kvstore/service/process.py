@@ -389,6 +389,7 @@ def _store_config(config: DaemonConfig) -> StoreConfig:
         mapped_owner_bytes_max=config.mapped_client_bytes_max,
         mapped_bytes_max=config.mapped_bytes_max,
         scrub_bytes_per_s=config.scrub_bytes_per_s,
+        read_ahead_bytes=config.read_ahead_bytes,
         eviction=config.eviction,
         ttl_s=config.ttl_s,
         retain_bytes=config.retain_bytes,
