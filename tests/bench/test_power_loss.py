@@ -206,9 +206,9 @@ def test_what_the_model_does_not_know_is_refused(script: Script) -> None:
 
 
 @pytest.fixture(scope="module")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorder() -> Path:
     try:
-        return build_recorder(tmp_path_factory.mktemp("recorder"))
+        return build_recorder()
     except Unavailable as error:
         pytest.skip(str(error))
 
@@ -298,3 +298,30 @@ def test_the_process_is_killed_before_the_change_that_was_asked_for(
         )
         assert done.returncode == -9
         assert len(list(read_log(log))) == cut - 1
+
+
+_BLIND = """
+import os, sys
+from pathlib import Path
+from dualpath.bench.soak.recording import recording
+from dualpath.transfer.errors import Unavailable
+os.environ["LD_PRELOAD"] = sys.argv[1] + "/gone.so"
+try:
+    recording().begin(Path(sys.argv[1]), Path(sys.argv[1] + ".log"))
+except Unavailable as error:
+    print(error)
+"""
+
+
+def test_a_process_whose_children_would_not_be_recorded_is_not_recorded(
+    tmp_path: Path, recorder: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BLIND, str(tmp_path)],
+        env={**os.environ, LIBRARY_VARIABLE: str(recorder)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "gone.so' is gone" in done.stdout

@@ -100,7 +100,7 @@ class _Soak:
         self._no_recorder = ""
         recorder = None
         try:
-            recorder = build_recorder(folder)
+            recorder = build_recorder()
         except Unavailable as error:
             self._no_recorder = str(error)
         self._nursery = Nursery(recorder, folder / "said")

@@ -1,18 +1,20 @@
 """Recordings of what a process did to a directory: how they are made, and their records.
 
 The recorder is a small C library (recorder.c) that is compiled when it is first needed and
-preloaded into the recorded process; so LMDB, Python and everything else in it is seen as it is.
-Only io_uring passes by it: `RecordedDevice` (recorded_device.py) tells of those writes.
+preloaded into the recorded process and those that it starts; so LMDB, Python and everything else
+in them is seen as it is. Only io_uring passes by it: such writes are told of, or not made.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import enum
 import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -58,8 +60,13 @@ class Record:
         return os.fsdecode(self.data)
 
 
-def build_recorder(folder: Path) -> Path:
-    """Compile the recorder into `folder`. Raises Unavailable without a C compiler."""
+@cache
+def build_recorder() -> Path:
+    """The recorder, compiled into a folder that lasts as long as this program: whatever was
+    preloaded once preloads it into every program it starts. Raises Unavailable without a C
+    compiler."""
+    folder = Path(tempfile.mkdtemp(prefix="dualpath-recorder-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = folder / "recorder.so"
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -94,7 +101,11 @@ class Recording:
         self._write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
 
     def begin(self, root: Path, log: Path, cut: int = 0) -> None:
-        """Record changes below `root` from now on; kill this process before change `cut`."""
+        """Record changes below `root` from now on; kill this process before change `cut`. Raises
+        Unavailable, also where programs that this one starts would not be recorded."""
+        library = os.environ.get(LIBRARY_VARIABLE, "")
+        if not Path(library).is_file():
+            raise Unavailable(f"the recorder {library!r} is gone: no child would be recorded")
         if self._begin(os.fsencode(root), os.fsencode(log), cut):
             raise Unavailable(f"cannot record {root} to {log}")
 
