@@ -164,7 +164,7 @@ async def _timed(call: Callable[[], Awaitable[Any]], times: list[float]) -> Any:
 def _over_socket(
     daemon: Serving, fixture: IndexFixture, rounds: int, calls: int
 ) -> tuple[Timings, Timings]:
-    empty, full = Timings(), Timings()
+    empty, full, space = Timings(), Timings(), fixture.namespace.id
     with LocalStore.connect(f"{daemon.address('unix')}.local", prefault=False) as store:
         for number in range(rounds):
             empty_times: list[float] = []
@@ -174,7 +174,7 @@ def _over_socket(
                 store.ping()
                 between = time.perf_counter()
                 hashes = PackedHashes(chain, _HASH_BYTES)
-                hit = store.lookup(fixture.namespace.id, hashes, lease_s=_LEASE_S)
+                hit = store.lookup(space, hashes, lease_s=_LEASE_S)
                 full_times.append(time.perf_counter() - between)
                 empty_times.append(between - start)
                 _check(hit.blocks)
