@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dualpath.kvstore import checksum
 from dualpath.kvstore.block_store import BlockStore
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
@@ -171,6 +172,38 @@ def test_checksums_are_counted_by_chunk(store: BlockStore) -> None:
     gone_and_here = [99, block.reservation_id]
     statuses = writer.incoming.seal(gone_and_here, [0, 0, 5, 6], durable=False)
     assert statuses == [SealStatus.EXPIRED, SealStatus.CORRUPT]
+    writer.close()
+
+
+def test_blocks_that_are_reserved_together_have_consecutive_tags(store: BlockStore) -> None:
+    writer = _Writer(store, "w")
+    blocks = writer.reserve(_hash(1), _hash(2)) + writer.reserve(_hash(3))
+    tags = [block.first_tag + chunk for block in blocks for chunk in range(LAYOUT.chunk_count)]
+    assert tags == list(range(tags[0], tags[0] + len(tags)))
+    writer.close()
+
+
+def test_digests_that_the_transport_made_seal_only_what_they_were_made_of(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = _Writer(store, "w")
+    intact, other = writer.reserve(_hash(1), _hash(2))
+    content, count = _content(_hash(1)), LAYOUT.chunk_count
+    sums = checksum.of_block(content, LAYOUT)
+    for block in (intact, other):
+        store.arena.view[block.base : block.base + len(content)] = content
+        tags = range(block.first_tag, block.first_tag + count)
+        assert writer.incoming._hashed(tags, sums) == [True] * count
+        assert writer.incoming._hashed(tags, sums) == [False] * count
+    assert writer.incoming._hashed([12345], [1]) == [False]
+    hashed: list[int] = []
+    made = checksum.of_block
+    monkeypatch.setattr(checksum, "of_block", lambda *args: hashed.append(1) or made(*args))
+    wrong = (sums[0], sums[1] ^ 1)
+    ids = [intact.reservation_id, other.reservation_id]
+    statuses = writer.incoming.seal(ids, [*sums, *wrong], durable=False)
+    assert statuses == [SealStatus.SEALED, SealStatus.CORRUPT]
+    assert len(hashed) == 1, "what differs is hashed by the store, what agrees is not"
     writer.close()
 
 

@@ -1,18 +1,20 @@
 """Saves: reserve at the daemon, write every chunk into its window, seal.
 
-Owns the batches of a save and their order. Checksums are taken from the engine's memory before
-the bytes leave, so that the daemon refuses what was damaged on the way. Bounded: one batch is
-written while the next one is reserved at most. What fails is a value with its reason; the memory
-is not read any more when `save` returns.
+Owns the batches of a save and their order: a batch is reserved and written while those before it
+are on their way, at most BATCHES_MAX of them, and sealed after them. Checksums are taken from the
+engine's memory while the bytes leave, so that the daemon refuses what was damaged on the way. What
+fails is a value with its reason; the memory is not read any more when `save` returns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.daemon_link import DaemonLink
@@ -21,7 +23,15 @@ from dualpath.agent.loader import daemon_for
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.outcome import SaveResult
 from dualpath.agent.regions import EngineRegion, Regions
-from dualpath.kvstore.checksum import of_slices
+from dualpath.agent.save_batch import (
+    RESERVE_STATUS,
+    ROOM_LATER,
+    Reserved,
+    batches_of,
+    checksums_of,
+    runs_of,
+    tables_of,
+)
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
@@ -35,23 +45,22 @@ from dualpath.transfer.errors import (
 )
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.region import RegionDescriptor
-from dualpath.transfer.slices import Slices
-from dualpath.transfer.transport import Completion, Write, WriteStatus
+from dualpath.transfer.transport import (
+    BATCH_WRITES_MAX,
+    BatchCompletion,
+    WriteBatch,
+    WriteStatus,
+)
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 16 << 20
-"""Bytes that are reserved, written and sealed at once."""
-BATCH_BLOCKS = 1024
+BATCHES_MAX = 3
+"""Batches of one save on their way at once."""
 RETRIES_MAX = 3
 """How often a throttled reservation is tried again."""
 RESERVATION_S_MAX = 285.0
 SAVES_MAX = 256
 
-_RESERVE: Mapping[int, ReserveStatus] = {
-    store_pb2.ReserveStatus.Value(f"RESERVE_STATUS_{status.name}"): status
-    for status in ReserveStatus
-}
 _SEAL: Mapping[int, SealStatus] = {
     store_pb2.SealStatus.Value(f"SEAL_STATUS_{status.name}"): status for status in SealStatus
 }
@@ -85,19 +94,22 @@ class _Save:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A write ended; `batch` waits for it."""
+    """The write of these tags ended; `batch` waits for it."""
 
     batch: _Writes
-    completion: Completion
+    tags: range
+    completion: BatchCompletion
 
 
 @dataclass(slots=True, eq=False)
 class _Writes:
-    """Writes of one batch that have not ended."""
+    """Writes of one batch that have not ended. `block_of` has a block by tag; `failures` has a
+    reason and its detail by block."""
 
     open: int
     over: asyncio.Event
-    failures: dict[int, Completion] = field(default_factory=dict)
+    block_of: dict[int, int] = field(default_factory=dict)
+    failures: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 class Saver:
@@ -131,8 +143,7 @@ class Saver:
             if self.active > SAVES_MAX:
                 raise Overloaded(f"{SAVES_MAX} saves are running", retry_after_s=0.1)
             daemon = await self._daemon(save)
-            for first, count in _batches(save.layout, len(spec.hashes)):
-                await self._batch(save, daemon, range(first, first + count))
+            await self._run(save, daemon)
         except InvalidRequest:
             raise
         except DualPathError as error:
@@ -187,62 +198,142 @@ class Saver:
             return False
         return answer.blocks == 1
 
-    async def _batch(self, save: _Save, daemon: DaemonLink, blocks: range) -> None:
-        spec, layout = save.spec, save.layout
-        answer = await self._reserve(save, daemon, blocks)
+    async def _run(self, save: _Save, daemon: DaemonLink) -> None:
+        """Reserve batch after batch, in order, while those before are written and sealed."""
+        running: deque[asyncio.Task[None]] = deque()
+        before = asyncio.Event()
+        before.set()
+        try:
+            for first, count in batches_of(save.layout, len(save.spec.hashes)):
+                while len(running) >= BATCHES_MAX:
+                    await running.popleft()
+                reserved = await self._reserve(save, daemon, range(first, first + count), running)
+                sealed = asyncio.Event()
+                work = self._batch(save, daemon, reserved, before, sealed)
+                running.append(asyncio.create_task(work, name=f"save from block {first} on"))
+                before = sealed
+            while running:
+                await running.popleft()
+        finally:
+            for task in running:
+                task.cancel()
+            await _uninterrupted(running)
+            for task in running:
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    log.info("%s failed as well: %s", task.get_name(), error)
+
+    async def _batch(
+        self,
+        save: _Save,
+        daemon: DaemonLink,
+        reserved: Reserved,
+        before: asyncio.Event,
+        sealed: asyncio.Event,
+    ) -> None:
+        """Write and seal what was reserved, sealed after the batch before."""
+        try:
+            fresh = self._outcomes(save, reserved)
+            if fresh:
+                await self._store(save, daemon, reserved, fresh, before)
+                return
+            await before.wait()
+            blocks = reserved.blocks
+            if (
+                save.spec.durable
+                and ReserveStatus.EXISTS in save.reserved[blocks.start : blocks.stop]
+            ):
+                # Stored before, perhaps not written back yet: a durable seal waits for that.
+                await daemon.seal((), (), durable=True, timeout_s=self._left_s(save))
+        finally:
+            sealed.set()
+
+    def _outcomes(self, save: _Save, reserved: Reserved) -> dict[int, int]:
+        """Note what became of each block; those to write, with their positions."""
         fresh: dict[int, int] = {}
-        for position, block in enumerate(blocks):
-            status = _RESERVE.get(answer.status[position])
+        for position, block in enumerate(reserved.blocks):
+            status = RESERVE_STATUS.get(reserved.status[position])
             save.reserved[block] = status
             if status is ReserveStatus.RESERVED:
                 fresh[block] = position
-            elif status in (
-                ReserveStatus.FULL,
-                ReserveStatus.QUOTA,
-                ReserveStatus.NO_PARENT,
-                None,
-            ):
+            elif status is None or status in ROOM_LATER:
                 word = status.value if status else "unknown status"
                 save.fail(word, f"block {block} was not reserved: {word}")
-        if not fresh:
-            if spec.durable and ReserveStatus.EXISTS in save.reserved[blocks.start : blocks.stop]:
-                # Stored before, perhaps not written back yet: a durable seal waits for that.
-                await daemon.seal((), (), durable=True, timeout_s=self._left_s(save))
-            return
-        ids = [answer.reservation_id[position] for position in fresh.values()]
+        return fresh
+
+    async def _store(
+        self,
+        save: _Save,
+        daemon: DaemonLink,
+        reserved: Reserved,
+        fresh: Mapping[int, int],
+        before: asyncio.Event,
+    ) -> None:
+        """Write and seal the blocks `fresh`, or give their reservations back."""
+        region, places = save.entry.region, save.spec.places
+        hashing = self._loop.run_in_executor(
+            None, checksums_of, region.view, save.layout, places, tuple(fresh)
+        )
         try:
-            checksums = await self._loop.run_in_executor(None, _checksums, save, tuple(fresh))
-            failures = await self._write(save, daemon, fresh, answer)
-            failed = {block for block in fresh if block in failures}
-            good = [block for block in fresh if block not in failed]
-            for block in sorted(failed):
-                save.fail(_word_of(failures[block]), f"block {block}: {failures[block].detail}")
+            try:
+                failures = await self._write(save, daemon, fresh, reserved)
+            finally:
+                await _uninterrupted((hashing,))  # it reads the engine's memory
+            checksums = hashing.result()
+            good = [block for block in fresh if block not in failures]
+            for block in sorted(failures):
+                word, detail = failures[block]
+                save.fail(word, f"block {block}: {detail}")
                 save.sealed[block] = SealStatus.FAILED
-            lost = [answer.reservation_id[fresh[block]] for block in failed]
+            lost = [reserved.ids[fresh[block]] for block in failures]
             if lost and daemon.up:
                 await daemon.abandon(lost)
+            await before.wait()
             if good:
-                await self._seal(save, daemon, good, fresh, answer, checksums)
+                ids = [reserved.ids[fresh[block]] for block in good]
+                await self._seal(save, daemon, good, ids, checksums)
         except BaseException:
             if daemon.up:
-                await daemon.abandon(ids)
+                await daemon.abandon([reserved.ids[position] for position in fresh.values()])
             raise
         done = sum(save.sealed[block] is SealStatus.SEALED for block in fresh)
         self.saved_blocks += done
-        self.saved_bytes += done * layout.block_bytes
+        self.saved_bytes += done * save.layout.block_bytes
 
     async def _reserve(
-        self, save: _Save, daemon: DaemonLink, blocks: range
+        self,
+        save: _Save,
+        daemon: DaemonLink,
+        blocks: range,
+        running: Collection[asyncio.Task[None]],
+    ) -> Reserved:
+        """Reserve a batch; for what finds no room, again when the batches before are sealed."""
+        count = len(blocks)
+        reserved = Reserved(blocks, b"", [0] * count, [0] * count, [0] * count, [0] * count)
+        everything = range(count)
+        reserved.take(everything, await self._ask_room(save, daemon, blocks, everything))
+        refused = reserved.refused()
+        if refused and any(not task.done() for task in running):
+            try:
+                await asyncio.wait(running)
+                reserved.take(refused, await self._ask_room(save, daemon, blocks, refused))
+            except BaseException:
+                ids = [each for each in reserved.ids if each]
+                if ids and daemon.up:
+                    await daemon.abandon(ids)
+                raise
+        return reserved
+
+    async def _ask_room(
+        self, save: _Save, daemon: DaemonLink, blocks: range, positions: Sequence[int]
     ) -> store_pb2.ReserveResponse:
         spec = save.spec
-        part = slice(blocks.start, blocks.stop)
         for attempt in range(RETRIES_MAX + 1):
             left_s = self._left_s(save)
             try:
                 return await daemon.reserve(
                     spec.namespace_id,
-                    spec.hashes[part],
-                    spec.parents[part],
+                    [spec.hashes[blocks[position]] for position in positions],
+                    [spec.parents[blocks[position]] for position in positions],
                     ttl_s=min(RESERVATION_S_MAX, left_s + 1.0),
                     timeout_s=min(left_s, 10 * self._config.lookup_timeout_s),
                 )
@@ -258,50 +349,62 @@ class Saver:
         save: _Save,
         daemon: DaemonLink,
         fresh: Mapping[int, int],
-        answer: store_pb2.ReserveResponse,
-    ) -> dict[int, Completion]:
-        """Write all chunks; returns one failure by block, of those that failed."""
+        reserved: Reserved,
+    ) -> dict[int, tuple[str, str]]:
+        """Write all chunks; returns a reason and its detail by block, of those that failed."""
         network, peer = daemon.link.network, daemon.link.peer
         if network is None or not daemon.up:
             raise PeerLost(f"daemon {daemon.address} is away")
-        window = RegionDescriptor.from_bytes(answer.window)
-        layout = save.layout
-        block_of: dict[int, int] = {}
+        window = RegionDescriptor.from_bytes(reserved.window)
         writes = _Writes(1, asyncio.Event())  # one for ourselves, until all are submitted
         try:
-            for block, position in fresh.items():
-                whole = save.spec.places.block(layout, block)
-                base, first_tag = answer.base_bytes[position], answer.first_tag[position]
-                for chunk in range(layout.chunk_count):
-                    offset, nbytes = layout.chunk_extent(chunk)
-                    tag = first_tag + chunk
-                    block_of[tag] = block
-                    write = Write(
+            for run in runs_of(save.layout, fresh, reserved):
+                first_tag, count = reserved.tags[fresh[run[0]]], save.layout.chunk_count
+                writes.block_of.update(
+                    (tag, run[index // count])
+                    for index, tag in enumerate(range(first_tag, first_tag + count * len(run)))
+                )
+                source, target = tables_of(
+                    save.layout,
+                    save.spec.places,
+                    run,
+                    [reserved.bases[fresh[each]] for each in run],
+                )
+                for first in range(0, len(source), BATCH_WRITES_MAX):
+                    last = min(len(source), first + BATCH_WRITES_MAX)
+                    batch = WriteBatch(
                         save.entry.region,
-                        whole.part(offset, nbytes),
+                        source.parts(first, last),
                         window,
-                        Slices.contiguous(base + offset, nbytes),
+                        target.parts(first, last),
                         Lane.SAVE,
-                        tag,
+                        first_tag + first,
                         self._left_s(save),
                     )
-                    network.transport.write(
-                        peer, write, lambda done: self._done.put(_Done(writes, done))
-                    )
+                    tags = range(first_tag + first, first_tag + last)
+                    network.transport.write_batch(peer, batch, partial(self._ended, writes, tags))
                     writes.open += 1
         finally:
             # Also when a write was refused: the source must not change before the others ended.
             writes.open -= 1
             if writes.open:
-                await _uninterrupted(writes.over)
-        return {block_of[tag]: completion for tag, completion in writes.failures.items()}
+                over = asyncio.create_task(writes.over.wait())
+                await _uninterrupted((over,))
+        return writes.failures
+
+    def _ended(self, writes: _Writes, tags: range, completion: BatchCompletion) -> None:
+        """On any thread."""
+        self._done.put(_Done(writes, tags, completion))
 
     def _on_done(self, items: list[_Done]) -> None:
         for item in items:
-            writes = item.batch
+            writes, completion = item.batch, item.completion
             writes.open -= 1
-            if item.completion.status is not WriteStatus.DONE:
-                writes.failures[item.completion.tag] = item.completion
+            if completion.status is not WriteStatus.DONE:
+                failure = (_word_of(completion.status), completion.detail)
+                writes.failures.update((writes.block_of[tag], failure) for tag in item.tags)
+            for tag, reason in completion.refused.items():
+                writes.failures[writes.block_of[tag]] = (_word_of(WriteStatus.REFUSED), reason)
             if writes.open == 0:
                 writes.over.set()
 
@@ -310,12 +413,11 @@ class Saver:
         save: _Save,
         daemon: DaemonLink,
         good: Sequence[int],
-        fresh: Mapping[int, int],
-        answer: store_pb2.ReserveResponse,
+        ids: Sequence[int],
         checksums: Mapping[int, Sequence[int]],
     ) -> None:
         statuses = await daemon.seal(
-            [answer.reservation_id[fresh[block]] for block in good],
+            ids,
             [value for block in good for value in checksums[block]],
             durable=save.spec.durable,
             timeout_s=self._left_s(save),
@@ -334,43 +436,25 @@ class Saver:
         return left_s
 
 
-async def _uninterrupted(event: asyncio.Event) -> None:
-    """Wait, also while being cancelled: each write ends by its deadline at the latest."""
+async def _uninterrupted(work: Collection[asyncio.Future[Any]]) -> None:
+    """Wait for the end of all, also while being cancelled: writes end by their deadlines."""
     cancelled: asyncio.CancelledError | None = None
-    while not event.is_set():
+    while any(not each.done() for each in work):
         try:
-            await event.wait()
+            await asyncio.wait(work)
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
         raise cancelled
 
 
-def _batches(layout: KVLayout, blocks: int) -> list[tuple[int, int]]:
-    """(first, count) of each batch."""
-    step = max(1, min(BATCH_BLOCKS, BATCH_BYTES // layout.block_bytes))
-    return [(first, min(step, blocks - first)) for first in range(0, blocks, step)]
-
-
-def _checksums(save: _Save, blocks: Sequence[int]) -> dict[int, list[int]]:
-    layout, view = save.layout, save.entry.region.view
-    result: dict[int, list[int]] = {}
-    for block in blocks:
-        whole = save.spec.places.block(layout, block)
-        result[block] = [
-            of_slices(view, whole.part(*layout.chunk_extent(chunk)))
-            for chunk in range(layout.chunk_count)
-        ]
-    return result
-
-
-def _word_of(completion: Completion) -> str:
+def _word_of(status: WriteStatus) -> str:
     return {
         WriteStatus.REFUSED: "refused",
         WriteStatus.LOST: "peer_lost",
         WriteStatus.EXPIRED: "deadline",
         WriteStatus.CLOSED: "cancelled",
-    }.get(completion.status, "failed")
+    }.get(status, "failed")
 
 
 def _reason_of(error: DualPathError) -> str:

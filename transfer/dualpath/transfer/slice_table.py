@@ -106,7 +106,13 @@ class SliceTable:
         )
 
     def fields(self) -> Iterator[Fields]:
-        """The fields of each part's Slices."""
+        """The fields of each part's Slices; of one slice those of `Slices.contiguous`, so that the
+        same bytes have the same fields."""
+        if self.count == 1:
+            starts = map(add, self.bases, self.skips)
+            return zip(
+                starts, self.sizes, repeat(1), self.sizes, repeat(0), self.sizes, strict=False
+            )
         return zip(
             self.bases,
             repeat(self.stride),

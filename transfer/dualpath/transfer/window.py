@@ -189,7 +189,7 @@ class WindowTable:
             _check_target(window, tag, tag, (slices.start, slices.end))
             if tag in fresh:
                 raise InvalidRequest(f"tag {tag} is given twice")
-            fresh[tag] = slices.fields
+            fresh[tag] = next(SliceTable.of(slices).fields())
         self._arm(window, fresh)
 
     def arm_table(self, window: RegionDescriptor, first_tag: int, targets: SliceTable) -> None:

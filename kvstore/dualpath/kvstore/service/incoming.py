@@ -3,8 +3,9 @@
 Owns the attachment's window, the tags of its chunks and the count of what arrived. Guarantees
 that a slot goes back to the store only after its tags were fenced: by abandon, expiry, or the loss
 of the attachment. Time to live is enforced here, before the store's own, longer one, for that
-reason; should the store be first all the same, it calls `fence_expired`. Checksums are the
-store's (`seal` hashes its own copy).
+reason; should the store be first all the same, it calls `fence_expired`. Checksums are made of the
+bytes in the arena: by the transport, right after a chunk's last byte and while nothing else can be
+written there any more, or else by the store when it seals.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import enum
 import itertools
 import math
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
-from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX, KVLayout
 from dualpath.kvstore.store_api import (
     RESERVATION_S_MAX,
     NewBlock,
@@ -27,7 +27,7 @@ from dualpath.kvstore.store_api import (
 )
 from dualpath.transfer.errors import InvalidRequest, PeerLost
 from dualpath.transfer.region import RegionDescriptor
-from dualpath.transfer.slices import Slices
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.transport import Arrival, Transport
 
 GRACE_S = 15.0
@@ -48,22 +48,38 @@ class _Phase(enum.Enum):
 class _Incoming:
     reservation_id: int
     first_tag: int
-    chunks: int
+    sizes: Sequence[int]
+    """Bytes of each chunk."""
     slot_bytes: int
     expires_at: float
     missing: int
     phase: _Phase = _Phase.WRITING
+    digests: dict[int, int] = field(default_factory=dict)
+    """By tag, those that the transport made."""
+
+    @property
+    def chunks(self) -> int:
+        """How many it has."""
+        return len(self.sizes)
 
     @property
     def tags(self) -> range:
         return range(self.first_tag, self.first_tag + self.chunks)
+
+    def sealing(self, given: tuple[int, ...]) -> SealRequest:
+        """The request for the store. Where digests are missing or differ from those that were
+        given it hashes the bytes itself."""
+        made = tuple(self.digests.get(tag, 0) for tag in self.tags)
+        if len(self.digests) == self.chunks and given in ((), made):
+            return SealRequest(self.reservation_id, made, trusted=True)
+        return SealRequest(self.reservation_id, given)
 
 
 @dataclass(frozen=True, slots=True)
 class ReservedBlock:
     """Outcome for one block; the numbers are 0 unless RESERVED. `base` is its offset in the
     arena, in bytes; chunk c is to be written at `Slices.contiguous(base + offset of c, bytes of
-    c)` with tag `first_tag + c`."""
+    c)` with tag `first_tag + c`. Blocks that are reserved together have consecutive tags."""
 
     status: ReserveStatus
     reservation_id: int = 0
@@ -82,9 +98,8 @@ class IncomingBlocks:
         self._writer = writer or owner
         self._lock = threading.Lock()
         self._blocks: dict[int, _Incoming] = {}
-        # By tag // CHUNKS_PER_BLOCK_MAX: tags of a block share it, as they start at a multiple.
         self._by_tag: dict[int, _Incoming] = {}
-        self._tag_groups = itertools.count(1)
+        self._next_tag = 1
         self._window: RegionDescriptor | None = None
         self._closed = False
         self._first_expiry = math.inf
@@ -112,42 +127,42 @@ class IncomingBlocks:
             namespace_id, blocks, owner=self._owner, ttl_s=RESERVATION_S_MAX
         )
         expires_at = now + min(ttl_s, TTL_S_MAX)
+        extents = [layout.chunk_extent(chunk) for chunk in range(layout.chunk_count)]
+        sizes = [nbytes for _, nbytes in extents]
+        chunks, reserved = len(sizes), sum(each.extent is not None for each in outcomes)
+        with self._lock:
+            first_tag = tag = self._next_tag
+            self._next_tag += chunks * reserved
         answers: list[ReservedBlock] = []
         added: list[_Incoming] = []
-        targets: list[tuple[int, Slices]] = []
+        bases: list[int] = []
         for outcome in outcomes:
             if outcome.extent is None:
                 answers.append(ReservedBlock(outcome.status))
                 continue
-            first_tag = next(self._tag_groups) * CHUNKS_PER_BLOCK_MAX
-            base = outcome.extent.start
-            chunks = layout.chunk_count
+            reservation_id, base = outcome.reservation_id, outcome.extent.start
             added.append(
-                _Incoming(
-                    outcome.reservation_id,
-                    first_tag,
-                    chunks,
-                    layout.slot_bytes,
-                    expires_at,
-                    missing=chunks,
-                )
+                _Incoming(reservation_id, tag, sizes, layout.slot_bytes, expires_at, chunks)
             )
-            targets.extend(_targets(layout, base, first_tag))
-            answers.append(ReservedBlock(outcome.status, outcome.reservation_id, base, first_tag))
+            answers.append(ReservedBlock(outcome.status, reservation_id, base, tag))
+            bases.append(base)
+            tag += chunks
         with self._lock:
             closed = self._closed
             if not closed:
                 for block in added:
                     self._blocks[block.reservation_id] = block
-                    self._by_tag[block.first_tag // CHUNKS_PER_BLOCK_MAX] = block
+                    self._by_tag.update(dict.fromkeys(block.tags, block))
                     self._first_expiry = min(self._first_expiry, expires_at)
         ids = [block.reservation_id for block in added]
         if closed:
             self._store.abandon(ids, owner=self._owner)
             raise PeerLost(f"attachment {self._owner} was lost while it reserved")
         try:
-            if targets:
-                self._transport.arm(window, targets)
+            if added:
+                offsets = [base + offset for base in bases for offset, _ in extents]
+                targets = SliceTable.contiguous(offsets, sizes * reserved)
+                self._transport.arm_table(window, first_tag, targets)
         except BaseException:
             self.abandon(ids)
             self._check_open()  # that is why, then
@@ -178,9 +193,7 @@ class IncomingBlocks:
                 block.phase = _Phase.SEALING
                 ready.append((index, block))
         try:
-            requests = [
-                SealRequest(block.reservation_id, per_block[index]) for index, block in ready
-            ]
+            requests = [block.sealing(per_block[index]) for index, block in ready]
             sealed = self._store.seal(
                 requests, owner=self._owner, durable=durable, writer=self._writer
             )
@@ -277,7 +290,9 @@ class IncomingBlocks:
                 return self._window
         # Outside of the lock: arrivals take it while a transport may hold its own.
         arena = self._store.arena
-        window = self._transport.expose(arena, 0, arena.nbytes, self._arrived)
+        window = self._transport.expose(
+            arena, 0, arena.nbytes, self._arrived, on_hashed=self._hashed
+        )
         kept = self._install(window)
         if kept is not window:
             self._transport.revoke(window)
@@ -294,17 +309,32 @@ class IncomingBlocks:
 
     def _arrived(self, arrival: Arrival) -> bool:
         with self._lock:
-            block = self._by_tag.get(arrival.tag // CHUNKS_PER_BLOCK_MAX)
-            if block is None or block.phase is not _Phase.WRITING or block.missing == 0:
-                return False
-            block.missing -= 1
-            self.received_bytes += arrival.slices.nbytes
-            return True
+            return self._landed(arrival.tag) is not None
+
+    def _hashed(self, tags: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
+        taken: list[bool] = []
+        with self._lock:
+            for tag, digest in zip(tags, digests, strict=True):
+                block = self._landed(tag)
+                if block is not None:
+                    block.digests[tag] = digest
+                taken.append(block is not None)
+        return taken
+
+    def _landed(self, tag: int) -> _Incoming | None:
+        """Count a chunk; None if nobody waits for it."""
+        block = self._by_tag.get(tag)
+        if block is None or block.phase is not _Phase.WRITING or block.missing == 0:
+            return None
+        block.missing -= 1
+        self.received_bytes += block.sizes[tag - block.first_tag]
+        return block
 
     def _forget(self, blocks: Sequence[_Incoming]) -> None:
         for block in blocks:
-            self._blocks.pop(block.reservation_id, None)
-            self._by_tag.pop(block.first_tag // CHUNKS_PER_BLOCK_MAX, None)
+            if self._blocks.pop(block.reservation_id, None) is not None:
+                for tag in block.tags:
+                    self._by_tag.pop(tag, None)
 
     def _fence(self, blocks: Sequence[_Incoming]) -> None:
         if not blocks:
@@ -321,12 +351,6 @@ class IncomingBlocks:
 def _end(blocks: Sequence[_Incoming]) -> None:
     for block in blocks:
         block.phase = _Phase.ENDING
-
-
-def _targets(layout: KVLayout, base: int, first_tag: int) -> Iterator[tuple[int, Slices]]:
-    for chunk in range(layout.chunk_count):
-        offset, nbytes = layout.chunk_extent(chunk)
-        yield first_tag + chunk, Slices.contiguous(base + offset, nbytes)
 
 
 def _split(
