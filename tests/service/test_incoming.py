@@ -198,7 +198,12 @@ def test_digests_that_the_transport_made_seal_only_what_they_were_made_of(
     assert writer.incoming._hashed([12345], [1]) == [False]
     hashed: list[int] = []
     made = checksum.of_block
-    monkeypatch.setattr(checksum, "of_block", lambda *args: hashed.append(1) or made(*args))
+
+    def counted(view: memoryview, layout: KVLayout) -> tuple[int, ...]:
+        hashed.append(1)
+        return made(view, layout)
+
+    monkeypatch.setattr(checksum, "of_block", counted)
     wrong = (sums[0], sums[1] ^ 1)
     ids = [intact.reservation_id, other.reservation_id]
     statuses = writer.incoming.seal(ids, [*sums, *wrong], durable=False)

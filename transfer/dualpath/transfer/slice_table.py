@@ -83,7 +83,9 @@ class SliceTable:
         return self.count <= 1 or self.stride == self.length
 
     def part(self, index: int) -> Slices:
-        """One part."""
+        """One part, with its `fields`."""
+        if self.count == 1:
+            return Slices.contiguous(self.bases[index] + self.skips[index], self.sizes[index])
         return Slices(
             self.bases[index],
             self.stride,
