@@ -74,26 +74,30 @@ static int described(Job *job, const Buffers *held, Py_ssize_t nbytes, Py_ssize_
            inside(job->source_at, job->blocks, job->nbytes, held->source.len, "source");
 }
 
-static void copy_all(const Job *job) {
+static void copy_one(const Job *job, size_t block, const char *source, int stream) {
+    char *target = job->target + job->target_at[block];
+    if (job->sums == NULL) {
+        dualpath_copy(target, source, job->nbytes, stream);
+        return;
+    }
+    uint64_t *sums = job->sums + block * job->chunks;
+    for (size_t c = 0, at = 0; c < job->chunks; c++, at += job->chunk_bytes) {
+        size_t left = job->nbytes - at;
+        size_t size = left < job->chunk_bytes ? left : job->chunk_bytes;
+        if (size >= XXH3_LONG_BYTES_MIN) {
+            sums[c] = dualpath_copy_and_hash(target + at, source + at, size, stream);
+        } else {
+            dualpath_copy(target + at, source + at, size, 0);
+            sums[c] = 0;
+        }
+    }
+}
+
+/* `sources`: where each block comes from, or NULL for `source_at`. */
+static void copy_all(const Job *job, const Py_buffer *sources) {
     int stream = job->blocks * job->nbytes >= STREAM_BYTES_MIN;
     for (size_t i = 0; i < job->blocks; i++) {
-        char *target = job->target + job->target_at[i];
-        const char *source = job->source + job->source_at[i];
-        if (job->sums == NULL) {
-            dualpath_copy(target, source, job->nbytes, stream);
-            continue;
-        }
-        uint64_t *sums = job->sums + i * job->chunks;
-        for (size_t c = 0, at = 0; c < job->chunks; c++, at += job->chunk_bytes) {
-            size_t left = job->nbytes - at;
-            size_t size = left < job->chunk_bytes ? left : job->chunk_bytes;
-            if (size >= XXH3_LONG_BYTES_MIN) {
-                sums[c] = dualpath_copy_and_hash(target + at, source + at, size, stream);
-            } else {
-                dualpath_copy(target + at, source + at, size, 0);
-                sums[c] = 0;
-            }
-        }
+        copy_one(job, i, sources ? sources[i].buf : job->source + job->source_at[i], stream);
     }
     dualpath_copy_fence();
 }
@@ -115,7 +119,7 @@ static PyObject *copy_blocks(PyObject *module, PyObject *args) {
         (sums == Py_None || PyObject_GetBuffer(sums, &held.sums, PyBUF_WRITABLE) == 0) &&
         described(&job, &held, nbytes, chunk_bytes)) {
         Py_BEGIN_ALLOW_THREADS
-        copy_all(&job);
+        copy_all(&job, NULL);
         Py_END_ALLOW_THREADS
         answer = Py_NewRef(Py_None);
     }
@@ -123,9 +127,74 @@ static PyObject *copy_blocks(PyObject *module, PyObject *args) {
     return answer;
 }
 
+/* The buffers of a tuple, each of `nbytes`; NULL with an exception set. */
+static Py_buffer *source_views(PyObject *sources, Py_ssize_t count, Py_ssize_t nbytes) {
+    Py_buffer *views = PyMem_Calloc((size_t)count + 1, sizeof *views);
+    if (views == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        int held = PyObject_GetBuffer(PyTuple_GetItem(sources, i), &views[i], PyBUF_SIMPLE) == 0;
+        if (held && views[i].len == nbytes) {
+            continue;
+        }
+        if (held) {
+            PyErr_Format(PyExc_ValueError, "block %zd has %zd bytes, not %zd", i, views[i].len, nbytes);
+        }
+        for (Py_ssize_t done = 0; done < i + held; done++) {
+            PyBuffer_Release(&views[done]);
+        }
+        PyMem_Free(views);
+        return NULL;
+    }
+    return views;
+}
+
+static PyObject *gather_blocks(PyObject *module, PyObject *args) {
+    Buffers held = {0};
+    PyObject *target, *target_at, *sources, *sums, *answer = NULL;
+    Py_ssize_t nbytes, chunk_bytes;
+    Py_buffer *views = NULL;
+    Job job;
+    if (!PyArg_ParseTuple(
+            args, "OOOnnO:gather_blocks", &target, &target_at, &sources, &nbytes, &chunk_bytes, &sums)) {
+        return NULL;
+    }
+    if (!PyTuple_Check(sources)) {
+        PyErr_SetString(PyExc_TypeError, "the sources must be a tuple");
+        return NULL;
+    }
+    Py_ssize_t count = PyTuple_Size(sources);
+    /* What describes the sources of `copy_blocks` describes targets here: they are checked twice. */
+    if (PyObject_GetBuffer(target, &held.target, PyBUF_WRITABLE) == 0 &&
+        PyObject_GetBuffer(target_at, &held.target_at, PyBUF_SIMPLE) == 0 &&
+        PyObject_GetBuffer(target, &held.source, PyBUF_SIMPLE) == 0 &&
+        PyObject_GetBuffer(target_at, &held.source_at, PyBUF_SIMPLE) == 0 &&
+        (sums == Py_None || PyObject_GetBuffer(sums, &held.sums, PyBUF_WRITABLE) == 0) &&
+        described(&job, &held, nbytes, chunk_bytes)) {
+        if ((size_t)count != job.blocks) {
+            PyErr_Format(PyExc_ValueError, "%zd sources for %zu targets", count, job.blocks);
+        } else if ((views = source_views(sources, count, nbytes)) != NULL) {
+            Py_BEGIN_ALLOW_THREADS
+            copy_all(&job, views);
+            Py_END_ALLOW_THREADS
+            answer = Py_NewRef(Py_None);
+        }
+    }
+    while (views != NULL && count > 0) {
+        PyBuffer_Release(&views[--count]);
+    }
+    PyMem_Free(views);
+    give_back(&held);
+    return answer;
+}
+
 static PyMethodDef methods[] = {
     {"copy_blocks", copy_blocks, METH_VARARGS,
      "copy_blocks(target, target_at, source, source_at, nbytes, chunk_bytes, checksums)"},
+    {"gather_blocks", gather_blocks, METH_VARARGS,
+     "gather_blocks(target, target_at, sources, nbytes, chunk_bytes, checksums)"},
     {NULL, NULL, 0, NULL},
 };
 

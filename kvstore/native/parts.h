@@ -8,6 +8,13 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+/* Have the memory at an address on its way, for reading. */
+#if defined(__GNUC__) || defined(__clang__)
+#define SOON(address) __builtin_prefetch(address)
+#else
+#define SOON(address) ((void)(address))
+#endif
+
 /* Return 0, or -1 with an exception set. */
 int dualpath_add_block_copy(PyObject *module);
 int dualpath_add_checksum(PyObject *module);

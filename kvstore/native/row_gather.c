@@ -4,12 +4,6 @@
 
 #include <string.h>
 
-#if defined(__GNUC__) || defined(__clang__)
-#define SOON(address) __builtin_prefetch(address)
-#else
-#define SOON(address) ((void)(address))
-#endif
-
 enum { ROWS, LEASES, RESIDENT, CHECKSUM_ROWS, VALUES, TIERS, SUMS, BUFFERS };
 
 static const struct {

@@ -112,3 +112,41 @@ def test_no_blocks_are_no_work() -> None:
     target, source = memoryview(bytearray(8)), memoryview(bytes(8))
     sums = block_copy.copy_blocks_hashed(target, none, source, none, 8, 8)
     assert sums.shape == (0, 1)
+
+
+@twins
+def test_blocks_from_buffers_of_their_own_are_copied_and_hashed(native: bool) -> None:
+    rng = random.Random(3)
+    for nbytes, chunk_bytes in ((70_000, 70_000), (300_001, 100_000), (900, 4096), (4200, 4096)):
+        sources = [rng.randbytes(nbytes) for _ in range(5)]
+        target = memoryview(bytearray(6 * nbytes))
+        at = np.array([4, 0, 1, 5, 3]) * nbytes
+        views: list[bytearray | memoryview] = [bytearray(sources[0])]
+        views += [memoryview(source) for source in sources[1:]]
+        sums = block_copy.gather_blocks_hashed(target, at, views, nbytes, chunk_bytes)
+        for source, start, chunks in zip(sources, at.tolist(), sums.tolist(), strict=True):
+            assert target[start : start + nbytes] == source
+            assert chunks == [
+                xxhash.xxh3_64_intdigest(source[i : i + chunk_bytes])
+                for i in range(0, nbytes, chunk_bytes)
+            ]
+        assert not any(target[2 * nbytes : 3 * nbytes])
+
+
+@twins
+def test_sources_of_another_size_or_number_are_refused(native: bool) -> None:
+    target, block = memoryview(bytearray(4096)), bytes(1024)
+    for at, sources in (
+        ([0, 1024], [block]),
+        ([0], [block, block]),
+        ([0, 1024], [block, block[1:]]),
+        ([3073], [block]),
+        ([-1], [block]),
+    ):
+        with pytest.raises(InvalidRequest, match="cannot be copied"):
+            block_copy.gather_blocks_hashed(target, np.array(at), sources, 1024, 1024)
+    assert not any(target)
+    assert block_copy.gather_blocks_hashed(target, np.array([], int), [], 1024, 1024).shape == (
+        0,
+        1,
+    )

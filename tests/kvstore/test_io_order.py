@@ -144,13 +144,15 @@ class Reads:
 def test_a_save_begins_when_the_loads_have_ended() -> None:
     gate, reads = IoGate(clock=lambda: 0.0), Reads(2)
     counted = gate.counted(reads, np.array([BUSY_BYTES, MIB]), LOAD)
-    with gate.save(MIB):  # the first one has nothing to pay off
-        pass
+    assert gate.try_save(MIB)  # the first one has nothing to pay off
+    gate.end_save(MIB)
+    assert not gate.try_save(MIB)
     began = threading.Event()
 
     def save() -> None:
-        with gate.save(MIB):
-            began.set()
+        gate.begin_save(MIB)
+        began.set()
+        gate.end_save(MIB)
 
     thread = threading.Thread(target=save)
     thread.start()
@@ -176,8 +178,8 @@ def test_a_save_beside_loads_that_stand_still_waits_for_a_bounded_time() -> None
     gate = IoGate(clock=clock)
     gate.counted(Reads(1), np.array([BUSY_BYTES]), LOAD)
     for _ in range(3):
-        with gate.save(64 * MIB):
-            pass
+        gate.begin_save(64 * MIB)
+        gate.end_save(64 * MIB)
     assert now[0] > SAVE_WAIT_S_MAX
 
 

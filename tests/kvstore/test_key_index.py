@@ -156,6 +156,14 @@ def test_a_bad_argument_raises(make: Make) -> None:
         index.bind(
             columns.namespaces[:5], columns.hashes[:5], columns.lengths[:5], columns.parents[:5]
         )
+    with pytest.raises(ValueError, match="rows"):
+        index.bind(
+            columns.namespaces,
+            columns.hashes,
+            columns.lengths,
+            columns.parents,
+            np.zeros(9, np.int32),
+        )
     with pytest.raises(ValueError, match="same rows"):
         index.find_parents(columns.hashes[:4], columns.lengths[:3], out)
     assert index.get(0, b"") == -1
@@ -271,3 +279,24 @@ def test_any_order_of_changes_keeps_all_keys(make: Make) -> None:
     case = Machine.TestCase
     case.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
     case("runTest").runTest()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("run", [1, 3, 5, 16, 17, 40])
+def test_a_prefix_is_found_however_its_rows_lie(make: Make, run: int) -> None:
+    # Two chains that grew in turns, each row the parent of the next of its own chain.
+    rows = 300
+    columns = filled(make, rows)
+    chains = [[row for row in range(rows) if row // run % 2 == which] for which in (0, 1)]
+    for chain in chains:
+        columns.parents[chain] = [-1, *chain[:-1]]
+    leases, resident = np.zeros(rows, np.int32), np.zeros(rows, np.bool_)
+    columns.index.bind(
+        columns.namespaces, columns.hashes, columns.lengths, columns.parents, leases, resident
+    )
+    for chain in chains:
+        keys = [bytes(columns.hashes[row]) for row in chain]
+        assert columns.prefix(0, keys) == chain
+        assert columns.prefix(0, keys[:7]) == chain[:7]
+        assert columns.prefix(0, [*keys[:9], bytes(32), *keys[9:]]) == chain[:9]
+    assert not leases.any()

@@ -56,7 +56,12 @@ from numpy.typing import NDArray
 ANSWER_S = 30.0
 """Longest wait for an answer: a fetch may have to wait for a disk."""
 LEASE_S = 30.0
+SPIN_S = 300e-6
+"""Longest time that a thread asks for an answer without sleeping. Answers out of memory take less,
+and waking a thread up costs as much as a look-up."""
 _NAMESPACES_KEPT = 1024
+_AT_ONCE = frozenset({Kind.PING, Kind.LOOKUP, Kind.MAP, Kind.RENEW, Kind.RELEASE, Kind.DONE})
+"""What the daemon answers without a disk."""
 _NO_REFUSAL = DualPathError("nothing was refused")
 
 T = TypeVar("T")
@@ -67,12 +72,18 @@ class LocalStore:
     """See the module docstring. Make it with `connect`; a context manager that closes."""
 
     def __init__(
-        self, frames: LocalFrames, arena: Region | None, why_no_arena: str, answer_s: float
+        self,
+        frames: LocalFrames,
+        arena: Region | None,
+        why_no_arena: str,
+        answer_s: float,
+        spin_s: float,
     ) -> None:
         self._frames = frames
         self._arena = arena
         self._lock = threading.Lock()
         self._answer_s = answer_s
+        self._spin_s = spin_s if len(os.sched_getaffinity(0)) > 1 else 0.0
         self._process = os.getpid()
         self._requests = 0
         self._ended = ""
@@ -82,11 +93,18 @@ class LocalStore:
 
     @classmethod
     def connect(
-        cls, path: str, *, token: str = "", answer_s: float = ANSWER_S, prefault: bool = True
+        cls,
+        path: str,
+        *,
+        token: str = "",
+        answer_s: float = ANSWER_S,
+        prefault: bool = True,
+        spin_s: float = SPIN_S,
     ) -> LocalStore:
         """Connect to the socket of a daemon (its `unix` and `.local`).
 
-        `prefault` maps all pages now, so that no read pays for it. Raises Unavailable (nobody
+        `prefault` maps all pages now, so that no read pays for it. `spin_s` bounds the time of an
+        answer that is not slept through; 0: sleep always. Raises Unavailable (nobody
         listens), PermissionDenied (token, user), InvalidRequest (another version).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -104,7 +122,7 @@ class LocalStore:
         except BaseException:
             frames.close()
             raise
-        return cls(frames, arena, why_not, answer_s)
+        return cls(frames, arena, why_not, answer_s, spin_s)
 
     @property
     def arena(self) -> Region | None:
@@ -259,7 +277,9 @@ class LocalStore:
         self, kind: Kind, parts: Parts, decoded: Callable[[Body], T]
     ) -> tuple[DualPathError, T | None]:
         self._frames.send(kind, self._requests, parts)
-        came = self._frames.receive(protocol.ANSWER_BYTES_MAX, idle_s=self._answer_s)
+        spin_s = self._spin_s if kind in _AT_ONCE else 0.0
+        most = protocol.ANSWER_BYTES_MAX
+        came = self._frames.receive(most, idle_s=self._answer_s, spin_s=spin_s)
         if came is None:
             raise PeerLost("the daemon has closed it")
         answered, request, body = came

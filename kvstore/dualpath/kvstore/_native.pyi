@@ -1,5 +1,7 @@
 # The native extension module (kvstore/native/). Optional: import it only inside try/except
 # ImportError, in the module that also holds, or chooses, the Python twin.
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,15 @@ def copy_blocks(
     target_at: Buffer,
     source: Buffer,
     source_at: Buffer,
+    nbytes: int,
+    chunk_bytes: int,
+    checksums: Buffer | None,
+    /,
+) -> None: ...
+def gather_blocks(
+    target: Buffer,
+    target_at: Buffer,
+    sources: tuple[Buffer, ...],
     nbytes: int,
     chunk_bytes: int,
     checksums: Buffer | None,
@@ -32,6 +43,7 @@ class KeyIndex:
         lengths: NDArray[np.uint8],
         parents: NDArray[np.int32],
         /,
+        *soon: NDArray[Any],
     ) -> None: ...
     def put(self, row: int, /) -> None: ...
     def put_first(self, count: int, /) -> None: ...

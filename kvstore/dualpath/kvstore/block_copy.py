@@ -8,6 +8,8 @@ a guard that is looked at afterwards speaks for all of it. Source and target mus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 from dualpath.transfer.errors import InvalidRequest
@@ -18,7 +20,7 @@ try:
 except ImportError:
     native = None  # type: ignore[assignment]
 
-__all__ = ["copy_blocks", "copy_blocks_hashed", "native"]
+__all__ = ["copy_blocks", "copy_blocks_hashed", "gather_blocks_hashed", "native"]
 
 Offsets = NDArray[np.int64]
 
@@ -43,6 +45,49 @@ def copy_blocks_hashed(
     checksums = np.zeros((len(source_at), -(-nbytes // chunk_bytes)), np.uint64)
     _copy(target, target_at, source, source_at, nbytes, chunk_bytes, checksums)
     return checksums
+
+
+def gather_blocks_hashed(
+    target: memoryview,
+    target_at: Offsets,
+    sources: Sequence[bytes | bytearray | memoryview],
+    nbytes: int,
+    chunk_bytes: int,
+) -> NDArray[np.uint64]:
+    """As `copy_blocks_hashed`, of blocks each of which is a buffer of its own, of `nbytes`."""
+    target_at = np.ascontiguousarray(target_at, np.int64)
+    checksums = np.zeros((len(target_at), -(-nbytes // chunk_bytes)), np.uint64)
+    try:
+        if native is None or min(chunk_bytes, nbytes) < native.HASHED_BYTES_MIN:
+            gather_in_python(target, target_at, sources, nbytes, chunk_bytes, checksums)
+        else:
+            views = tuple(sources)
+            native.gather_blocks(target, target_at.data, views, nbytes, chunk_bytes, checksums.data)
+            _hash_last(target, target_at, nbytes, chunk_bytes, checksums)
+    except ValueError as error:
+        raise InvalidRequest(f"blocks cannot be copied: {error}") from error
+    return checksums
+
+
+def gather_in_python(
+    target: memoryview,
+    target_at: Offsets,
+    sources: Sequence[bytes | bytearray | memoryview],
+    nbytes: int,
+    chunk_bytes: int,
+    checksums: NDArray[np.uint64],
+) -> None:
+    """The twin of the native one. Raises ValueError."""
+    if len(sources) != len(target_at):
+        raise ValueError(f"{len(sources)} sources for {len(target_at)} targets")
+    views = [memoryview(source).cast("B") for source in sources]
+    for index, view in enumerate(views):
+        if view.nbytes != nbytes:
+            raise ValueError(f"block {index} has {view.nbytes} bytes, not {nbytes}")
+    start = np.zeros(1, np.int64)
+    for index, view in enumerate(views):
+        one = slice(index, index + 1)
+        copy_in_python(target, target_at[one], view, start, nbytes, chunk_bytes, checksums[one])
 
 
 def _copy(
@@ -76,8 +121,18 @@ def _copy_natively(
 ) -> None:
     sums = None if checksums is None else checksums.data
     native.copy_blocks(target, target_at.data, source, source_at.data, nbytes, chunk_bytes, sums)
-    if checksums is None:
-        return
+    if checksums is not None:
+        _hash_last(target, target_at, nbytes, chunk_bytes, checksums)
+
+
+def _hash_last(
+    target: memoryview,
+    target_at: Offsets,
+    nbytes: int,
+    chunk_bytes: int,
+    checksums: NDArray[np.uint64],
+) -> None:
+    """The last chunk of each block, where it is too short for the native code."""
     last = (checksums.shape[1] - 1) * chunk_bytes
     if nbytes - last < native.HASHED_BYTES_MIN:
         for block, offset in enumerate(target_at.tolist()):

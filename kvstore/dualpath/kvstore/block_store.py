@@ -246,6 +246,12 @@ class BlockStore:
         """See Store."""
         return self._writer.seal(requests, owner=owner, durable=durable, writer=writer)
 
+    def begin_seal(
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
+    ) -> Callable[[], tuple[SealStatus, ...]]:
+        """See Store."""
+        return self._writer.begin_seal(requests, owner=owner, durable=durable, writer=writer)
+
     def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
         """See Store."""
         self._writer.abandon(reservation_ids, owner=owner)
@@ -442,16 +448,9 @@ def _open_on(
         # Tied late: the committer needs the writer, which needs the residency.
         committers[0].delete(key, generation, place, erase=erase)
 
+    rows = (table, catalog, dram, ssd)
     residency = Residency(
-        table,
-        catalog,
-        dram,
-        ssd,
-        on_delete,
-        events,
-        policy=config.eviction,
-        tenants=config.tenants,
-        clock=clock,
+        *rows, on_delete, events, policy=config.eviction, tenants=config.tenants, clock=clock
     )
     retention = RetentionTable(
         directory.path, table, catalog, residency, config.retained_bytes_limit, config.disk_bytes
@@ -489,7 +488,7 @@ def _open_on(
     troubles = MediaTroubles(state)
     state.read_failed = troubles.read_failed
     writer = BlockWriter(state, troubles)
-    committer = Committer(writer, troubles, ssd, recovery.index, directory, state.io)
+    committer = Committer(writer, troubles, ssd, recovery.index, directory, state.io, dram.region)
     committers.append(committer)
     writer.attach(committer)
     committer.start()

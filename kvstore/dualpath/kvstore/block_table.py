@@ -234,7 +234,8 @@ class BlockTable:
             if fill:
                 column[shown:rows] = fill
             setattr(self, name, column[:rows])
-        self.index.bind(self.namespace, self._hash, self._hash_len, self.parent)
+        read_next = (self.leases, self.resident, self.checksum_row)
+        self.index.bind(self.namespace, self._hash, self._hash_len, self.parent, *read_next)
 
 
 _COLUMNS: dict[str, tuple[DTypeLike, int, int]] = {

@@ -16,7 +16,8 @@ import numpy as np
 from dualpath.kvstore import checksum
 from dualpath.kvstore.block_table import GONE, NO_ROW, RowState
 from dualpath.kvstore.catalog import NamespaceEntry, check_hashes
-from dualpath.kvstore.committer import CommitJob, Committer
+from dualpath.kvstore.commit_job import CommitJob
+from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.housekeeping import Housekeeping
 from dualpath.kvstore.media_troubles import MediaTroubles
 from dualpath.kvstore.record import BlockRecord
@@ -182,6 +183,12 @@ class BlockWriter:
         self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
     ) -> tuple[SealStatus, ...]:
         """See Store."""
+        return self.begin_seal(requests, owner=owner, durable=durable, writer=writer)()
+
+    def begin_seal(
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
+    ) -> Callable[[], tuple[SealStatus, ...]]:
+        """See Store."""
         if len(requests) > BATCH_BLOCKS_MAX:
             raise InvalidRequest(f"{len(requests)} blocks in one seal; at most {BATCH_BLOCKS_MAX}")
         sealings = self._begin(requests, owner)
@@ -189,11 +196,15 @@ class BlockWriter:
             if sealing.status is None:
                 self._hash(sealing)
         batch = self._enqueue(sealings, writer or owner, durable)
-        if not batch.done.wait(self._state.config.commit_wait_s):
-            raise self._too_slow()
-        if durable:
-            self._await_settled(batch.submitted_before)
-        return tuple(sealing.status or SealStatus.FAILED for sealing in sealings)
+
+        def statuses() -> tuple[SealStatus, ...]:
+            if not batch.done.wait(self._state.config.commit_wait_s):
+                raise self._too_slow()
+            if durable:
+                self._await_settled(batch.submitted_before)
+            return tuple(sealing.status or SealStatus.FAILED for sealing in sealings)
+
+        return statuses
 
     def _begin(self, requests: Sequence[SealRequest], owner: str) -> list[_Sealing]:
         """Check everything, then close the reservations; their rows are pinned from now on."""
@@ -366,8 +377,8 @@ class BlockWriter:
             writer=writer,
             sealed_unix_s=time.time(),
         )
-        data = self._slot_view(row, sealing.entry.layout.slot_bytes)
-        return CommitJob(row, parent, record, sealing.entry.namespace, data)
+        at, nbytes = int(table.dram[row]), sealing.entry.layout.slot_bytes
+        return CommitJob(row, parent, record, sealing.entry.namespace, at, nbytes)
 
     def _publish(self, job: CommitJob, *, dirty: bool) -> None:
         record = job.record
@@ -408,7 +419,6 @@ class BlockWriter:
                     status = self._settle(job)
                     self._queued.discard(job.row)
                     self._settled += 1
-                    job.data.release()
                     state.residency.unpin(job.row)
                     batch, sealing = self._waiters.pop(job.row, (None, None))
                     if batch is not None and sealing is not None:

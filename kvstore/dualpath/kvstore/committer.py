@@ -3,7 +3,9 @@
 Order of a group: (deletes of whatever its slots held before, if not committed yet) -> data ->
 headers -> fdatasync of each segment -> one index transaction -> `settle`, which acknowledges. So
 what the index names is always whole on the medium, and a slot is written again only after the
-delete of its former block has committed. Deletes that nobody waits for ride along.
+delete of its former block has committed. Deletes that nobody waits for ride along. While a group is
+on its way through headers, sync and index, the data of the next one is already being written: it
+goes to slots that nothing refers to yet.
 
 Does not decide what is visible: the host does, in `admit` and `settle`, under its own lock.
 """
@@ -18,41 +20,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dualpath.kvstore.commit_job import CommitJob
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.io_gate import IoGate
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.record import BlockRecord
-from dualpath.kvstore.segment import runs
+from dualpath.kvstore.slot_writer import DataWrite, HeaderWriter, WriteFailure
 from dualpath.kvstore.ssd_tier import SsdTier
+from dualpath.transfer.region import Region
 
 GROUP_JOBS_MAX = 1024
 GROUP_BYTES_MAX = 128 << 20
-RUN_BYTES_MAX = 4 << 20
-"""Most bytes of one write of neighbouring slots."""
 _IDLE_S = 1.0
 """How often the host may do its chores when nothing else happens."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class CommitJob:
-    """Write one block. `data` is its whole slot in memory, unchanged until `settle`."""
-
-    row: int
-    parent_row: int
-    record: BlockRecord
-    namespace: Namespace
-    data: memoryview
-    failure: str = ""
-    """Why it could not be stored; "" while all is well."""
-    sick: bool = False
-    """It is the place that failed: another one may do."""
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """(segment, slot)."""
-        return self.record.segment, self.record.slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +42,14 @@ class _Delete:
     generation: int
     place: tuple[int, int]
     erase: bool
+
+
+@dataclass(slots=True)
+class _Group:
+    """Jobs that become durable together; `write` once their data is on its way."""
+
+    jobs: list[CommitJob]
+    write: DataWrite | None = None
 
 
 class CommitHost(Protocol):
@@ -106,13 +95,18 @@ class Committer:
         index: DurableIndex,
         directory: DataDirectory,
         gate: IoGate,
+        arena: Region,
     ) -> None:
+        """Jobs lie in `arena`."""
         self._host = host
         self._troubles = troubles
         self._ssd = ssd
         self._index = index
         self._directory = directory
         self._gate = gate
+        self._arena = arena
+        self._headers = HeaderWriter(ssd, GROUP_JOBS_MAX)
+        self._ahead: _Group | None = None
         self._wake = threading.Condition()
         self._jobs: deque[CommitJob] = deque()
         self._deletes: list[_Delete] = []
@@ -189,45 +183,55 @@ class Committer:
             except Exception:  # noqa: BLE001
                 # The thread must outlive any surprise, and waiters must hear of it.
                 _log.exception("a group commit failed unexpectedly")
-                for job in group:
+                if group.write is not None:
+                    group.write.finish()  # until then the device reads their memory
+                for job in group.jobs:
                     job.failure = job.failure or "internal error"
-                self._host.settle(group)
-            if closing and not group:
+                self._host.settle(group.jobs)
+            if closing and not group.jobs:
                 return
 
-    def _next(self) -> tuple[list[CommitJob], list[_Delete], bool]:
+    def _next(self) -> tuple[_Group, list[_Delete], bool]:
+        ahead, self._ahead = self._ahead, None
         with self._wake:
-            if not (self._jobs or self._closing or self._called or self._due()):
+            if not (ahead or self._jobs or self._closing or self._called or self._due()):
                 self._wake.wait(_IDLE_S)
             self._refused = False
             self._called = False
-            group: list[CommitJob] = []
-            nbytes = 0
-            while self._jobs and len(group) < GROUP_JOBS_MAX and nbytes < GROUP_BYTES_MAX:
-                job = self._jobs.popleft()
-                nbytes += job.data.nbytes
-                group.append(job)
+            group = ahead or _Group(self._take_jobs())
             deletes, self._deletes = self._deletes, []
             return group, deletes, self._closing
+
+    def _take_jobs(self) -> list[CommitJob]:
+        """Those of the next group."""
+        jobs: list[CommitJob] = []
+        nbytes = 0
+        while self._jobs and len(jobs) < GROUP_JOBS_MAX and nbytes < GROUP_BYTES_MAX:
+            job = self._jobs.popleft()
+            nbytes += job.nbytes
+            jobs.append(job)
+        return jobs
 
     def _due(self) -> bool:
         """Whether deletes should be committed now; refused ones wait for about a second."""
         return bool(self._deletes) and not self._refused
 
-    def _commit(self, group: list[CommitJob], deletes: list[_Delete]) -> None:
-        if group:
-            self._host.admit(group)
-        deletes = self._clear_ground(group, deletes)
-        _fail_orphans(group)
-        self._write(group)
-        moved = self._relocated(group)
+    def _commit(self, group: _Group, deletes: list[_Delete]) -> None:
+        jobs = group.jobs
+        if jobs:
+            self._host.admit(jobs)
+        # What is on its way already went to slots that no delete held.
+        deletes = self._clear_ground([] if group.write else jobs, deletes)
+        _fail_orphans(jobs)
+        self._write(group, more=True)
+        moved = self._relocated(jobs)
         if moved:
             deletes = self._clear_ground(moved, deletes + self._take_deletes())
-            self._write(moved)
-        _fail_orphans(group)
-        self._record(group, deletes)
-        if group:
-            self._host.settle(group)
+            self._write(_Group(moved), more=False)
+        _fail_orphans(jobs)
+        self._record(jobs, deletes)
+        if jobs:
+            self._host.settle(jobs)
 
     def _clear_ground(self, group: list[CommitJob], deletes: list[_Delete]) -> list[_Delete]:
         """Commit deletes first where this group would write over a block that the index names,
@@ -257,13 +261,24 @@ class Committer:
         sick = [job for job in group if job.sick]
         return self._troubles.relocate(sick) if sick else []
 
-    def _write(self, group: list[CommitJob]) -> None:
-        """Data, headers, sync."""
-        self._write_data(group)
-        self._write_headers(group)
-        self._sync(group)
+    def _write(self, group: _Group, *, more: bool) -> None:
+        """Data, headers, sync; with `more` the next group's data begins after this one's."""
+        if group.write is None:
+            self._prepare(group.jobs)
+            group.write = self._data_write(group.jobs)
+        for failure in group.write.finish():
+            self._sicken(failure, "data")
+        if more:
+            self._begin_ahead()
+        self._write_headers(group.jobs)
+        self._sync(group.jobs)
 
-    def _write_data(self, group: list[CommitJob]) -> None:
+    def _data_write(self, jobs: Sequence[CommitJob]) -> DataWrite:
+        wanted = [job for job in jobs if not job.failure]
+        return DataWrite(self._ssd, self._gate, self._arena.view, wanted)
+
+    def _prepare(self, group: Sequence[CommitJob]) -> None:
+        """Make sure of the jobs' namespaces and segment files."""
         for segment, jobs in _by_segment(group).items():
             try:
                 for job in jobs:
@@ -274,17 +289,27 @@ class Committer:
             try:
                 self._ssd.ensure(segment)
             except OSError as error:
-                self._sicken(segment, jobs, f"space: {error}", error)
-                continue
-            by_slot = {job.record.slot: job for job in jobs}
-            most = max(1, RUN_BYTES_MAX // jobs[0].data.nbytes)
-            for first, count in runs(by_slot, most):
-                run = [by_slot[slot] for slot in range(first, first + count)]
-                try:
-                    with self._gate.save(sum(job.data.nbytes for job in run)):
-                        self._ssd.write_slots(segment, first, [job.data for job in run])
-                except OSError as error:
-                    self._sicken(segment, run, f"data: {error}", error)
+                self._sicken(WriteFailure(segment, jobs, error), "space")
+
+    def _begin_ahead(self) -> None:
+        """Begin to write the next group's data if nothing is in the way: all that may go wrong is
+        left to its turn."""
+        with self._wake:
+            jobs = self._take_jobs()
+            blocked = any(job.place in self._held for job in jobs)
+        if not jobs:
+            return
+        self._ahead = _Group(jobs)
+        if blocked:
+            return
+        try:
+            for job in jobs:
+                self._save_namespace(job.namespace)
+                self._ssd.ensure(job.record.segment)
+        except OSError:
+            return
+        self._ahead.write = self._data_write(jobs)
+        self._ahead.write.start()
 
     def _save_namespace(self, namespace: Namespace) -> None:
         """Once a namespace: without its file its blocks would be dropped at the next opening."""
@@ -292,31 +317,31 @@ class Committer:
             self._directory.save_namespace(namespace)
             self._saved.add(namespace)
 
-    def _write_headers(self, group: list[CommitJob]) -> None:
-        for segment, jobs in _by_segment(group).items():
-            try:
-                self._ssd.write_headers(segment, {job.record.slot: job.record for job in jobs})
-            except OSError as error:
-                self._sicken(segment, jobs, f"header: {error}", error)
+    def _write_headers(self, group: Sequence[CommitJob]) -> None:
+        jobs = [job for job in group if not job.failure]
+        for job in jobs:
+            job.encoded = job.record.to_bytes()
+        for failure in self._headers.write(jobs):
+            self._sicken(failure, "header")
 
-    def _sync(self, group: list[CommitJob]) -> None:
+    def _sync(self, group: Sequence[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():
             try:
                 self._ssd.sync(segment)
             except OSError as error:
-                self._sicken(segment, jobs, f"sync: {error}", error)
+                self._sicken(WriteFailure(segment, jobs, error), "sync")
 
-    def _sicken(
-        self, segment: int, jobs: Sequence[CommitJob], failure: str, error: OSError
-    ) -> None:
+    def _sicken(self, failure: WriteFailure, what: str) -> None:
         """These failed because of where they are."""
-        _fail(jobs, failure)
+        why = f"{what}: {failure.error}"
+        jobs = [job for job in failure.jobs if not job.failure]
+        _fail(jobs, why)
         for job in jobs:
             job.sick = True
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._troubles.no_space(segment)
+        if failure.error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._troubles.no_space(failure.segment)
         else:
-            self._troubles.write_failed(segment, failure)
+            self._troubles.write_failed(failure.segment, why)
 
     def _record(self, group: list[CommitJob], deletes: list[_Delete]) -> None:
         jobs = [job for job in group if not job.failure]
@@ -337,7 +362,7 @@ class Committer:
         try:
             self._index.apply(
                 [(delete.key, delete.generation) for delete in deletes],
-                [(job.record.key, job.record.to_bytes()) for job in jobs],
+                [(job.record.key, job.encoded) for job in jobs],
             )
         except OSError as error:
             _log.warning("the index refused %d blocks: %s", len(jobs), error)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from dualpath.kvstore.block_copy import copy_blocks_hashed
+from dualpath.kvstore.block_copy import gather_blocks_hashed
 from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.fetched_batch import FetchedBatch, FetchStatus
 from dualpath.kvstore.layout import KVLayout
@@ -21,6 +22,7 @@ from dualpath.kvstore.mapped_read import (
 from dualpath.kvstore.mapping_table import GUARD_BYTES
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.store_api import (
+    BATCH_BLOCKS_MAX,
     MappedPrefix,
     NewBlock,
     Reservation,
@@ -33,11 +35,12 @@ from dualpath.transfer.errors import InvalidRequest, Overloaded
 from numpy.typing import NDArray
 
 OWNER = "embedded"
-_BATCH_BYTES = 32 << 20
-_BATCH_BLOCKS = 64
+_PART_BYTES = 16 << 20
+"""Bytes of blocks that are copied, then sealed together."""
+_PARTS_MAX = 2
+"""Parts that are sealed and not settled while another one is copied."""
 _TTL_S = 60.0
 _LEASE_S = 60.0
-_FROM_0: NDArray[np.int64] = np.zeros(1, np.int64)
 
 PutStatus = ReserveStatus | SealStatus
 """A block's seal status if it was reserved, else why it was not."""
@@ -69,21 +72,89 @@ def put(
             raise InvalidRequest(
                 f"block {index} has {memoryview(block).nbytes} bytes, this layout has {nbytes}"
             )
-    step = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // nbytes))
-    statuses: list[PutStatus] = []
-    while len(statuses) < len(hashes):
-        start, end = len(statuses), min(len(statuses) + step, len(hashes))
-        blocks = [NewBlock(hashes[i], parents[i]) for i in range(start, end)]
-        reservations = store.reserve(namespace_id, blocks, owner=owner, ttl_s=_TTL_S)
-        taken = _until_full(reservations)
-        part = _fill_and_seal(store, layout, reservations, data[start:end], owner, durable)[:taken]
-        if durable:
-            part = [
-                _still(store, namespace_id, block.hash) if s is ReserveStatus.EXISTS else s
-                for s, block in zip(part, blocks, strict=False)
+    return _Put(store, namespace_id, layout, owner, durable).run(hashes, parents, data)
+
+
+class _Put:
+    """Puts blocks part by part: while some parts become durable, the next one is copied."""
+
+    def __init__(
+        self, store: Store, namespace_id: bytes, layout: KVLayout, owner: str, durable: bool
+    ) -> None:
+        self._store = store
+        self._namespace_id = namespace_id
+        self._layout = layout
+        self._owner = owner
+        self._durable = durable
+        self._parts: deque[Callable[[], list[PutStatus]]] = deque()
+        self._statuses: list[PutStatus] = []
+
+    def run(
+        self, hashes: Sequence[bytes], parents: Sequence[bytes], data: Sequence[Buffer]
+    ) -> tuple[PutStatus, ...]:
+        """See `put`."""
+        step = max(1, min(BATCH_BLOCKS_MAX, _PART_BYTES // self._layout.block_bytes))
+        start = 0
+        while start < len(hashes):
+            end = min(start + step, len(hashes))
+            blocks = list(map(NewBlock, hashes[start:end], parents[start:end]))
+            reservations = self._store.reserve(
+                self._namespace_id, blocks, owner=self._owner, ttl_s=_TTL_S
+            )
+            taken = _until_full(reservations, room_comes=bool(self._parts))
+            sealed = self._fill_and_seal(reservations, data[start:end])
+            self._parts.append(partial(self._outcome, reservations, blocks, sealed, taken))
+            self._await_parts(_PARTS_MAX if taken == len(blocks) else 0)
+            start += taken
+        self._await_parts(0)
+        return tuple(self._statuses)
+
+    def _await_parts(self, most: int) -> None:
+        """Until at most so many are not settled."""
+        while len(self._parts) > most:
+            self._statuses += self._parts.popleft()()
+
+    def _fill_and_seal(
+        self, reservations: Sequence[Reservation], data: Sequence[Buffer]
+    ) -> Callable[[], tuple[SealStatus, ...]]:
+        reserved = [(r, block) for r, block in zip(reservations, data, strict=True) if r.extent]
+        ids = [reservation.reservation_id for reservation, _ in reserved]
+        try:
+            at = np.array([r.extent.start for r, _ in reserved if r.extent], np.int64)
+            # One pass: what was hashed is what was stored.
+            sums = gather_blocks_hashed(
+                self._store.arena.view,
+                at,
+                [block for _, block in reserved],
+                self._layout.block_bytes,
+                self._layout.chunk_bytes,
+            ).tolist()
+            requests = [
+                SealRequest(each, tuple(one), trusted=True)
+                for each, one in zip(ids, sums, strict=True)
             ]
-        statuses += part
-    return tuple(statuses)
+            return self._store.begin_seal(requests, owner=self._owner, durable=self._durable)
+        finally:
+            # A block whose parent somebody is still writing was not sealed and stays reserved.
+            self._store.abandon(ids, owner=self._owner)
+
+    def _outcome(
+        self,
+        reservations: Sequence[Reservation],
+        blocks: Sequence[NewBlock],
+        sealed: Callable[[], tuple[SealStatus, ...]],
+        taken: int,
+    ) -> list[PutStatus]:
+        statuses = iter(sealed())
+        part = [next(statuses) if r.extent is not None else r.status for r in reservations][:taken]
+        if self._durable:
+            part = [
+                _still(self._store, self._namespace_id, block.hash)
+                if status is ReserveStatus.EXISTS
+                else status
+                for status, block in zip(part, blocks, strict=False)
+            ]
+        return part
 
 
 def _still(store: Store, namespace_id: bytes, block_hash: bytes) -> PutStatus:
@@ -92,43 +163,15 @@ def _still(store: Store, namespace_id: bytes, block_hash: bytes) -> PutStatus:
     return ReserveStatus.EXISTS if hit.blocks else SealStatus.FAILED
 
 
-def _until_full(reservations: Sequence[Reservation]) -> int:
+def _until_full(reservations: Sequence[Reservation], *, room_comes: bool) -> int:
     """How many outcomes to take: sealing the blocks before the first FULL one makes room for the
-    rest, which is tried again; without such blocks FULL is the answer."""
-    reserved = False
+    rest, which is tried again, as do earlier parts (`room_comes`); without such blocks FULL is the
+    answer."""
     for index, reservation in enumerate(reservations):
-        reserved = reserved or reservation.status is ReserveStatus.RESERVED
-        if reservation.status is ReserveStatus.FULL and reserved:
+        room_comes = room_comes or reservation.status is ReserveStatus.RESERVED
+        if reservation.status is ReserveStatus.FULL and room_comes:
             return index
     return len(reservations)
-
-
-def _fill_and_seal(
-    store: Store,
-    layout: KVLayout,
-    reservations: Sequence[Reservation],
-    data: Sequence[Buffer],
-    owner: str,
-    durable: bool,
-) -> list[PutStatus]:
-    ids = [r.reservation_id for r in reservations if r.extent is not None]
-    requests = []
-    try:
-        for reservation, block in zip(reservations, data, strict=True):
-            if reservation.extent is not None:
-                at = np.array([reservation.extent.start])
-                source = memoryview(block).cast("B")
-                # One pass: what was hashed is what was stored.
-                sums = copy_blocks_hashed(
-                    store.arena.view, at, source, _FROM_0, source.nbytes, layout.chunk_bytes
-                )
-                checksums = tuple(sums[0].tolist())
-                requests.append(SealRequest(reservation.reservation_id, checksums, trusted=True))
-        sealed = iter(store.seal(requests, owner=owner, durable=durable))
-    finally:
-        # A block whose parent somebody is still writing was not sealed and stays reserved.
-        store.abandon(ids, owner=owner)
-    return [next(sealed) if r.extent is not None else r.status for r in reservations]
 
 
 def get(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -39,9 +38,8 @@ class IoGate:
             self._order.begin(kind, int(nbytes.sum()))
         return _Counted(progress, nbytes, partial(self._ended, kind))
 
-    @contextmanager
-    def save(self, nbytes: int) -> Iterator[None]:
-        """Around a write: begins when it is its turn."""
+    def begin_save(self, nbytes: int) -> None:
+        """Begin a write when it is its turn; `end_save` must follow."""
         started = self._clock()
         with self._changed:
             self._order.wait_begin(IoClass.SAVE)
@@ -51,12 +49,18 @@ class IoGate:
             finally:
                 self._order.wait_end(IoClass.SAVE)
             self._order.begin(IoClass.SAVE, nbytes)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._order.end(IoClass.SAVE, nbytes, self._clock())
-                self._changed.notify_all()
+
+    def try_save(self, nbytes: int) -> bool:
+        """Begin a write if it is its turn now; `end_save` must follow if so."""
+        with self._changed:
+            if not self._order.may_begin(IoClass.SAVE, 0):
+                return False
+            self._order.begin(IoClass.SAVE, nbytes)
+            return True
+
+    def end_save(self, nbytes: int) -> None:
+        """A write is over."""
+        self._ended(IoClass.SAVE, nbytes)
 
     def await_quiet(self, timeout_s: float) -> bool:
         """Wait until background work may begin; False if it may not within that time."""

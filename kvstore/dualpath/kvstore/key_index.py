@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from dualpath.kvstore.checksum import Buffer
@@ -30,8 +30,11 @@ class KeyIndex(Protocol):
         lengths: NDArray[np.uint8],
         parents: NDArray[np.int32],
         /,
+        *soon: NDArray[Any],
     ) -> None:
-        """Use these columns from now on: the former ones with more rows. `hashes` is 32 wide."""
+        """Use these columns from now on: the former ones with more rows. `hashes` is 32 wide.
+        `soon` are up to four more in which whoever asks for a prefix looks next: their memory is
+        asked for with it."""
 
     def put(self, row: int, /) -> None:
         """Bring in a row. Raises KeyError if its key is there, IndexError if it is no row."""
@@ -81,10 +84,12 @@ class DictKeyIndex:
         lengths: NDArray[np.uint8],
         parents: NDArray[np.int32],
         /,
+        *soon: NDArray[Any],
     ) -> None:
         """See KeyIndex."""
         rows = len(lengths)
-        if not rows == len(namespaces) == len(hashes) == len(parents) >= len(self._lengths):
+        columns: tuple[NDArray[Any], ...] = (namespaces, hashes, parents, *soon)
+        if {len(each) for each in columns} != {rows} or rows < len(self._lengths):
             raise ValueError("the columns have not the same rows, or fewer than before")
         self._namespaces, self._hashes = namespaces, hashes
         self._lengths, self._parents = lengths, parents

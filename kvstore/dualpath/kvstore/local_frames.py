@@ -19,6 +19,8 @@ from dualpath.transfer.memfd_channel import close_fds, receive_with_fds, send_wi
 _BUFFER_BYTES = 64 << 10
 _TIMEVAL = struct.Struct("@ll")
 _SOCKET_BUFFER_BYTES = 256 << 10
+SPINS_LEFT_OUT = 16
+"""So many messages are waited for asleep after one that did not come while spinning."""
 
 
 class LocalFrames:
@@ -35,18 +37,27 @@ class LocalFrames:
         self._receive_s = 0.0
         self._buffer = bytearray(_BUFFER_BYTES)
         self._have = 0
+        self._spins_left_out = 0
         self.fds: list[int] = []
         """Descriptors that came and nobody took yet; closed with the connection."""
 
     def receive(
-        self, nbytes_max: int, *, idle_s: float = 0.0, with_fds: bool = False
+        self,
+        nbytes_max: int,
+        *,
+        idle_s: float = 0.0,
+        with_fds: bool = False,
+        spin_s: float = 0.0,
     ) -> tuple[int, int, memoryview] | None:
         """(kind, request, body) of the next message; None if the peer has closed in between.
 
         The body is a view of the buffer: valid until the next call. `idle_s` bounds the wait for
-        its begin, 0: for ever. Raises DeadlineExceeded, PeerLost, MalformedMessage (over
-        `nbytes_max`).
+        its begin, 0: for ever; for the first `spin_s` of it the thread asks again and again rather
+        than sleep: waking up takes long, too. Raises DeadlineExceeded, PeerLost, MalformedMessage
+        (over `nbytes_max`).
         """
+        if spin_s and self._have < HEADER.size:
+            self._spin(spin_s)
         if self._have < HEADER.size and not self._fill(HEADER.size, idle_s, with_fds):
             return None
         nbytes, kind, zero, request = HEADER.unpack_from(self._buffer)
@@ -72,7 +83,7 @@ class LocalFrames:
         nbytes = sum(map(len, parts))
         whole: Parts = [HEADER.pack(nbytes, kind, 0, request), *parts]
         left = HEADER.size + nbytes
-        deadline = time.monotonic() + self._message_s
+        deadline = 0.0
         while True:
             try:
                 sent = send_with_fds(self.socket, whole, fds, socket.MSG_NOSIGNAL)
@@ -83,7 +94,10 @@ class LocalFrames:
             left -= sent
             if not left:
                 return
-            if time.monotonic() > deadline:
+            # The kernel bounds each part; a message that goes in one needs no clock.
+            now = time.monotonic()
+            deadline = deadline or now + self._message_s
+            if now > deadline:
                 raise DeadlineExceeded(f"not taken within {self._message_s} s")
             fds = ()
             whole = _after(whole, sent)
@@ -138,6 +152,25 @@ class LocalFrames:
             raise PeerLost(f"the connection broke: {error.strerror}") from error
         self.fds += fds
         return got
+
+    def _spin(self, seconds: float) -> None:
+        """Take what comes so soon, if anything does; whatever else happens is found later. After
+        a time in vain the next ones are left out: who is slow once stays so for a while."""
+        if self._spins_left_out:
+            self._spins_left_out -= 1
+            return
+        until = time.monotonic() + seconds
+        with memoryview(self._buffer) as whole, whole[self._have :] as free:
+            while True:
+                try:
+                    self._have += self.socket.recv_into(free, 0, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    if time.monotonic() < until:
+                        continue
+                    self._spins_left_out = SPINS_LEFT_OUT
+                except OSError:
+                    return
+                return
 
     def _set_receive_timeout(self, seconds: float) -> None:
         # Most messages come whole and at a time when none is due: then nothing changes.

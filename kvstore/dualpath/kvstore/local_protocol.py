@@ -14,7 +14,7 @@ import enum
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from dualpath.kvstore.fetched_batch import FetchStatus
@@ -182,8 +182,7 @@ class Welcome:
         return Welcome(version, arena_bytes, _text(_rest(body, _WELCOME.size, nbytes)))
 
 
-@dataclass(frozen=True, slots=True)
-class LookupRequest:
+class LookupRequest(NamedTuple):
     """LOOKUP and MAP. `hashes` are packed; `checksums`: send them, too."""
 
     namespace_id: bytes
@@ -192,11 +191,15 @@ class LookupRequest:
     lease_ms: int
     checksums: bool
 
+    @property
+    def blocks(self) -> int:
+        """How many hashes there are."""
+        return len(self.hashes) // max(1, self.hash_bytes)
+
     def parts(self) -> Parts:
         """As a body."""
-        count = len(self.hashes) // self.hash_bytes
         flags = _WANT_CHECKSUMS if self.checksums else 0
-        head = _LOOKUP.pack(self.namespace_id, self.hash_bytes, flags, count, self.lease_ms)
+        head = _LOOKUP.pack(self.namespace_id, self.hash_bytes, flags, self.blocks, self.lease_ms)
         return [head, self.hashes]
 
     @staticmethod
@@ -392,12 +395,12 @@ def _rest(body: Body, at: int, nbytes: int) -> Body:
 def _array(body: Body, kind: str) -> NDArray[Any]:
     """A copy, in the machine's own order."""
     packed, own = _KINDS[kind]
-    return np.frombuffer(body, packed).astype(own)
+    copied = np.frombuffer(bytearray(body), packed)
+    return copied if packed == own else copied.astype(own)
 
 
-def _packed(values: NDArray[Any], kind: str) -> memoryview:
-    flat = np.ascontiguousarray(values, _KINDS[kind][0]).reshape(-1)
-    return flat.data.cast("B") if len(flat) else memoryview(b"")
+def _packed(values: NDArray[Any], kind: str) -> bytes:
+    return values.astype(_KINDS[kind][0], copy=False).tobytes()
 
 
 def _cut(text: str) -> bytes:

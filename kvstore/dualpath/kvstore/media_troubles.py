@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 from dualpath.kvstore.block_table import RowState
-from dualpath.kvstore.committer import CommitJob
+from dualpath.kvstore.commit_job import CommitJob
 from dualpath.kvstore.segment_breaker import PAUSE_S
 from dualpath.kvstore.store_api import MissReason
 from dualpath.kvstore.store_health import Trouble

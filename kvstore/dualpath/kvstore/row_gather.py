@@ -7,7 +7,7 @@ table, and in numpy each column costs a pass of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from dualpath.kvstore.store_api import TIERS, Tier
@@ -24,8 +24,7 @@ else:
 assert TIERS == (Tier.DRAM, Tier.SSD), "a tier's code is whether the block is not in DRAM"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Gathered:
+class Gathered(NamedTuple):
     """Of each row its tier's code and its checksums; `in_dram` of them are in DRAM."""
 
     tiers: NDArray[np.uint8]

@@ -26,6 +26,9 @@ class SlabSpace:
         self._slab_bytes = max(ALIGN_BYTES, min(slab, _SLAB_BYTES_MAX))
         self._base = base
         self._run_of: list[int] = [-1] * (nbytes // self._slab_bytes)
+        # Of each slab whether it is free: runs of free ones are searched for by the million.
+        self._free = bytearray(b"\1" * len(self._run_of))
+        self._lengths: dict[int, int] = {}
         self._allocator = SlotAllocator()
         self.capacity_bytes = len(self._run_of) * self._slab_bytes
 
@@ -76,8 +79,7 @@ class SlabSpace:
         if length == 0:
             return False
         start = self._free_run(length)
-        if start < 0:
-            self._drop_empty_runs()
+        if start < 0 and self._drop_empty_runs():
             start = self._free_run(length)
         if start < 0:
             length = -(-slot_bytes // self._slab_bytes)
@@ -85,11 +87,18 @@ class SlabSpace:
         if start < 0:
             return False
         self._run_of[start : start + length] = [start] * length
+        self._free[start : start + length] = bytes(length)
         self._allocator.add(start, slot_bytes, length * self._slab_bytes // slot_bytes)
         return True
 
     def _run_length(self, slot_bytes: int) -> int:
         """Slabs of a run: the fewest with little waste; 0 if one slot exceeds the range."""
+        length = self._lengths.get(slot_bytes)
+        if length is None:
+            length = self._lengths[slot_bytes] = self._best_length(slot_bytes)
+        return length
+
+    def _best_length(self, slot_bytes: int) -> int:
         least = -(-slot_bytes // self._slab_bytes)
         total = len(self._run_of)
         if least > total:
@@ -105,14 +114,14 @@ class SlabSpace:
         return best
 
     def _free_run(self, length: int) -> int:
-        found = 0
-        for index, run in enumerate(self._run_of):
-            found = found + 1 if run < 0 else 0
-            if found == length:
-                return index - length + 1
-        return -1
+        return self._free.find(b"\1" * length)
 
-    def _drop_empty_runs(self) -> None:
-        for run in self._allocator.empty_extents():
+    def _drop_empty_runs(self) -> bool:
+        """Whether there were any."""
+        empty = self._allocator.empty_extents()
+        for run in empty:
             self._allocator.remove(run)
-            self._run_of = [-1 if r == run else r for r in self._run_of]
+            end = run + self._run_of[run:].count(run)
+            self._run_of[run:end] = [-1] * (end - run)
+            self._free[run:end] = b"\1" * (end - run)
+        return bool(empty)

@@ -56,6 +56,7 @@ class SlotAllocator:
     def __init__(self) -> None:
         self._extents: dict[int, _Extent] = {}
         self._open: dict[int, dict[int, None]] = {}
+        self._empty: dict[int, None] = {}
         self.used_bytes = 0
 
     def __repr__(self) -> str:
@@ -70,11 +71,14 @@ class SlotAllocator:
         self.used_bytes += (slots - added.free) * slot_bytes
         if added.free:
             self._open.setdefault(slot_bytes, {})[extent] = None
+        if added.free == slots:
+            self._empty[extent] = None
 
     def remove(self, extent: int) -> None:
         """Take an extent out; none of its slots may be taken."""
         gone = self._extents.pop(extent)
         assert gone.free == gone.slots, extent
+        del self._empty[extent]
         self._open.get(gone.slot_bytes, {}).pop(extent, None)
 
     def close(self, extent: int) -> None:
@@ -97,6 +101,8 @@ class SlotAllocator:
             return None
         number = next(iter(extents))
         extent = self._extents[number]
+        if extent.free == extent.slots:
+            del self._empty[number]
         slot = extent.take()
         self.used_bytes += slot_bytes
         if not extent.free:
@@ -108,12 +114,14 @@ class SlotAllocator:
         found = self._extents[extent]
         found.give(slot)
         self.used_bytes -= found.slot_bytes
+        if found.free == found.slots:
+            self._empty[extent] = None
         if not found.closed:
             self._open.setdefault(found.slot_bytes, {})[extent] = None
 
     def empty_extents(self) -> list[int]:
         """Extents with no slot taken."""
-        return [n for n, extent in self._extents.items() if extent.free == extent.slots]
+        return list(self._empty)
 
     def slot_bytes(self, extent: int) -> int:
         """The size class of an extent."""

@@ -1,20 +1,20 @@
 """Slots on SSD: segments on a device, within a budget of bytes.
 
 Bookkeeping (`take`, `give`, `shrink`, `take_retired`) is memory only and needs the caller's lock.
-I/O (`ensure`, `read`, `write_slots`, `write_headers`, `sync`, `remove`) may run beside it; `ensure`
-and everything that writes is for one thread. A segment's file comes into being at its first write.
-Empty segments of one class make way for another class; their files go through `take_retired`.
+I/O (`ensure`, `read`, `erase_headers`, `sync`, `remove`) may run beside it; `ensure` and everything
+that writes is for one thread. Blocks are written by `slot_writer`. A segment's file comes into
+being when its first block is to be written. Empty segments of one class make way for another class;
+their files go through `take_retired`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 
 import numpy as np
 from dualpath.kvstore import segment as segments
-from dualpath.kvstore.device import Device, DeviceFile
-from dualpath.kvstore.record import BlockRecord
-from dualpath.kvstore.segment import SegmentGeometry
+from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
+from dualpath.kvstore.segment import HEADERS_PER_PAGE, SegmentGeometry
 from dualpath.kvstore.slot_allocator import SlotAllocator, SlotNumbers
 from numpy.typing import NDArray
 
@@ -210,14 +210,15 @@ class SsdTier:
         files = [self._files[segment] for segment in known.tolist()]
         return files, index.astype(np.int32), starts + slots * sizes + inside
 
-    def write_slots(self, segment: int, first: int, views: Sequence[memoryview]) -> None:
-        """Write whole slots, one after another. Raises OSError."""
-        assert all(view.nbytes == self._geometry[segment].slot_bytes for view in views)
-        self._files[segment].write(self._geometry[segment].slot_offset(first), views)
-
-    def write_headers(self, segment: int, headers: Mapping[int, BlockRecord]) -> None:
-        """Write headers by slot. Raises OSError."""
-        segments.write_headers(self._files[segment], self._geometry[segment], headers)
+    def locate_headers(
+        self, segments: NDArray[np.int32], slots: NDArray[np.int32]
+    ) -> tuple[list[DeviceFile], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """(files, the file of each slot's header, the offset of its page there, the header's number
+        in the page)."""
+        known, index = np.unique(segments, return_inverse=True)
+        files = [self._files[segment] for segment in known.tolist()]
+        page, number = np.divmod(slots.astype(np.int64), HEADERS_PER_PAGE)
+        return files, index.astype(np.int32), (1 + page) * ALIGN_BYTES, number
 
     def erase_headers(self, segment: int, slots: Collection[int]) -> None:
         """Blank headers, durably. A segment that has retired takes its headers along. Raises

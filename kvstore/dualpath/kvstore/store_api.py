@@ -14,7 +14,7 @@ prefix-closed: if a block is present, so is its parent.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -59,12 +59,16 @@ class MissReason(enum.Enum):
     NAMESPACE = "namespace"
     """Nothing was ever stored in this namespace: model, layout, salt or hash root differ."""
 
+    __hash__ = object.__hash__  # Enum's own is a call in Python, several a look-up
+
 
 class Tier(enum.Enum):
     """Where a block's bytes are, fastest first."""
 
     DRAM = "dram"
     SSD = "ssd"
+
+    __hash__ = object.__hash__  # as above
 
 
 TIERS = (Tier.DRAM, Tier.SSD)
@@ -375,6 +379,12 @@ class Store(Protocol):
         they would survive power loss, and with them all that anybody sealed before: an empty
         durable batch waits for blocks that `reserve` found to exist. A durable batch is one group
         commit. Raises Unavailable if the medium takes too long."""
+
+    def begin_seal(
+        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
+    ) -> Callable[[], tuple[SealStatus, ...]]:
+        """`seal` without its waiting: that is done by calling the answer, which may raise
+        Unavailable. Children of these blocks may be reserved and sealed meanwhile."""
 
     def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
         """(fast) Give reservations up; unknown ones are ignored."""

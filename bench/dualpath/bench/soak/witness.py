@@ -3,19 +3,19 @@
 A note is a byte and a key (namespace id, then hash): `+` visible, `-` gone, `D` durable. Notes
 leave the process at once, through `note`, which must survive the process; so that after a crash
 it is known what must be there. `-` is noted under the store's lock before the durable record is
-deleted, and `D` only after the commit and while the block is still there; so a note is never
-later than what it forbids.
+deleted, and `D` after the commit, while the block is still there and before anybody hears that it
+is durable; so a note is never later than what it forbids.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from dualpath.kvstore.block_store import BlockStore
-from dualpath.kvstore.committer import CommitJob
-from dualpath.kvstore.store_api import MissReason
+from dualpath.kvstore.commit_job import CommitJob
+from dualpath.kvstore.store_api import MissReason, SealStatus
 
 Note = Callable[[bytes], None]
 
@@ -29,7 +29,7 @@ class Witness:
         self._visible: set[bytes] = set()
         events = store.events
         stored, removed, cleared = events.stored, events.removed, events.cleared
-        settle = store._writer.settle
+        settle = store._writer._settle
 
         def on_stored(namespace_id: bytes, block_hash: bytes, parent: bytes) -> None:
             with self._lock:
@@ -53,14 +53,17 @@ class Witness:
                     note(b"-" + key)
             cleared(namespace_id, reason)
 
-        def on_settled(jobs: Sequence[CommitJob]) -> None:
-            settle(jobs)
-            self.durable(job.record.key for job in jobs if not job.failure)
+        def on_settled(job: CommitJob) -> SealStatus:
+            # Under the store's lock: before anybody can hear of it.
+            status = settle(job)
+            if status is SealStatus.SEALED:
+                self.durable([job.record.key])
+            return status
 
         events.stored = on_stored  # type: ignore[method-assign]
         events.removed = on_removed  # type: ignore[method-assign]
         events.cleared = on_cleared  # type: ignore[method-assign]
-        store._writer.settle = on_settled  # type: ignore[method-assign]
+        store._writer._settle = on_settled  # type: ignore[method-assign]
 
     def durable(self, keys: Iterable[bytes]) -> None:
         """These blocks were acknowledged as durable; those that are gone again do not count."""

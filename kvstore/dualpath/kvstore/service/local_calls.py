@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dualpath.kvstore import local_protocol as protocol
 from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.local_protocol import BlockSizes, Body, Kind, LookupRequest, Parts
-from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, LEASE_S_MAX, PrefixHit, Store
@@ -84,31 +83,29 @@ class LocalCalls:
 
     def _lookup(self, body: Body) -> Parts:
         request = LookupRequest.of(body)
-        hashes, lease_s = self._admitted(request, leased=request.lease_ms > 0)
+        sizes, lease_s = self._admitted(request, leased=request.lease_ms > 0)
         hit = self._store.lookup_packed(
             request.namespace_id,
-            hashes.data,
-            hashes.hash_bytes,
+            request.hashes,
+            request.hash_bytes,
             owner=self._owner,
             lease_s=lease_s,
         )
-        self._count(request.namespace_id, len(hashes), hit)
-        sizes, _ = self._sizes_of(request.namespace_id)
+        self._count(request, hit)
         return protocol.hit_parts(hit, sizes, checksums=request.checksums)
 
     def _map(self, body: Body) -> Parts:
         request = LookupRequest.of(body)
         self._check_arena()
-        hashes, lease_s = self._admitted(request, leased=True)
+        sizes, lease_s = self._admitted(request, leased=True)
         mapped = self._store.map_packed(
             request.namespace_id,
-            hashes.data,
-            hashes.hash_bytes,
+            request.hashes,
+            request.hash_bytes,
             owner=self._owner,
             lease_s=lease_s,
         )
-        self._count(request.namespace_id, len(hashes), mapped.hit)
-        sizes, _ = self._sizes_of(request.namespace_id)
+        self._count(request, mapped.hit)
         return protocol.mapped_parts(mapped, sizes.chunk_bytes, checksums=request.checksums)
 
     def _renew(self, body: Body) -> Parts:
@@ -154,13 +151,13 @@ class LocalCalls:
         self._check_own(lease_id)
         return [bytes([self._store.report_corrupt(lease_id, block, chunk)])]
 
-    def _admitted(self, request: LookupRequest, *, leased: bool) -> tuple[PackedHashes, float]:
-        """The hashes and the lease's seconds, once the principal may have them."""
-        hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
-        count = len(hashes)
+    def _admitted(self, request: LookupRequest, *, leased: bool) -> tuple[BlockSizes, float]:
+        """The blocks' sizes and the lease's seconds, once the principal may have them. The size of
+        the hashes is left to the store."""
+        count = request.blocks
         if not 1 <= count <= BATCH_BLOCKS_MAX:
             raise InvalidRequest(f"{count} blocks in one call; 1..{BATCH_BLOCKS_MAX} are valid")
-        _, chunks = self._sizes_of(request.namespace_id)
+        sizes, chunks = self._sizes_of(request.namespace_id)
         if request.checksums and count * chunks > protocol.CHECKSUMS_MAX:
             most = protocol.CHECKSUMS_MAX // chunks
             raise InvalidRequest(
@@ -170,7 +167,7 @@ class LocalCalls:
         if leased:
             self._make_room()
         self._gate.admit_lookup(self.principal, request.namespace_id, leased=leased)
-        return hashes, _lease_s(request.lease_ms) if leased else 0.0
+        return sizes, _lease_s(request.lease_ms) if leased else 0.0
 
     def _sizes_of(self, namespace_id: bytes) -> tuple[BlockSizes, int]:
         """(bytes of a block and of a chunk, chunks of a block). Kept: they cost as much to work
@@ -209,11 +206,14 @@ class LocalCalls:
                 f"this connection holds {LEASES_MAX} leases: release some", retry_after_s=0.1
             )
 
-    def _count(self, namespace_id: bytes, asked: int, hit: PrefixHit) -> None:
+    def _count(self, request: LookupRequest, hit: PrefixHit) -> None:
+        leases = 0
         if hit.lease_id:
             self._leases[hit.lease_id] = self._clock() + hit.lease_s
-            self._gate.quotas.lease(self.principal, 1)
-        self._gate.quotas.looked_up(self.principal, namespace_id, hit.blocks, asked - hit.blocks)
+            leases = 1
+        hits, misses = hit.blocks, request.blocks - hit.blocks
+        quotas = self._gate.quotas
+        quotas.looked_up(self.principal, request.namespace_id, hits, misses, leases=leases)
 
     def _forget(self, lease_ids: list[int]) -> None:
         gone = sum(self._leases.pop(lease_id, None) is not None for lease_id in lease_ids)

@@ -121,10 +121,13 @@ class Quotas:
             wait_s = (1 - usage.lookups_left) / rate
         self._refuse(usage, f"{principal} makes more than {rate} look-ups a second", wait_s)
 
-    def looked_up(self, principal: str, namespace_id: bytes, hits: int, misses: int) -> None:
-        """Count a look-up's outcome, in blocks."""
-        usage = self.usage(principal)
+    def looked_up(
+        self, principal: str, namespace_id: bytes, hits: int, misses: int, *, leases: int = 0
+    ) -> None:
+        """Count a look-up's outcome, in blocks, and the leases that it gave."""
         with self._lock:
+            usage = self._find(self._principals, principal)
+            usage.leases += leases
             for each in (usage, self._find(self._namespaces, namespace_id)):
                 each.lookups += 1
                 each.hit_blocks += hits

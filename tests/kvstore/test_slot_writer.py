@@ -1,0 +1,190 @@
+"""Writing many slots at once: each at its place, neighbours kept, failures told by segment."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dualpath.kvstore import embedded
+from dualpath.kvstore.block_store import BlockStore, StoreConfig
+from dualpath.kvstore.chain import chain_hashes, parents_of
+from dualpath.kvstore.commit_job import CommitJob
+from dualpath.kvstore.device import Device, MemoryDevice
+from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
+from dualpath.kvstore.io_gate import IoGate
+from dualpath.kvstore.io_order import BUSY_BYTES, IoClass
+from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.psync_device import PsyncDevice
+from dualpath.kvstore.record import BlockRecord
+from dualpath.kvstore.segment import SegmentGeometry, read_headers
+from dualpath.kvstore.slot_writer import DataWrite, HeaderWriter
+from dualpath.kvstore.ssd_tier import SsdTier, segment_name
+from dualpath.kvstore.store_api import SealStatus
+from dualpath.kvstore.transfer_batch import SerialProgress, TransferBatch, read_one
+
+SLOT = 64 << 10
+SPACE = Namespace("m", KVLayout(1, 1, SLOT, "u8"))
+
+
+class Rig:
+    """Three small segments, and jobs for all their slots, scattered in memory."""
+
+    def __init__(self, device: Device, seed: int = 0) -> None:
+        dice = random.Random(seed)
+        geometry = SegmentGeometry(SLOT, 30)
+        self.ssd = SsdTier(device, 3 * geometry.file_bytes, geometry.file_bytes)
+        places = []
+        while (place := self.ssd.take(SLOT)) is not None:
+            places.append(place)
+        for segment in {segment for segment, _ in places}:
+            self.ssd.ensure(segment)
+        self.memory = memoryview(bytearray(dice.randbytes(len(places) * SLOT)))
+        order = list(range(len(places)))
+        dice.shuffle(order[10:])
+        self.jobs = [self._job(at * SLOT, *place) for at, place in zip(order, places, strict=True)]
+        dice.shuffle(self.jobs)
+
+    @staticmethod
+    def _job(at: int, segment: int, slot: int) -> CommitJob:
+        name = f"{segment} {slot}".encode().ljust(16, b".")
+        record = BlockRecord(SPACE.id, name, b"", SLOT, segment, slot, 1, (7,), "w" * slot, 0.0)
+        return CommitJob(slot, -1, record, SPACE, at, SLOT, record.to_bytes())
+
+    def stored(self, job: CommitJob) -> bool:
+        found = memoryview(bytearray(SLOT))
+        self.ssd.read(*job.place, 0, found)
+        return found == self.memory[job.at : job.at + SLOT]
+
+
+def write(rig: Rig, jobs: list[CommitJob]) -> list[tuple[int, int]]:
+    """(segment, jobs) of each failure."""
+    failures = DataWrite(rig.ssd, IoGate(), rig.memory, jobs).finish()
+    return [(failure.segment, len(failure.jobs)) for failure in failures]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_block_lands_in_its_slot(tmp_path: Path, seed: int) -> None:
+    for device in (MemoryDevice(), PsyncDevice(tmp_path, direct=False)):
+        rig = Rig(device, seed)
+        half = rig.jobs[: len(rig.jobs) // 2]
+        assert write(rig, half) == []
+        assert all(map(rig.stored, half))
+        assert not any(map(rig.stored, rig.jobs[len(half) :]))
+        rig.ssd.close()
+        device.close()
+
+
+def test_nothing_to_write_is_no_failure() -> None:
+    rig = Rig(MemoryDevice())
+    assert write(rig, []) == []
+    assert HeaderWriter(rig.ssd, 8).write([]) == []
+
+
+def test_a_segment_that_fails_fails_its_own_blocks_only() -> None:
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    rig = Rig(device)
+    device.plan.unwritable.add(segment_name(1))
+    failures = write(rig, rig.jobs)
+    assert {segment for segment, _ in failures} == {1}
+    assert sum(jobs for _, jobs in failures) == 30
+    assert all(rig.stored(job) for job in rig.jobs if job.record.segment != 1)
+    headers = HeaderWriter(rig.ssd, len(rig.jobs)).write(rig.jobs)
+    assert {failure.segment for failure in headers} == {1}
+    assert {job.place for failure in headers for job in failure.jobs} == {(1, n) for n in range(30)}
+
+
+def test_a_header_whose_page_cannot_be_read_fails_and_the_others_are_written() -> None:
+    inner = MemoryDevice()
+    device = FaultDevice(inner, FaultPlan())
+    rig = Rig(device)
+    device.plan.unreadable.add(segment_name(0))
+    wanted = [job for job in rig.jobs if job.record.slot in (1, 2, 9) and job.record.segment < 2]
+    failures = HeaderWriter(rig.ssd, len(rig.jobs)).write(wanted)
+    assert {job.place for failure in failures for job in failure.jobs} == {(0, 1), (0, 2), (0, 9)}
+    written = read_headers(inner.open(segment_name(1)), SegmentGeometry(SLOT, 30))
+    assert [header.slot for header in written] == [1, 2, 9]
+
+
+def test_headers_of_neighbours_are_kept_and_longer_ones_overwritten() -> None:
+    device = MemoryDevice()
+    rig = Rig(device)
+    writer, geometry = HeaderWriter(rig.ssd, len(rig.jobs)), SegmentGeometry(SLOT, 30)
+    rig.jobs.sort(key=lambda job: job.place)
+    for start in (0, 1, 2):
+        assert writer.write(rig.jobs[start::3]) == []
+    for segment in range(3):
+        headers = list(read_headers(device.open(segment_name(segment)), geometry))
+        assert headers == [job.record for job in rig.jobs[30 * segment : 30 * (segment + 1)]]
+    again = rig.jobs[29]
+    again.encoded = Rig._job(0, 0, 29).record.to_bytes()[:100]
+    assert writer.write([again]) == []
+    at = geometry.header_page(29)[0] + geometry.header_page(29)[1]
+    assert device.files[segment_name(0)][at : at + 1024] == again.encoded.ljust(1024, b"\0")
+
+
+def test_a_write_that_is_started_waits_for_its_turn_beside_loads() -> None:
+    rig = Rig(MemoryDevice())
+    gate = IoGate()
+    page = np.zeros(1, np.int64)
+    batch = TransferBatch([], page.astype(np.int32), page, rig.memory, page, page)
+    gate.counted(SerialProgress(batch, read_one), np.array([BUSY_BYTES]), IoClass.LOAD)
+    assert gate.try_save(64 << 20)  # from now on saves are in debt
+    gate.end_save(64 << 20)
+    one = DataWrite(rig.ssd, gate, rig.memory, rig.jobs)
+    one.start()
+    assert not any(map(rig.stored, rig.jobs))
+    assert one.finish() == []
+    assert all(map(rig.stored, rig.jobs))
+
+
+# Puts in parts
+
+BLOCK = 300_000
+LAYOUT = KVLayout(layers=2, block_tokens=1, layer_bytes=BLOCK // 2, dtype="u8")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_put_of_many_parts_in_little_memory_stores_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    monkeypatch.setattr(embedded, "_PART_BYTES", 3 * BLOCK)
+    config = StoreConfig(disk_bytes=64 << 20, dram_bytes=3 << 20, segment_bytes=8 << 20)
+    hashes = chain_hashes(range(60), 1)
+    data = [random.Random(n).randbytes(BLOCK) for n in range(60)]
+    with BlockStore.open(tmp_path, config) as store:
+        space = store.open_namespace(Namespace("m", LAYOUT))
+        answers = store.put(space, hashes, parents_of(hashes), data, durable=durable)
+        assert set(answers) == {SealStatus.SEALED}
+        assert store.get(space, hashes) == data
+    with BlockStore.open(tmp_path, config) as store:
+        space = store.open_namespace(Namespace("m", LAYOUT))
+        assert store.get(space, hashes) == data
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_put_in_parts_calls_sealed_survives_failing_writes_as_a_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(embedded, "_PART_BYTES", 2 * BLOCK)
+    config = StoreConfig(disk_bytes=64 << 20, dram_bytes=4 << 20, segment_bytes=8 << 20)
+    device = FaultDevice(MemoryDevice(), FaultPlan(seed=seed))
+    hashes = chain_hashes(range(24), 1)
+    data = [random.Random(n).randbytes(BLOCK) for n in range(24)]
+    with BlockStore.open(tmp_path, config, device=device) as store:
+        space = store.open_namespace(Namespace("m", LAYOUT))
+        device.plan.write_error = 0.2
+        answers = store.put(space, hashes, parents_of(hashes), data)
+        device.plan.write_error = 0.0
+        sealed = (
+            [status is SealStatus.SEALED for status in answers].index(False, 0)
+            if (set(answers) != {SealStatus.SEALED})
+            else len(hashes)
+        )
+        assert not any(status is SealStatus.SEALED for status in answers[sealed:])
+    device.crash()
+    with BlockStore.open(tmp_path, config, device=device) as store:
+        space = store.open_namespace(Namespace("m", LAYOUT))
+        assert store.get(space, hashes) == data[:sealed]
