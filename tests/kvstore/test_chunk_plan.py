@@ -10,6 +10,7 @@ import xxhash
 from dualpath.kvstore import checksum
 from dualpath.kvstore.chunk_plan import (
     READ_BYTES_AIM,
+    chunk_keys,
     distinct,
     distinct_rows,
     extents,
@@ -40,7 +41,9 @@ def test_reads_join_neighbours_and_nothing_else(layout: KVLayout, data: st.DataO
     inside, nbytes = extents(layout, chunks)
     for index, (_, chunk, _, _) in enumerate(items):
         assert (int(inside[index]), int(nbytes[index])) == layout.chunk_extent(chunk)
-    reads = plan_reads(layout.chunk_bytes, rows, chunks, inside, nbytes, needed, buffered)
+    reads = plan_reads(
+        layout.chunk_bytes, chunk_keys(rows, chunks), chunks, inside, nbytes, needed, buffered
+    )
     served: list[int] = []
     for read in range(len(reads)):
         first, count = int(reads.first[read]), int(reads.count[read])

@@ -20,7 +20,7 @@ from typing import Self
 
 import numpy as np
 from dualpath.kvstore import checksum
-from dualpath.kvstore.chunk_plan import ChunkReads, runs
+from dualpath.kvstore.chunk_plan import ChunkReads, chunk_bits, runs
 from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.store_api import Tier
 from dualpath.kvstore.store_state import StoreState
@@ -235,7 +235,7 @@ class ChunkBatch:
         slotted = parts.buffers[parts.reads.of_item[items]] < 0
         items, good = items[slotted], good[slotted]
         rows = parts.rows[items]
-        bits = np.left_shift(np.uint64(1), parts.chunks[items].astype(np.uint64))
+        bits = chunk_bits(parts.chunks[items])
         np.bitwise_and.at(table.reading, rows, ~bits)
         if not good.any():
             return

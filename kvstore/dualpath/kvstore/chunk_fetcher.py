@@ -19,16 +19,18 @@ from dualpath.kvstore.chunk_batch import BatchParts, ChunkBatch
 from dualpath.kvstore.chunk_check import ChunkCheck
 from dualpath.kvstore.chunk_plan import (
     ChunkReads,
+    chunk_bits,
+    chunk_keys,
     distinct,
     distinct_rows,
     extents,
     no_reads,
     plan_reads,
+    repeated,
 )
 from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.io_order import IoClass
-from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
 from dualpath.kvstore.read_ahead import ReadAhead
 from dualpath.kvstore.store_api import Tier
 from dualpath.kvstore.store_state import StoreState
@@ -176,7 +178,7 @@ class ChunkFetcher:
         """Needs the lock; all rows are pinned. Raises Overloaded. Cuts the batch where the read
         buffers end."""
         table, layout = self._state.table, entry.layout
-        bits = np.left_shift(np.uint64(1), chunks.astype(np.uint64))
+        bits = chunk_bits(chunks)
         dead = table.state[rows] != RowState.PRESENT
         needed = ~dead & ((table.filled[rows] & bits) == 0)
         if not needed.any():
@@ -186,9 +188,12 @@ class ChunkFetcher:
                 self._promote(row)
         slots = table.dram[rows]
         buffered = needed & ((slots < 0) | ((table.reading[rows] & bits) != 0))
-        buffered |= needed & _repeated(rows, chunks)
+        keys = chunk_keys(rows, chunks)
+        twice = repeated(keys)
+        if twice is not None:
+            buffered |= needed & twice
         inside, nbytes = extents(layout, chunks)
-        reads = plan_reads(layout.chunk_bytes, rows, chunks, inside, nbytes, needed, buffered)
+        reads = plan_reads(layout.chunk_bytes, keys, chunks, inside, nbytes, needed, buffered)
         slotted = needed & ~buffered
         # Marked before the wait for a buffer, in which others plan too.
         self._mark(rows, bits, slotted)
@@ -341,13 +346,3 @@ def _outside(numbers: NDArray[np.int32], end: int) -> int | None:
     """A number outside of 0..end-1, if there is one."""
     least, most = int(numbers.min()), int(numbers.max())
     return least if least < 0 else most if most >= end else None
-
-
-def _repeated(rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which items name a chunk that an earlier item names too."""
-    keys = rows.astype(np.int64) * CHUNKS_PER_BLOCK_MAX + chunks
-    if (keys[1:] > keys[:-1]).all():
-        return np.zeros(len(keys), np.bool_)
-    repeated = np.ones(len(keys), np.bool_)
-    repeated[np.unique(keys, return_index=True)[1]] = False
-    return repeated

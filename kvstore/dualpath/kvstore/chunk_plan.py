@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
+from dualpath.kvstore.layout import ALIGN_BYTES, CHUNKS_PER_BLOCK_MAX, KVLayout
 from numpy.typing import NDArray
 
 READ_BYTES_AIM = 1 << 20
@@ -83,36 +83,63 @@ def distinct_rows(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[n
     return rows[np.append(True, steps > 0)], of_item
 
 
+_BITS: NDArray[np.uint64] = np.left_shift(
+    np.uint64(1), np.arange(CHUNKS_PER_BLOCK_MAX, dtype=np.uint64)
+)
+
+
+def chunk_bits(chunks: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """The bit of each chunk in the masks of its block."""
+    return _BITS[chunks]
+
+
+def chunk_keys(rows: NDArray[np.int32], chunks: NDArray[np.int32]) -> NDArray[np.int64]:
+    """One number a chunk: equal if and only if row and chunk are."""
+    return rows * np.int64(CHUNKS_PER_BLOCK_MAX) + chunks
+
+
+def repeated(keys: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    """Which items name a chunk that an earlier item names too; None: none does."""
+    if (keys[1:] > keys[:-1]).all():
+        return None
+    found: NDArray[np.bool_] = np.ones(len(keys), np.bool_)
+    found[np.unique(keys, return_index=True)[1]] = False
+    return found
+
+
 def plan_reads(
     chunk_bytes: int,
-    rows: NDArray[np.int32],
+    keys: NDArray[np.int64],
     chunks: NDArray[np.int32],
     inside: NDArray[np.int64],
     nbytes: NDArray[np.int64],
     needed: NDArray[np.bool_],
     buffered: NDArray[np.bool_],
 ) -> ChunkReads:
-    """Group the `needed` items, whose extents are `inside` and `nbytes`; those that go to a buffer
-    never with those that go to a slot."""
+    """Group the `needed` items, whose `chunk_keys` are `keys` and whose extents are `inside` and
+    `nbytes`; those that go to a buffer never with those that go to a slot."""
     together = max(1, READ_BYTES_AIM // chunk_bytes)
+    items, all_needed = len(keys), bool(needed.all())
     starts = needed.copy()
-    if len(rows) > 1 and together > 1:
-        starts[1:] &= ~(
-            needed[:-1]
-            & (buffered[1:] == buffered[:-1])
-            & (rows[1:] == rows[:-1])
-            & (chunks[1:] == chunks[:-1] + 1)
-            & (chunks[1:] % together != 0)
-        )
+    if items > 1 and together > 1:
+        # The first chunk of a block follows no other: 0 % together.
+        follows = (keys[1:] - keys[:-1] == 1) & (chunks[1:] % together != 0)
+        follows &= buffered[1:] == buffered[:-1]
+        if not all_needed:
+            follows &= needed[:-1]
+        starts[1:] &= ~follows
     first = starts.nonzero()[0].astype(np.int32)
     of_item = starts.cumsum(dtype=np.int32)
     of_item -= 1
-    if needed.all():
-        ends = np.append(first[1:], np.int32(len(rows)))
-        count = ends - first
+    if all_needed:
+        count = np.empty_like(first)
+        np.subtract(first[1:], first[:-1], out=count[:-1])
+        count[-1] = items - first[-1]
     else:
         of_item[~needed] = -1
         count = np.bincount(of_item[needed], minlength=len(first)).astype(np.int32)
     last = first + count - 1
     whole = inside[last] + nbytes[last] - inside[first]
-    return ChunkReads(first, count, -(-whole // ALIGN_BYTES) * ALIGN_BYTES, of_item)
+    whole += ALIGN_BYTES - 1
+    whole &= -ALIGN_BYTES
+    return ChunkReads(first, count, whole, of_item)

@@ -65,9 +65,12 @@ class RingProgress:
         """Takes over the holds on `files`, whose descriptors are `fds`."""
         self._pool = pool
         self._files = files
-        bases = np.array([file.base for file in files], np.int64)
-        self._offset = np.ascontiguousarray(batch.offset + bases[batch.file], np.int64)
-        self._fds = np.array(fds, np.int32)[batch.file]
+        if len(files) == 1:
+            self._offset = batch.offset + np.int64(files[0].base)
+            self._fds = np.full(len(batch), fds[0], np.int32)
+        else:
+            self._offset = batch.offset + np.array([file.base for file in files])[batch.file]
+            self._fds = np.array(fds, np.int32)[batch.file]
         self._batch = batch
         self._writing = writing
         self._ring: NativeRing | None = None

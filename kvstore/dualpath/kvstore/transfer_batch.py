@@ -87,13 +87,15 @@ def check_batch(batch: TransferBatch, align_bytes: int) -> None:
         return
     if batch.file.min() < 0 or batch.file.max() >= len(batch.files):
         raise OSError(errno.EINVAL, f"a transfer names a file outside of 0..{len(batch.files) - 1}")
-    if ((batch.offset | batch.at | batch.nbytes) % align_bytes).any():
+    # The lowest bits of all numbers, and a sign if one of them has it.
+    all_bits = int(np.bitwise_or.reduce(batch.offset | batch.at | batch.nbytes))
+    if all_bits % align_bytes:
         raise OSError(errno.EINVAL, "a transfer of the batch is not 4 KiB-aligned")
-    sizes = np.array([file.nbytes for file in batch.files], np.int64)[batch.file]
+    file_bytes = [file.nbytes for file in batch.files]
+    sizes = np.array(file_bytes, np.int64)[batch.file] if len(file_bytes) > 1 else file_bytes[0]
     # No sum is made of what was given: it could overflow.
     bad = (batch.offset > sizes - batch.nbytes) | (batch.at > batch.memory.nbytes - batch.nbytes)
-    least = min(batch.offset.min(), batch.at.min(), batch.nbytes.min() - 1)
-    if least < 0 or batch.nbytes.max() > ITEM_BYTES_MAX:
+    if all_bits < 0 or batch.nbytes.min() < 1 or batch.nbytes.max() > ITEM_BYTES_MAX:
         bad |= (batch.offset < 0) | (batch.at < 0) | (batch.nbytes < 1)
         bad |= batch.nbytes > ITEM_BYTES_MAX
     if bad.any():
@@ -101,7 +103,8 @@ def check_batch(batch: TransferBatch, align_bytes: int) -> None:
         raise OSError(
             errno.EINVAL,
             f"transfer {item}: {batch.nbytes[item]} bytes at {batch.offset[item]} of "
-            f"{sizes[item]}, in memory at {batch.at[item]} of {batch.memory.nbytes}",
+            f"{file_bytes[batch.file[item]]}, in memory at {batch.at[item]} of "
+            f"{batch.memory.nbytes}",
         )
 
 
