@@ -41,7 +41,9 @@ class BatchReader:
         try:
             while start < total or under_way:
                 while start < total and len(under_way) < BATCHES:
-                    part = slice(start, start + self._step)
+                    # The first is half as long: so one batch is in its middle when another ends.
+                    step = self._step if start else max(1, self._step // BATCHES)
+                    part = slice(start, start + step)
                     batch = self._store.fetch_batch(
                         lease_id, block_of[part], chunk_of[part], verify=self._verify, wait=False
                     )
