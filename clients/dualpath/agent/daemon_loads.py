@@ -362,6 +362,7 @@ class DaemonLoads:
         on_progress = partial(self._on_progress, window)
         grant_id = self._routes.send(load, path, message, on_progress)
         window.grant_ids.add(grant_id)
+        window.hungry = self.dispatcher.waiting(load.spec.load_id) > 0
 
     def _window(self, load: ActiveLoad, path: str) -> LoadWindow:
         window = load.windows.get(path)

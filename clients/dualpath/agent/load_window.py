@@ -7,9 +7,10 @@ a wrong checksum never count, and that after `close` nothing more lands in the m
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
@@ -67,12 +68,16 @@ class LoadWindow:
         self.armed_at: dict[int, float] = {}
         """When each tag was armed, for those whose end is not known."""
         self.grant_ids: set[int] = set()
+        self.hungry = False
+        """Whether more chunks wait to be granted, so that it is urgent when half has landed."""
         self._network = network
         self._view = region.view
         self._arrivals = arrivals
         self._checksums: dict[int, int] = {}
-        self._landed: deque[tuple[int, bool]] = deque()
+        # Tags that landed together, and of each whether its checksum holds; None: of all.
+        self._landed: deque[tuple[Sequence[int], Sequence[bool] | None]] = deque()
         self._told = False
+        self._urged = False
         start, end = span
         self.descriptor: RegionDescriptor = network.transport.expose(
             region, start, end - start, self._arrived, on_hashed=self._hashed
@@ -89,23 +94,27 @@ class LoadWindow:
 
     def take_landed(self, now: float) -> Landed:
         """Take what has landed since the last time, but for chunks that were given up before."""
-        self._told = False  # first: what lands from now on is told again
+        self._told = self._urged = False  # first: what lands from now on is told again
         outstanding, armed_at, checksums = self.outstanding, self.armed_at, self._checksums
         intact: list[int] = []
         corrupt: list[int] = []
-        since: dict[float, int] = {}
+        since: Counter[float] = Counter()
         while self._landed:
-            tag, holds = self._landed.popleft()
-            index = outstanding.pop(tag, None)
-            checksums.pop(tag, None)
-            at = armed_at.pop(tag, now)
-            if index is None:
+            tags, verdicts = self._landed.popleft()
+            found = list(map(outstanding.pop, tags, repeat(-1)))
+            times = list(map(armed_at.pop, tags, repeat(now)))
+            for tag in tags:
+                checksums.pop(tag, None)
+            if verdicts is None and min(found) >= 0:
+                intact += found
+                since.update(times)
                 continue
-            if holds:
-                intact.append(index)
-                since[at] = since.get(at, 0) + 1
-            else:
-                corrupt.append(index)
+            for index, at, holds in zip(found, times, verdicts or repeat(True), strict=False):
+                if index >= 0 and holds:
+                    intact.append(index)
+                    since[at] += 1
+                elif index >= 0:
+                    corrupt.append(index)
         return Landed(intact, corrupt, {now - at: count for at, count in since.items()})
 
     def fence(self, tags: Collection[int]) -> dict[int, int]:
@@ -141,19 +150,26 @@ class LoadWindow:
 
     def _hashed(self, tags: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
         """Bytes have landed that hash to `digests`. On a thread of the transport."""
-        expected = self._checksums.get
-        landed = self._landed.append
-        taken: list[bool] = []
-        corrupt = False
-        for tag, digest in zip(tags, digests, strict=True):
-            wanted = expected(tag)
-            intact = wanted == digest
-            taken.append(intact)
-            if wanted is not None:
-                landed((tag, intact))
-                corrupt = corrupt or not intact
-        last = len(self._landed) >= len(self.outstanding)
-        if last or corrupt or not self._told:
-            self._told = True
-            self._arrivals.put(self, urgent=last or corrupt)
+        wanted = list(map(self._checksums.get, tags))
+        if wanted == list(digests):
+            taken = [True] * len(tags)
+            self._landed.append((tags, None))
+            corrupt = False
+        else:
+            taken = [each == digest for each, digest in zip(wanted, digests, strict=True)]
+            known = [index for index, each in enumerate(wanted) if each is not None]
+            if known:
+                verdicts = [taken[index] for index in known]
+                self._landed.append(([tags[index] for index in known], verdicts))
+            corrupt = any(not taken[index] for index in known)
+        self._tell(corrupt)
         return taken
+
+    def _tell(self, corrupt: bool) -> None:
+        landed, left = sum(len(tags) for tags, _ in tuple(self._landed)), len(self.outstanding)
+        urgent = corrupt or landed >= left
+        if self.hungry and not self._urged and 2 * landed >= left:
+            urgent = self._urged = True
+        if urgent or not self._told:
+            self._told = True
+            self._arrivals.put(self, urgent=urgent)

@@ -215,6 +215,10 @@ class Dispatcher:
         """Chunks in flight by path."""
         return self._load(load_id).chunks.inflight_by_path()
 
+    def waiting(self, load_id: str) -> int:
+        """Bytes that are not granted yet."""
+        return self._load(load_id).chunks.waiting_bytes
+
     def paths_of(self, load_id: str) -> tuple[str, ...]:
         """Paths that the load is placed on now."""
         return self._load(load_id).paths
