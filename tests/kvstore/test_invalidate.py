@@ -10,6 +10,7 @@ import pytest
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.checksum import of_block
+from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import (
@@ -20,7 +21,7 @@ from dualpath.kvstore.store_api import (
     SealRequest,
     SealStatus,
 )
-from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.errors import InvalidRequest, LeaseExpired
 
 CONFIG = StoreConfig(disk_bytes=32 << 20, dram_bytes=8 << 20, segment_bytes=4 << 20)
 LAYOUT = KVLayout(layers=2, block_tokens=4, layer_bytes=30_000, dtype="bf16")
@@ -206,3 +207,27 @@ def test_an_unknown_namespace_is_refused_by_name(scene: Scene) -> None:
     with pytest.raises(InvalidRequest) as caught:
         scene.store.invalidate(InvalidationScope(b"x" * 16))
     assert caught.value.reason == "namespace"
+
+
+def test_leased_blocks_that_are_invalidated_are_gone_and_not_called_corrupt(scene: Scene) -> None:
+    chain = scene.chain(0, 0, "w")
+    hit = scene.store.lookup(scene.spaces[0], chain, owner="t", lease_s=60)
+    scene.store.invalidate(InvalidationScope(scene.spaces[0], chain[3]))
+    with scene.store.fetch_batch(hit.lease_id, range(6), [0] * 6) as batch:
+        assert batch.status.tolist() == [FetchStatus.OK] * 3 + [FetchStatus.GONE] * 3
+    with pytest.raises(LeaseExpired, match="look up again"):
+        scene.store.fetch(hit.lease_id, 4, 0)
+    assert scene.store.stats().corrupt_blocks == 0
+
+
+def test_a_leased_block_that_came_back_with_other_bytes_is_not_served_as_the_old_one(
+    scene: Scene,
+) -> None:
+    chain = scene.chain(0, 0, "w")
+    hit = scene.store.lookup(scene.spaces[0], chain, owner="t", lease_s=60)
+    scene.store.invalidate(InvalidationScope(scene.spaces[0], chain[5]))
+    scene.content = lambda key, nbytes: bytes([key[0]]) * nbytes
+    scene.write(0, chain[5:], chain[4:5], "w", durable=True)
+    assert scene.hits(0, chain) == 6
+    with scene.store.fetch_batch(hit.lease_id, [5], [0]) as batch:
+        assert batch.status.tolist() == [FetchStatus.GONE]

@@ -40,6 +40,8 @@ class ActiveLoad:
         self.deadline_at = started_at + spec.deadline_s
         self.lookup_s = 0.0
         self.lease_id = 0
+        self.former_leases: list[int] = []
+        """That others replaced. They may still hold what is on its way."""
         self.hit = LoadStarted(0, MissReason.NONE)
         self.checksums: NDArray[np.uint64] = np.empty(0, np.uint64)
         self.tiers = b""

@@ -42,11 +42,8 @@ ARRIVALS_PAUSE_S = 0.004
 REFRESHES_MAX = 3
 """Most new leases of one load after failures; then they count against its chunks."""
 
-_MISS_OF_REASON = {
-    "corrupt": MissReason.CORRUPT,
-    "overloaded": MissReason.OVERLOADED,
-    "deadline": MissReason.DEADLINE,
-}
+_MISS_OF_REASON = {reason.value: reason for reason in MissReason}
+"""The rest is UNAVAILABLE."""
 
 
 class DaemonLoads:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.outcome import MissReason
 from dualpath.agent.relay_link import RelayLink
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.errors import DeadlineExceeded, DualPathError, Unavailable
@@ -104,16 +105,18 @@ class LoadRefresh:
         cut: tuple[int, str, str] | None = None
         try:
             hit = await self._look_up(load, wanted)
+            load.former_leases.append(load.lease_id)
             load.lease_id = hit.lease_id
             same = _same_blocks(load, np.frombuffer(hit.checksums, "<u8"), hit.blocks)
             if same < wanted:
-                cut = (same, "lease_expired", f"gone after the lease was lost: {hit.detail}")
+                # Blocks that were written anew with other bytes are not these.
+                miss = MissReason.of_proto(hit.miss) if same == hit.blocks else MissReason.ABSENT
+                cut = (same, miss.value, f"gone since the load began: {hit.detail}")
         except DualPathError as error:
             cut = (0, error.reason, str(error))
         load.refreshing = None
         if load.result is not None:
-            if load.lease_id:
-                await self._daemon.release((load.lease_id,))
+            await self._daemon.release(_leases_of(load))
             return
         if cut is not None:
             # What is verified stays: only blocks that still lack something are given up.
@@ -161,18 +164,19 @@ class LoadRefresh:
 
     def release(self, load: ActiveLoad) -> None:
         """The load ended: give its lease back, with those of others that end now."""
-        if not load.lease_id or not self._daemon.up:
+        if not _leases_of(load) or not self._daemon.up:
             return
         if load.reports:
             self._start(self._release_after(load), f"release {load.spec.load_id}")
             return
-        self._over.append(load.lease_id)
-        if len(self._over) == 1:
+        first = not self._over
+        self._over += _leases_of(load)
+        if first:
             asyncio.get_running_loop().call_later(RELEASE_PAUSE_S, self._release)
 
     async def _release_after(self, load: ActiveLoad) -> None:
         await asyncio.wait(load.reports)
-        await self._daemon.release((load.lease_id,))
+        await self._daemon.release(_leases_of(load))
 
     def _release(self) -> None:
         over, self._over = self._over, []
@@ -194,6 +198,11 @@ class LoadRefresh:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s failed", task.get_name(), exc_info=error)
+
+
+def _leases_of(load: ActiveLoad) -> list[int]:
+    """All that the load has had and not given back."""
+    return [lease_id for lease_id in (*load.former_leases, load.lease_id) if lease_id]
 
 
 def _same_blocks(load: ActiveLoad, checksums: NDArray[np.uint64], blocks: int) -> int:

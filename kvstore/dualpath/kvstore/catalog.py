@@ -180,6 +180,11 @@ class Catalog:
         if len(self._removals) > self._removals_max:
             self._removals.popitem(last=False)
 
+    def removal_of(self, row: int) -> MissReason | None:
+        """Why the block of a row that is DEAD went; None if that is not known any more, or if
+        the block is back."""
+        return self._removals.get(self.key_of(row))
+
     def forget_removal(self, row: int) -> None:
         """The block is back."""
         self._removals.pop(self.key_of(row), None)

@@ -22,7 +22,7 @@ import numpy as np
 from dualpath.kvstore import checksum
 from dualpath.kvstore.chunk_plan import ChunkReads, chunk_bits, runs
 from dualpath.kvstore.fetched_batch import FetchStatus
-from dualpath.kvstore.store_api import Tier
+from dualpath.kvstore.store_api import MissReason, Tier
 from dualpath.kvstore.store_state import StoreState
 from dualpath.kvstore.transfer_batch import UNDER_WAY, BatchProgress
 from dualpath.transfer.errors import InvalidRequest
@@ -101,9 +101,19 @@ class ChunkBatch:
         self._slotted = len(parts.buffers) > 0 and bool((parts.buffers < 0).any())
         self.status = parts.needed.astype(np.uint8)
         assert FetchStatus.UNDER_WAY == 1
-        self.status[parts.dead] = FetchStatus.CORRUPT
+        if parts.dead.any():
+            self.status[parts.dead] = self._fates(parts.rows[parts.dead])
         self._fresh: NDArray[np.int32] | None = self._noted.nonzero()[0].astype(np.int32)
         self._given_up = False
+
+    def _fates(self, rows: NDArray[np.int32]) -> list[int]:
+        """What to say of blocks that left while they were leased."""
+        with self._state.lock:
+            removal_of = self._state.catalog.removal_of
+            return [
+                FetchStatus.CORRUPT if removal_of(row) is MissReason.CORRUPT else FetchStatus.GONE
+                for row in rows.tolist()
+            ]
 
     def __len__(self) -> int:
         return len(self.status)

@@ -40,7 +40,7 @@ from dualpath.kvstore.transfer_batch import (
     FailedProgress,
     TransferBatch,
 )
-from dualpath.transfer.errors import Corrupt, InvalidRequest, Overloaded, Unavailable
+from dualpath.transfer.errors import Corrupt, InvalidRequest, LeaseExpired, Overloaded, Unavailable
 from dualpath.transfer.slices import Slices
 from numpy.typing import ArrayLike, NDArray
 
@@ -72,6 +72,11 @@ class ChunkFetcher:
                 raise Corrupt(
                     f"chunk {chunk} of block {block} of lease {lease_id} could not be read, now or "
                     "earlier: block dropped; look up again"
+                )
+            if status == FetchStatus.GONE:
+                raise LeaseExpired(
+                    f"block {block} of lease {lease_id} has left since, as invalidated ones do: "
+                    "look up again"
                 )
             raise Unavailable(
                 f"the SSD did not answer within {self._state.config.read_wait_s} s",

@@ -22,6 +22,8 @@ class FetchStatus:
     """The medium failed or the bytes are wrong: the block was dropped, now or earlier."""
     UNAVAILABLE: Final = 3
     """The medium did not answer in time; nothing was dropped: ask again."""
+    GONE: Final = 4
+    """The block left since its lease was given, and not for its bytes: look up again."""
 
 
 class FetchedBatch(Protocol):

@@ -75,6 +75,7 @@ _BY_ERROR: tuple[tuple[type[DualPathError], ChunkFailure], ...] = (
 _UNREAD: tuple[tuple[int, ChunkFailure, str], ...] = (
     (FetchStatus.CORRUPT, ChunkFailure.CORRUPT, "the medium failed, or the block was dropped"),
     (FetchStatus.UNAVAILABLE, ChunkFailure.OVERLOADED, "the medium did not answer in time"),
+    (FetchStatus.GONE, ChunkFailure.LEASE_EXPIRED, "the block has left since it was leased"),
 )
 
 
