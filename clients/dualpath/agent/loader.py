@@ -32,6 +32,7 @@ from dualpath.transfer.errors import (
     DualPathError,
     InvalidRequest,
     Overloaded,
+    Unavailable,
 )
 from dualpath.transfer.placement import policy_named
 
@@ -184,18 +185,14 @@ class Loader:
 
     async def _start(self, load: ActiveLoad) -> DaemonLoads | None:
         """Look up and hand the load over; None if it is over already."""
-        spec = load.spec
         try:
             if self.active > self._config.loads_max:
                 raise Overloaded(f"{self.active - 1} loads are running", retry_after_s=0.1)
-            timeout_s = min(self._config.lookup_timeout_s, spec.deadline_s)
-            daemon = await self._daemon(spec.namespace_id, spec.hashes[0], timeout_s)
-            answer = await daemon.lookup(
-                spec.namespace_id,
-                spec.hashes,
-                lease_s=self._config.lease_s,
-                timeout_s=timeout_s,
-            )
+            try:
+                daemon, answer = await self._looked_up(load)
+            except Unavailable:
+                # The session may have ended on the way; with a new one the prefix is not lost.
+                daemon, answer = await self._looked_up(load)
         except DualPathError as error:
             load.events[_event_of(error)] += 1
             self._miss(load, _miss_of(error), str(error))
@@ -205,6 +202,18 @@ class Loader:
             self._miss(load, MissReason.of_proto(answer.miss), answer.detail)
             return None
         return await self._begin(load, daemon, answer)
+
+    async def _looked_up(self, load: ActiveLoad) -> tuple[DaemonLink, store_pb2.LookupResponse]:
+        """The daemon of a load, and what it holds of the prefix; within the time for that."""
+        spec = load.spec
+        until = load.started_at + min(self._config.lookup_timeout_s, spec.deadline_s)
+        left_s = max(0.001, until - self._loop.time())
+        daemon = await self._daemon(spec.namespace_id, spec.hashes[0], left_s)
+        left_s = max(0.001, until - self._loop.time())
+        answer = await daemon.lookup(
+            spec.namespace_id, spec.hashes, lease_s=self._config.lease_s, timeout_s=left_s
+        )
+        return daemon, answer
 
     async def _begin(
         self, load: ActiveLoad, daemon: DaemonLink, answer: store_pb2.LookupResponse
