@@ -99,6 +99,10 @@ def choose_shaping(wanted: Shaping) -> tuple[Shaping, str]:
     return Shaping.PACING, f"token buckets in the agents, because: {reason}"
 
 
+LAST_WORDS_S = 1.0
+"""How long after a failure the end of a process may be heard of."""
+
+
 class Demonstration:
     """One run of `dualpath demo`."""
 
@@ -254,6 +258,11 @@ class Demonstration:
         task = asyncio.create_task(work, name="work")
         try:
             await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                # It may have noticed a process's end before the watch has: that is the reason then.
+                await asyncio.wait({watch}, timeout=LAST_WORDS_S)
+                if watch.done():
+                    watch.result()
             if watch.done() and not task.done():
                 watch.result()
             return await task
