@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.outcome import SaveResult
@@ -27,7 +28,8 @@ from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.local_protocol import SUFFIX
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.store_api import SealStatus
+from dualpath.kvstore.store_api import InvalidationScope, SealStatus
+from dualpath.proto.v1 import store_pb2, store_pb2_grpc
 from harness import PIECE_BYTES, serve
 from numpy.typing import NDArray
 
@@ -57,6 +59,7 @@ class Stored:
         self._folder = Path(settings["folder"])
         self._capacity_bytes = settings["capacity_bytes"]
         self._filling = 0
+        self._namespace_id = b""
         self._chains: dict[str, Keys] = {}
 
     def open(self, block_bytes: int, pieces: int, piece_blocks: int) -> None:
@@ -67,12 +70,18 @@ class Stored:
         self._open_namespace()
 
     def _open_namespace(self) -> None:
+        if self._namespace_id:
+            # As the others' blocks are removed: what is of no use any more keeps no memory.
+            self._invalidate(self._namespace_id)
         self._filling += 1
         self._namespace_id = self._opened(
             Namespace("bench", self._layout, salt=f"filling {self._filling}")
         )
 
     def _opened(self, namespace: Namespace) -> bytes:
+        raise NotImplementedError
+
+    def _invalidate(self, namespace_id: bytes) -> None:
         raise NotImplementedError
 
     def forget(self, keys: list[str]) -> None:
@@ -100,6 +109,9 @@ class Embedded(Stored):
 
     def _opened(self, namespace: Namespace) -> bytes:
         return self._store.open_namespace(namespace)
+
+    def _invalidate(self, namespace_id: bytes) -> None:
+        self._store.invalidate(InvalidationScope(namespace_id))
 
     def put(self, keys: list[str], blocks: list[memoryview]) -> None:
         self._put(keys, blocks, durable=False)
@@ -216,6 +228,11 @@ class Remote(Stored):
 
     def _opened(self, namespace: Namespace) -> bytes:
         return self._client.open_namespace(namespace)
+
+    def _invalidate(self, namespace_id: bytes) -> None:
+        request = store_pb2.InvalidateRequest(namespace_id=namespace_id)
+        with grpc.insecure_channel(self._daemon.address("listen")) as channel:
+            store_pb2_grpc.StoreStub(channel).Invalidate(request, timeout=DEADLINE_S)
 
     def put(self, keys: list[str], blocks: list[memoryview]) -> None:
         saved = self._save(self._chain(keys), durable=False)
