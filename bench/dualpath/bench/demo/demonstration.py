@@ -258,12 +258,11 @@ class Demonstration:
         task = asyncio.create_task(work, name="work")
         try:
             await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and not task.cancelled() and task.exception() is not None:
+            failed = task.done() and not task.cancelled() and task.exception() is not None
+            if failed:
                 # It may have noticed a process's end before the watch has: that is the reason then.
                 await asyncio.wait({watch}, timeout=LAST_WORDS_S)
-                if watch.done():
-                    watch.result()
-            if watch.done() and not task.done():
+            if watch.done() and (failed or not task.done()):
                 watch.result()
             return await task
         finally:
