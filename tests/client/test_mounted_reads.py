@@ -154,6 +154,26 @@ def test_a_failing_medium_costs_nothing_but_the_way(run_cluster: Run) -> None:
     run_cluster(body)
 
 
+def test_a_chunk_that_did_not_verify_is_not_read_from_the_mount_again(run_cluster: Run) -> None:
+    """Whoever waits for the chunk asks again at once, while the rest is still being read: a
+    second wrong read of it would end the load."""
+
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded(**mounted(cluster))
+        namespace_id, hashes = await stored(client, BLOCKS)
+        daemon = link(client)
+        assert daemon.mounted is not None
+        mount = daemon.mounted.mount
+        mount._device = FaultDevice(mount._device, FaultPlan(seed=7, rot=1.0))
+        mount._files = SegmentFiles(mount._device)
+        for _ in range(4):
+            result = await load(client, namespace_id, hashes)
+            assert (result.blocks, result.miss) == (BLOCKS, MissReason.NONE), result
+        assert daemon.mounted.off
+
+    run_cluster(body)
+
+
 def test_a_mount_with_stale_bytes_never_reaches_an_engine_and_is_given_up(
     run_cluster: Run, tmp_path: Path
 ) -> None:

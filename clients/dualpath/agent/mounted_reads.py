@@ -81,6 +81,7 @@ class MountedReads:
         self._reading: set[asyncio.Future[dict[int, str]]] = set()
         self._places: OrderedDict[bytes, _Places] = OrderedDict()
         self._distrusted: set[tuple[int, int]] = set()
+        self._placing: set[tuple[int, int]] = set()
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="dualpath-mount")
 
     def deliver(
@@ -175,7 +176,7 @@ class MountedReads:
             self._reading.add(reading)
             reading.add_done_callback(self._reading.discard)
             failed = await asyncio.shield(reading)
-            self._by_daemon(job, self._judged(job, known, failed))
+            self._by_daemon(job, self._judged(failed))
 
     async def _located(self, lease: bytes, blocks: Sequence[int], locate: Locate) -> _Places | None:
         """Places of all these blocks that lie in files; None if the mount is another's."""
@@ -207,7 +208,9 @@ class MountedReads:
             return None
         segment, offset = found
         offset += grant.chunk[index] * known.chunk_bytes
-        if (segment, offset) in self._distrusted:
+        # One that is rejected is asked for again before we hear of it: what is still being
+        # placed is not read once more.
+        if (segment, offset) in self._distrusted or (segment, offset) in self._placing:
             return None
         return ChunkPlace(segment, offset, nbytes)
 
@@ -216,7 +219,7 @@ class MountedReads:
         failed: dict[int, str] = {}
 
         def on_read(number: int, data: memoryview | None, reason: str) -> None:
-            index, _ = mine[number]
+            index, place = mine[number]
             if job.cancelled:
                 return
             if data is None:
@@ -225,23 +228,23 @@ class MountedReads:
             with self._counting:
                 self.read_bytes += data.nbytes
             tag, target = job.grant.tag[index], job.targets[index]
-            refusal = job.transport.place(job.window, tag, target, data)
-            if refusal == "rejected":
-                failed[index] = refusal
+            at = (place.segment, place.offset)
+            self._placing.add(at)
+            if job.transport.place(job.window, tag, target, data) == "rejected":
+                failed[index] = "rejected"
+                self._distrusted.add(at)
+            self._placing.discard(at)
 
         places = [place for _, place in mine]
         self.mount.read(places, job.grant.deadline_ms / 1000, on_read)
         return failed
 
-    def _judged(self, job: _Job, known: _Places, failed: dict[int, str]) -> list[int]:
+    def _judged(self, failed: dict[int, str]) -> list[int]:
         """Those to ask the daemon for. The owner of a window has heard of rejected ones."""
         again = []
         for index, reason in failed.items():
             if reason == "rejected":
                 self.events["corrupt"] += 1
-                segment, offset = known.blocks[job.grant.block[index]]
-                offset += job.grant.chunk[index] * known.chunk_bytes
-                self._distrusted.add((segment, offset))
             else:
                 self.events["failed"] += 1
                 again.append(index)
