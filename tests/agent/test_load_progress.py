@@ -123,6 +123,9 @@ def test_wrong_indices_are_refused_by_value() -> None:
     with pytest.raises(InvalidRequest, match=r"chunk index 2 is outside of 0\.\.1"):
         progress.verified([2])
     with pytest.raises(InvalidRequest, match="chunk index -1"):
+        progress.verified([0, -1])
+    assert progress.complete_blocks() == 0, "all of them or none"
+    with pytest.raises(InvalidRequest, match="chunk index -1"):
         progress.chunk_ref(-1)
     with pytest.raises(InvalidRequest, match="-1 blocks"):
         progress.cut(-1)

@@ -88,16 +88,20 @@ class LoadProgress:
 
     def verified(self, indices: Iterable[int]) -> None:
         """Mark chunks; marking twice, or chunks of a cut block, changes nothing."""
-        blocks, valid, marks = self._blocks, self._valid, self._marks
-        for index in indices:
+        blocks, valid, marks, by_block = self._blocks, self._valid, self._marks, self._by_block
+        indices = list(indices)
+        for index in {min(indices), max(indices)} if indices else ():
             self._check(index)
-            chunk, block = divmod(index, blocks)
+        marked = 0
+        for index in indices:
+            block = index % blocks
             if block >= valid or marks[index]:
                 continue
             marks[index] = 1
-            self._verified += 1
-            self._by_block[block] += 1
-            self._by_chunk[chunk] += 1
+            by_block[block] += 1
+            self._by_chunk[index // blocks] += 1
+            marked += 1
+        self._verified += marked
         self._settle()
 
     def cut(self, blocks: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 log = logging.getLogger(__name__)
 
 TICKET_S_MAX = 600.0
-RELEASE_PAUSE_S = 0.01
+RELEASE_PAUSE_S = 0.05
 """Leases that end within this time are released together."""
 RETRY_S = 0.01
 """Pause after a call that failed with its session, until the link notices."""

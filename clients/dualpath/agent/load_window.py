@@ -107,7 +107,10 @@ class LoadWindow:
                 checksums.pop(tag, None)
             if verdicts is None and min(found) >= 0:
                 intact += found
-                since.update(times)
+                if times[0] == times[-1] and times.count(times[0]) == len(times):
+                    since[times[0]] += len(times)
+                else:
+                    since.update(times)
                 continue
             for index, at, holds in zip(found, times, verdicts or repeat(True), strict=False):
                 if index >= 0 and holds:

@@ -140,10 +140,12 @@ class ChunkQueue:
 
     def done(self, chunks: Sequence[int]) -> None:
         """Chunks in flight have been verified."""
+        states, inflight = self._states, self._inflight
+        before, after = int(ChunkState.INFLIGHT), int(ChunkState.DONE)
         for chunk in chunks:
-            assert self._states[chunk] == ChunkState.INFLIGHT, (chunk, self.state(chunk))
-            self._states[chunk] = ChunkState.DONE
-            del self._inflight[chunk]
+            assert states[chunk] == before, (chunk, self.state(chunk))
+            states[chunk] = after
+            del inflight[chunk]
         self.counts[ChunkState.INFLIGHT] -= len(chunks)
         self.counts[ChunkState.DONE] += len(chunks)
         if self._failed_on:

@@ -71,13 +71,13 @@ class OpenWrite:
         self.table = table
         self.ends = table.ends()
         self.codes = bytearray(len(table))
-        self.landings: list[Landing | None] = []
-        for index, landing in enumerate(landings):
-            if isinstance(landing, str):
-                self.codes[index] = _CODES[landing]
-                self.landings.append(None)
-            else:
-                self.landings.append(landing)
+        self.landings: list[Landing | None] = [
+            None if isinstance(landing, str) else landing for landing in landings
+        ]
+        if None in self.landings:
+            for index, landing in enumerate(landings):
+                if isinstance(landing, str):
+                    self.codes[index] = _CODES[landing]
         self.received = 0
         self.settled = 0
         begun = next((landing for landing in self.landings if landing is not None), None)
@@ -194,23 +194,32 @@ class StreamReceiver:
         first, last = write.settled, bisect_right(write.ends, write.received)
         landings = [each for each in write.landings[first:last] if each is not None]
         if landings:
-            digests = write.digests[first:last] if len(landings) == last - first else ()
-            reasons = iter(self._windows.land_all(landings, digests))
-            for index in range(first, last):
-                if write.landings[index] is None:
-                    continue
-                if reason := next(reasons):
-                    write.codes[index] = _CODES[reason]
-                else:
-                    self._counters.received_bytes += write.table.sizes[index]
-                    self._counters.received_writes += 1
+            whole = len(landings) == last - first
+            reasons = self._windows.land_all(landings, write.digests[first:last] if whole else ())
+            if whole and not any(reasons):
+                self._counters.received_bytes += sum(write.table.sizes[first:last])
+                self._counters.received_writes += len(landings)
+            else:
+                self._note(write, first, last, reasons)
         write.settled = last
         if last == len(write.ends):
             del self._open[write.ident]
             self._answer(write.ident, write.codes, write.nbytes)
 
+    def _note(self, write: OpenWrite, first: int, last: int, reasons: Sequence[str]) -> None:
+        """Note why those of parts [first, last) that were not thrown away are refused, or not."""
+        each = iter(reasons)
+        for index in range(first, last):
+            if write.landings[index] is None:
+                continue
+            if reason := next(each):
+                write.codes[index] = _CODES[reason]
+            else:
+                self._counters.received_bytes += write.table.sizes[index]
+                self._counters.received_writes += 1
+
     def _answer(self, ident: int, codes: Sequence[int], nbytes: int) -> None:
-        self._counters.refused_writes += sum(code != 0 for code in codes)
+        self._counters.refused_writes += len(codes) - bytes(codes).count(0)
         if len(codes) == 1 or not any(codes):
             self._sender.acknowledge(ident, codes[0])
         else:

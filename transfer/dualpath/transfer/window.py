@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region, RegionDescriptor
@@ -282,7 +283,15 @@ class WindowTable:
                 return ["no_window"] * len(targets)
             armed, landings = record.armed, record.landings
             begun: list[Landing | str] = []
-            for tag, fields in enumerate(targets.fields(), first_tag):
+            tags, fields_of = range(first_tag, first_tag + len(targets)), list(targets.fields())
+            if list(map(armed.get, tags)) == fields_of:  # the usual case: all as armed
+                for tag in tags:
+                    del armed[tag]
+                opened = map(Landing, repeat(record), repeat(peer), tags, fields_of, repeat(lock))
+                fresh = dict(zip(tags, opened, strict=False))
+                landings.update(fresh)
+                return list(fresh.values())
+            for tag, fields in zip(tags, fields_of, strict=True):
                 if armed.get(tag) == fields:
                     del armed[tag]
                     landing = landings[tag] = Landing(record, peer, tag, fields, lock)
@@ -331,10 +340,12 @@ class WindowTable:
                 for each in landed:
                     if known.get(each.tag) is each:
                         del known[each.tag]
-            taken = iter(_told(record, landed, digests))
-            for index, reason in enumerate(reasons):
-                if not reason and not next(taken):
-                    reasons[index] = "rejected"
+            verdicts = _told(record, landed, digests)
+            if not all(verdicts):
+                taken = iter(verdicts)
+                for index, reason in enumerate(reasons):
+                    if not reason and not next(taken):
+                        reasons[index] = "rejected"
         return reasons
 
     def place(self, window: RegionDescriptor, tag: int, slices: Slices, source: memoryview) -> str:

@@ -111,8 +111,8 @@ class DaemonConfig:
     insecure: bool = False
     metrics_listen: str = ""
     readers: int = 4
-    attachment_inflight_bytes: int = 32 << 20
-    inflight_bytes: int = 64 << 20
+    attachment_inflight_bytes: int = 64 << 20
+    inflight_bytes: int = 128 << 20
     send_limit_bytes_per_s: float = 0
     drain_s: float = 5.0
     access_file: str = ""

@@ -84,8 +84,8 @@ class DeliveryConfig:
     """`readers` threads; bytes in flight of one attachment and of all together."""
 
     readers: int = 4
-    attachment_inflight_bytes: int = 32 << 20
-    inflight_bytes: int = 64 << 20
+    attachment_inflight_bytes: int = 64 << 20
+    inflight_bytes: int = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,7 +413,7 @@ class DeliveryEngine:
         sending: _Sending,
         completion: BatchCompletion,
     ) -> None:
-        fetched.release(chunks)
+        fetched.release(None if len(chunks) == len(fetched) else chunks)
         failure = _BY_STATUS[completion.status]
         if failure is not None:
             self._fail(job, indices, failure, completion.detail or completion.status.value)
@@ -429,7 +429,8 @@ class DeliveryEngine:
 
     def _count(self, job: Delivery, landed: Sequence[int], sending: _Sending) -> None:
         sizes, now = job.granted.targets.sizes, self._clock()
-        nbytes = sum(sizes[index] for index in landed)
+        whole = len(landed) == len(sizes)
+        nbytes = job.nbytes if whole else sum(sizes[index] for index in landed)
         with self._wake:
             self._peer_bytes.add(sending.name, nbytes)
             self._principal_bytes.add(sending.principal, nbytes)
