@@ -336,6 +336,28 @@ def test_a_lone_grant_goes_in_batches_and_others_shorten_its_turns() -> None:
     ]
 
 
+def test_a_short_delivery_does_not_cut_those_after_it_short() -> None:
+    queue = DeliveryQueue(
+        peer_inflight_bytes=8 * CHUNK, inflight_bytes=64 * CHUNK, batch_bytes=4 * CHUNK
+    )
+    queue.open("a")
+    queue.add("a", _grant(1, 5))
+    queue.add("a", _grant(2, 11))
+    whole, short = _picked(queue, 2, finish=False)
+    assert [len(job.granted) for job in (whole, short)] == [4, 1]
+    assert queue.next(0.0) is None, "room for 3 of a batch of 4, while 5 are on their way"
+    _ended(queue, short)
+    (second,) = _picked(queue, 1, finish=False)
+    assert len(second.granted) == 4
+    _ended(queue, whole)
+    (third,) = _picked(queue, 1, finish=False)
+    assert len(third.granted) == 4
+    _ended(queue, second)
+    assert [len(job.granted) for job in _picked(queue, 1)] == [3], "the rest, though it is less"
+    _ended(queue, third)
+    assert queue.pending_bytes == 0
+
+
 def test_a_batch_has_consecutive_tags_and_keeps_within_the_bounds() -> None:
     queue = DeliveryQueue(
         peer_inflight_bytes=5 * CHUNK, inflight_bytes=64 * CHUNK, batch_bytes=64 * CHUNK

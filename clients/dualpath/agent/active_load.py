@@ -68,7 +68,9 @@ class ActiveLoad:
         self._next_tag = 1
         self._changed = asyncio.Event()
         self._shown = (0, 0, False)
-        self._extents = [layout.chunk_extent(chunk) for chunk in range(layout.chunk_count)]
+        extents = [layout.chunk_extent(chunk) for chunk in range(layout.chunk_count)]
+        self._skips, self._sizes = np.array(extents, np.int64).T
+        self._bases: NDArray[np.int64] = np.empty(0, np.int64)
 
     def begin(self, hit: LoadStarted, lease_id: int, checksums: NDArray[np.uint64]) -> None:
         """The lookup found something: `checksums` has one a chunk, block after block."""
@@ -78,6 +80,7 @@ class ActiveLoad:
         self.miss, self.detail = hit.miss, hit.detail
         self.progress = LoadProgress(self.layout, hit.hit_blocks)
         self._span = self.spec.places.span(self.layout, hit.hit_blocks)
+        self._bases = np.array(self.spec.places.base_bytes[: hit.hit_blocks], np.int64)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -86,23 +89,20 @@ class ActiveLoad:
 
     def arm(self, indices: Sequence[int]) -> ArmedChunks:
         """What to arm for one attempt at these load-chunks; each has a tag of its own."""
-        count, per_block, extents = self.progress.blocks, len(self._extents), self._extents
-        chunks = [index // count for index in indices]
-        blocks = [index % count for index in indices]
+        chunks, blocks = np.divmod(np.array(indices, np.int64), self.progress.blocks)
         layout, places = self.layout, self.spec.places
         targets = SliceTable(
             places.layer_stride_bytes,
             layout.layers,
             layout.layer_bytes,
-            [places.base_bytes[block] for block in blocks],
-            [extents[chunk][0] for chunk in chunks],
-            [extents[chunk][1] for chunk in chunks],
+            self._bases[blocks].tolist(),
+            self._skips[chunks].tolist(),
+            self._sizes[chunks].tolist(),
         )
-        at = [block * per_block + chunk for block, chunk in zip(blocks, chunks, strict=True)]
         first_tag = self._next_tag
         self._next_tag += len(indices)
-        sums = self.checksums[at].tolist()
-        return ArmedChunks(first_tag, indices, blocks, chunks, targets, sums)
+        sums = self.checksums[blocks * len(self._sizes) + chunks].tolist()
+        return ArmedChunks(first_tag, indices, blocks.tolist(), chunks.tolist(), targets, sums)
 
     def verified(self, indices: Sequence[int], path: str) -> int:
         """Chunks are in place and intact; how many bytes that is."""

@@ -7,6 +7,7 @@ a wrong checksum never count, and that after `close` nothing more lands in the m
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,6 @@ class LoadWindow:
         self.path = path
         self.outstanding: dict[int, int] = {}
         """Index of the chunk by tag, of those whose end is not known."""
-        self.armed_at: dict[int, float] = {}
-        """When each tag was armed, for those whose end is not known."""
         self.grant_ids: set[int] = set()
         self.hungry = False
         """Whether more chunks wait to be granted, so that it is urgent when half has landed."""
@@ -74,6 +73,9 @@ class LoadWindow:
         self._view = region.view
         self._arrivals = arrivals
         self._checksums: dict[int, int] = {}
+        # Of each grant its first tag and when it was armed, in that order.
+        self._first_tags: list[int] = []
+        self._armed_at: list[float] = []
         # Tags that landed together, and of each whether its checksum holds; None: of all.
         self._landed: deque[tuple[Sequence[int], Sequence[bool] | None]] = deque()
         self._told = False
@@ -90,29 +92,26 @@ class LoadWindow:
         self._checksums.update(zip(tags, armed.checksums, strict=True))
         self._network.transport.arm_table(self.descriptor, armed.first_tag, armed.targets)
         self.outstanding.update(zip(tags, armed.indices, strict=True))
-        self.armed_at.update(dict.fromkeys(tags, now))
+        self._first_tags.append(armed.first_tag)
+        self._armed_at.append(now)
 
     def take_landed(self, now: float) -> Landed:
         """Take what has landed since the last time, but for chunks that were given up before."""
         self._told = self._urged = False  # first: what lands from now on is told again
-        outstanding, armed_at, checksums = self.outstanding, self.armed_at, self._checksums
+        outstanding = self.outstanding
         intact: list[int] = []
         corrupt: list[int] = []
         since: Counter[float] = Counter()
         while self._landed:
             tags, verdicts = self._landed.popleft()
             found = list(map(outstanding.pop, tags, repeat(-1)))
-            times = list(map(armed_at.pop, tags, repeat(now)))
-            for tag in tags:
-                checksums.pop(tag, None)
+            # What lands together was granted together.
+            at = self._armed_at[bisect_right(self._first_tags, tags[0]) - 1]
             if verdicts is None and min(found) >= 0:
                 intact += found
-                if times[0] == times[-1] and times.count(times[0]) == len(times):
-                    since[times[0]] += len(times)
-                else:
-                    since.update(times)
+                since[at] += len(found)
                 continue
-            for index, at, holds in zip(found, times, verdicts or repeat(True), strict=False):
+            for index, holds in zip(found, verdicts or repeat(True), strict=False):
                 if index >= 0 and holds:
                     intact.append(index)
                     since[at] += 1
@@ -129,7 +128,6 @@ class LoadWindow:
         unlanded = self._network.transport.disarm(self.descriptor, known)
         for tag in unlanded:
             self._checksums.pop(tag, None)
-            self.armed_at.pop(tag, None)
         return {tag: self.outstanding.pop(tag) for tag in unlanded}
 
     def fence_chunks(self, indices: Collection[int]) -> None:
@@ -138,8 +136,8 @@ class LoadWindow:
         tags = [tag for tag, index in self.outstanding.items() if index in wanted]
         self.fence(tags)
         for tag in tags:
-            for known in (self.outstanding, self.armed_at, self._checksums):
-                known.pop(tag, None)
+            self.outstanding.pop(tag, None)
+            self._checksums.pop(tag, None)
 
     def close(self) -> None:
         """Fence everything, for good. Verdicts that come later are void."""
@@ -153,7 +151,7 @@ class LoadWindow:
 
     def _hashed(self, tags: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
         """Bytes have landed that hash to `digests`. On a thread of the transport."""
-        wanted = list(map(self._checksums.get, tags))
+        wanted = list(map(self._checksums.pop, tags, repeat(None)))
         if wanted == list(digests):
             taken = [True] * len(tags)
             self._landed.append((tags, None))

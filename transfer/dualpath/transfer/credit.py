@@ -20,7 +20,7 @@ class CreditConfig:
 
     window_s: float = 0.040
     window_bytes_min: int = 1 * MIB
-    window_bytes_max: int = 64 * MIB
+    window_bytes_max: int = 128 * MIB
     window_bytes_start: int = 2 * MIB
     chunks_max: int = 4096
     """Most chunks in flight on a path, and in one grant."""

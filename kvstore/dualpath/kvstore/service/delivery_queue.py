@@ -293,9 +293,7 @@ class DeliveryQueue:
         lanes = sorted(Lane)
         if self._floor_debt > 0:
             # The floor: lower lanes go first once they are owed a share.
-            lanes = [lane for lane in lanes if lane >= Lane.SAVE] + [
-                lane for lane in lanes if lane < Lane.SAVE
-            ]
+            lanes.sort(key=lambda lane: lane < Lane.SAVE)
         for lane in lanes:
             picked = self._pick(lane, now)
             if picked is not None:
@@ -433,11 +431,15 @@ class DeliveryQueue:
             may_start = peer.inflight_bytes == 0 or nbytes <= share
         if not may_start:
             return 0, 0
-        most_bytes = min(most_bytes, share)
+        room = min(most_bytes, share)
         count, last = 1, min(len(tags), first + BATCH_WRITES_MAX)
         for index in range(first + 1, last):
             size = sizes[index]
-            if nbytes + size > most_bytes or tags[index] != tags[index - 1] + 1:
+            if tags[index] != tags[index - 1] + 1:
+                break
+            if nbytes + size > room:
+                if room < most_bytes <= peer.inflight_bytes:
+                    return 0, 0  # else a short delivery makes room for a short one, and so on
                 break
             nbytes += size
             count += 1

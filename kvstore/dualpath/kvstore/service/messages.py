@@ -221,14 +221,10 @@ def grant_of(message: common_pb2.ChunkGrant, lease_id: int, *, now: float) -> Gr
             "are valid"
         ) from None
     window = RegionDescriptor.from_bytes(message.window)
-    if max(*message.block, *message.chunk) >= INDEX_LIMIT:
-        raise InvalidRequest(
-            f"grant {message.grant_id}: block or chunk {max(*message.block, *message.chunk)} is no "
-            "index"
-        )
-    granted = GrantedChunks(
-        list(message.block), list(message.chunk), list(message.tag), _targets(target, window)
-    )
+    blocks, chunks = list(message.block), list(message.chunk)
+    if (largest := max(map(max, (blocks, chunks)))) >= INDEX_LIMIT:
+        raise InvalidRequest(f"grant {message.grant_id}: block or chunk {largest} is no index")
+    granted = GrantedChunks(blocks, chunks, list(message.tag), _targets(target, window))
     deadline_at = now + message.deadline_ms / 1000
     return Grant(message.grant_id, lease_id, window, lane, deadline_at, granted)
 
