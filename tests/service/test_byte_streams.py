@@ -258,7 +258,7 @@ def test_readers_that_stop_reading_give_their_places_up_in_time(
         hashes = lab.chain(30)
         await _write(client, _frames(lab, namespace_id, hashes))
         request = store_pb2.ReadRequest(namespace_id=namespace_id, hash=hashes)
-        held = [client.stub.Read(request) for _ in range(byte_streams.STREAMS_MAX)]
+        held = [client.stub.Read(request) for _ in range(byte_streams.STREAMS_MAX // 2)]
         for call in held:
             await call.read()
         await _no_leases(lab, other)
@@ -267,6 +267,7 @@ def test_readers_that_stop_reading_give_their_places_up_in_time(
         with pytest.raises(grpc.RpcError, match="no frame was taken") as caught:
             await _drain(held[0])
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert error_of(caught.value).reason == "stalled"
         for call in held:
             call.cancel()
 
@@ -279,20 +280,22 @@ def test_streams_beyond_the_limit_are_told_when_to_retry(in_lab: Any) -> None:
         namespace_id = await client.namespace()
         first = _frames(lab, namespace_id, lab.chain(1))[0]
         held = []
-        for index in range(16):
+        share = byte_streams.STREAMS_MAX // 2
+        for index in range(share):
             call = client.stub.Write()
             frame = store_pb2.WriteFrame()
             frame.CopyFrom(first)
             frame.hash = lab.chain(1, f"w{index}")[0]
             await call.write(frame)
             held.append(call)
-        await _reserved(lab, client, 16)
-        with pytest.raises(grpc.RpcError, match="16 at most") as caught:
+        await _reserved(lab, client, share)
+        with pytest.raises(grpc.RpcError, match="are left for all others") as caught:
             await client.stub.Write(iter([first] * 20), timeout=WAIT_S)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         error = error_of(caught.value)
         assert isinstance(error, Overloaded)
         assert error.retry_after_s == 1.0
+        assert error.reason == "quota"
         for call in held:
             call.cancel()
 
@@ -326,7 +329,7 @@ def test_a_write_cancelled_while_it_reserves_leaves_nothing_reserved(
         streams = running.daemon._service._streams
 
         async def left() -> bool:
-            return bool(streams._running == 0)
+            return bool(streams.running == 0)
 
         await lab.until(left, "the cancelled call has given its place up")
         gate.set()

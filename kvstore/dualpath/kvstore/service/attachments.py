@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from dualpath.kvstore.service.auth import Caller
 from dualpath.kvstore.service.gate import Held
 from dualpath.kvstore.service.incoming import IncomingBlocks
+from dualpath.kvstore.service.shares import Shares
 from dualpath.kvstore.store_api import Store
-from dualpath.transfer.errors import InvalidRequest, Overloaded, PeerLost, PermissionDenied
+from dualpath.transfer.errors import InvalidRequest, PeerLost, PermissionDenied
 from dualpath.transfer.transport import INVITATION_TTL_S, Transport
 
 SESSION_BYTES = 16
-ATTACHMENTS_MAX = 256
+ATTACHMENTS_MAX = 512
 NAME_CHARS_MAX = 64
 CONNECT_S_MAX = INVITATION_TTL_S + 5.0
 """An attachment that has not connected after this long is dropped."""
@@ -57,6 +58,8 @@ class Attachment:
     lost: str = ""
     """Why it ended, "" while it lives."""
     on_lost: Callable[[], None] | None = field(default=None, repr=False)
+    sharer: str = ""
+    """Of whose share it is; see `Caller`."""
     name: str = ""
     """What it calls itself, cleaned: many attachments may have the same."""
 
@@ -80,6 +83,7 @@ class Attachments:
         self._by_session: dict[bytes, Attachment] = {}
         self._sessions: dict[str, bytes] = {}
         self._by_peer: dict[str, Attachment] = {}
+        self._shares = Shares(ATTACHMENTS_MAX, "attachments", retry_after_s=5.0)
         self._unfenced: dict[str, Attachment] = {}  # those, and the lost ones until fenced
         self._drops: set[asyncio.Future[None]] = set()
 
@@ -96,19 +100,22 @@ class Attachments:
 
         Raises InvalidRequest (no transport in common), Overloaded.
         """
-        if len(self._by_peer) >= ATTACHMENTS_MAX:
-            raise Overloaded(
-                f"{len(self._by_peer)} attachments, {ATTACHMENTS_MAX} at most", retry_after_s=5.0
-            )
         plane = self._choose(transports, local=caller.local_socket)
         clean = _ODD_CHARS.sub("_", name)[:NAME_CHARS_MAX] or "peer"
         peer_id = f"{clean}-{secrets.token_hex(4)}"
         while peer_id in self._by_peer:
             peer_id = f"{clean}-{secrets.token_hex(4)}"
         session = secrets.token_bytes(SESSION_BYTES)
-        invitation = plane.transport.invite(peer_id)
+        self._shares.take(caller.sharer)
+        try:
+            invitation = plane.transport.invite(peer_id)
+        except BaseException:
+            self._shares.give_back(caller.sharer)
+            raise
         incoming = IncomingBlocks(self._store, plane.transport, peer_id, caller.principal)
-        attachment = Attachment(peer_id, caller.principal, plane, incoming, now, name=clean)
+        attachment = Attachment(
+            peer_id, caller.principal, plane, incoming, now, sharer=caller.sharer, name=clean
+        )
         digest = _digest(session)
         self._by_session[digest] = attachment
         self._sessions[peer_id] = digest
@@ -153,6 +160,7 @@ class Attachments:
         attachment = self._by_peer.pop(peer_id, None)
         if attachment is None:
             return
+        self._shares.give_back(attachment.sharer)
         _log.info("attachment %s ended: %s", peer_id, reason)
         attachment.lost = reason or "lost"
         self._by_session.pop(self._sessions.pop(peer_id), None)

@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -36,10 +36,17 @@ _OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Heal
 @dataclass(frozen=True, slots=True)
 class Caller:
     """An admitted caller. `principal` is stable and shows no secret; `local_socket`: it came
-    over the Unix socket and can share memory."""
+    over the Unix socket and can share memory. `peer`: gRPC's name of the connection."""
 
     principal: str
     local_socket: bool
+    peer: str = ""
+
+    @property
+    def sharer(self) -> str:
+        """As whom it takes its share of what is scarce. Where nobody proves who he is, each
+        connection is one: a client that stalls or dies then takes nothing from the others."""
+        return f"{OPEN}@{self.peer}" if self.principal == OPEN else self.principal
 
 
 _caller: ContextVar[Caller] = ContextVar("caller")
@@ -79,7 +86,8 @@ class Auth:
                 header = value if isinstance(value, str) else value.decode("latin-1")
         local = context.peer().startswith("unix:")
         certificate = _subject(context) if self._certificates and not local else ""
-        return self.admit(header, local_socket=local, certificate=certificate)
+        caller = self.admit(header, local_socket=local, certificate=certificate)
+        return replace(caller, peer=context.peer())
 
     def admit(self, header: str, *, local_socket: bool, certificate: str = "") -> Caller:
         """The caller that shows this `authorization` header ("" for none) and whose certificate

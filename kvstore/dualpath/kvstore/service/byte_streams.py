@@ -28,6 +28,7 @@ from dualpath.kvstore.service.messages import (
     seal_statuses,
 )
 from dualpath.kvstore.service.principal import Rights
+from dualpath.kvstore.service.shares import Shares
 from dualpath.kvstore.store_api import (
     BATCH_BLOCKS_MAX,
     RESERVATION_S_MAX,
@@ -49,9 +50,10 @@ from dualpath.transfer.errors import (
 )
 
 FRAME_BYTES_MAX = 1 << 20
-STREAMS_MAX = 16
+STREAMS_MAX = 64
+REFUSED_MAX = 16
 LEASE_S = 60.0
-FRAME_WAIT_S_MAX = 60.0
+FRAME_WAIT_S_MAX = 30.0
 """Longest pause between two frames of a Write, and longest that a Read's client may take none."""
 BLOCK_S_MAX = 240.0
 """Longest time from a block's first frame to its last. Its slot is ours for longer than that."""
@@ -88,17 +90,17 @@ class ByteStreams:
         self, store: Store, gate: Gate, executor: Executor, clock: Callable[[], float]
     ) -> None:
         self._store = store
-        self._gate = gate
+        self.gate = gate
         self._executor = executor
         self.clock = clock
         self._ids = itertools.count(1)
-        self._running = 0
+        self._shares = Shares(STREAMS_MAX, "Read and Write streams", retry_after_s=1.0)
         self._refused = 0
 
     @property
     def running(self) -> int:
         """Streams that run."""
-        return self._running
+        return len(self._shares)
 
     async def read(
         self,
@@ -114,7 +116,8 @@ class ByteStreams:
                     await asyncio.wait_for(send(frame), FRAME_WAIT_S_MAX)
                 except TimeoutError:
                     raise DeadlineExceeded(
-                        f"no frame was taken within {FRAME_WAIT_S_MAX:.1f} s: read the stream"
+                        f"no frame was taken within {FRAME_WAIT_S_MAX:.1f} s: read the stream",
+                        reason="stalled",
                     ) from None
 
     async def _reading(
@@ -124,11 +127,11 @@ class ByteStreams:
         checked_hashes("hash", request.hash)
         layout = self._store.layout(namespace_id)
         checked_checksums(len(request.hash), layout)
-        self._gate.admit_lookup(caller.principal, namespace_id, leased=True)
+        self.gate.admit_lookup(caller.principal, namespace_id, leased=True)
         with self._counted(caller) as owner:
             hit = self._store.lookup(namespace_id, request.hash, owner=owner, lease_s=LEASE_S)
             misses = len(request.hash) - hit.blocks
-            self._gate.quotas.looked_up(caller.principal, namespace_id, hit.blocks, misses)
+            self.gate.quotas.looked_up(caller.principal, namespace_id, hit.blocks, misses)
             try:
                 message = hit_message(hit)
                 message.lease_id = message.lease_ms = 0
@@ -170,7 +173,7 @@ class ByteStreams:
     ) -> store_pb2.WriteResponse:
         """See store.proto."""
         try:
-            self._gate.readiness.check_admits()
+            self.gate.readiness.check_admits()
             with self._counted(caller) as owner:
                 intake = _Intake(self, owner, caller.principal)
                 try:
@@ -185,7 +188,7 @@ class ByteStreams:
     async def _let_finish(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> None:
         """Drop what a refused client still sends. A call that ends while its client sends reads
         as INTERNAL in grpc.aio, whatever status it was given."""
-        if self._refused >= STREAMS_MAX:
+        if self._refused >= REFUSED_MAX:
             return
         self._refused += 1
         dropped = 0
@@ -226,12 +229,12 @@ class ByteStreams:
         statuses = await self._blocking(
             lambda: self._store.seal(requests, owner=owner, durable=durable, writer=writer)
         )
-        self._gate.quotas.sealed(writer, statuses.count(SealStatus.SEALED))
+        self.gate.quotas.sealed(writer, statuses.count(SealStatus.SEALED))
         return statuses
 
     def check_writer(self, writer: str, namespace_id: bytes) -> None:
         """Raises PermissionDenied unless the principal may write there."""
-        self._gate.access.require(writer, namespace_id, Rights.WRITE)
+        self.gate.access.require(writer, namespace_id, Rights.WRITE)
 
     @property
     def store(self) -> Store:
@@ -240,17 +243,8 @@ class ByteStreams:
 
     @contextlib.contextmanager
     def _counted(self, caller: Caller) -> Iterator[str]:
-        if self._running >= STREAMS_MAX:
-            raise Overloaded(
-                f"{self._running} Read and Write streams run, {STREAMS_MAX} at most",
-                retry_after_s=1.0,
-            )
-        self._running += 1
-        try:
-            with self._gate.quotas.stream(caller.principal):
-                yield f"stream:{next(self._ids)}"
-        finally:
-            self._running -= 1
+        with self._shares.taken(caller.sharer), self.gate.quotas.stream(caller.principal):
+            yield f"stream:{next(self._ids)}"
 
 
 class _Intake:
@@ -265,10 +259,15 @@ class _Intake:
         self._durable = False
         self._open: _OpenBlock | None = None
         self._unsealed: list[tuple[int, int]] = []  # (index, reservation)
+        self._held = contextlib.ExitStack()  # what counts against the writer until it is sealed
         self._answer = store_pb2.WriteResponse()
 
     async def run(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> store_pb2.WriteResponse:
         """Take all frames; return the answer."""
+        with self._held:
+            return await self._run(frames)
+
+    async def _run(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> store_pb2.WriteResponse:
         number = 0
         while True:
             try:
@@ -277,7 +276,8 @@ class _Intake:
                 break
             except TimeoutError:
                 raise DeadlineExceeded(
-                    f"no frame within {FRAME_WAIT_S_MAX:.0f} s after frame {number - 1}"
+                    f"no frame within {FRAME_WAIT_S_MAX:.0f} s after frame {number - 1}",
+                    reason="stalled",
                 ) from None
             await self._take(frame, number)
             number += 1
@@ -320,8 +320,7 @@ class _Intake:
             raise InvalidRequest(f"frame {number}: over {BATCH_BLOCKS_MAX} blocks in one stream")
         checked_hashes("hash", [frame.hash])
         checked_hashes("parent", [frame.parent], empty=True)
-        block = NewBlock(frame.hash, frame.parent)
-        reservation = await self._streams.reserve(self._namespace_id, block, self._owner)
+        reservation = await self._reserve(NewBlock(frame.hash, frame.parent))
         if reservation.status is ReserveStatus.NO_PARENT:
             raise InvalidRequest(
                 f"frame {number}: parent {frame.parent.hex()} of block {index} is not stored; "
@@ -341,6 +340,15 @@ class _Intake:
         self._answer.existed.append(reservation.status is not ReserveStatus.RESERVED)
         late_at = self._streams.clock() + BLOCK_S_MAX
         self._open = _OpenBlock(index, frame.hash, reservation, late_at)
+
+    async def _reserve(self, block: NewBlock) -> Reservation:
+        assert self._layout is not None
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._streams.gate.holding(self._writer, self._layout.slot_bytes, 1))
+            reservation = await self._streams.reserve(self._namespace_id, block, self._owner)
+            if reservation.status is ReserveStatus.RESERVED:
+                self._held.push(held.pop_all())
+        return reservation
 
     async def _append(self, data: bytes, number: int) -> None:
         block, layout = self._open, self._layout
@@ -373,5 +381,6 @@ class _Intake:
         unsealed, self._unsealed = self._unsealed, []
         ids = [reservation for _, reservation in unsealed]
         sealed = await self._streams.seal(ids, self._owner, self._writer, self._durable)
+        self._held.close()
         for (index, _), status in zip(unsealed, seal_statuses(sealed), strict=True):
             self._answer.status[index] = status

@@ -78,7 +78,8 @@ class DaemonConfig:
     live ones. `principal_reserved_bytes`: slots of its reservations, 0 for three quarters of
     `dram_bytes`. `principal_queue_bytes`: bytes granted to it and not landed, 0 for no limit.
     `principal_attachments_max`, `principal_streams_max`: its joined receivers, and its Read, Write
-    and Events streams, 0 for no limit of its own. The access file can set others for some.
+    and Events streams, 0 for as many as are left for all others. The access file can set others
+    for some.
     `events_max`: events of blocks that are remembered for readers of the event stream.
     `namespaces_max`: namespaces that are known at once; those that hold nothing are forgotten when
     they are too many.

@@ -17,10 +17,11 @@ from dualpath.kvstore.service.auth import Caller
 from dualpath.kvstore.service.messages import checked_namespace_id, miss_number
 from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.service.quotas import Quotas
+from dualpath.kvstore.service.shares import Shares
 from dualpath.proto.v1 import store_pb2
-from dualpath.transfer.errors import DeadlineExceeded, Overloaded, Unavailable
+from dualpath.transfer.errors import DeadlineExceeded, Unavailable
 
-STREAMS_MAX = 64
+STREAMS_MAX = 128
 BATCH_EVENTS = 512
 """Most events of one answer: about 60 KB."""
 SEND_S_MAX = 60.0
@@ -44,7 +45,7 @@ class EventCalls:
         self._quotas = quotas
         self._server_id = server_id
         self._stopping = asyncio.Event()
-        self._running = 0
+        self._shares = Shares(STREAMS_MAX, "Events streams", retry_after_s=5.0)
 
     def stop(self) -> None:
         """End all streams with UNAVAILABLE."""
@@ -56,16 +57,8 @@ class EventCalls:
         if request.namespace_id:
             namespace_id = checked_namespace_id(request.namespace_id)
             self._access.require(caller.principal, namespace_id, Rights.READ)
-        if self._running >= STREAMS_MAX:
-            raise Overloaded(
-                f"{self._running} Events streams run, {STREAMS_MAX} at most", retry_after_s=5.0
-            )
-        self._running += 1
-        try:
-            with self._quotas.stream(caller.principal):
-                await self._follow(request, namespace_id, caller, send)
-        finally:
-            self._running -= 1
+        with self._shares.taken(caller.sharer), self._quotas.stream(caller.principal):
+            await self._follow(request, namespace_id, caller, send)
 
     async def _follow(
         self, request: store_pb2.EventsRequest, namespace_id: bytes, caller: Caller, send: Send
@@ -109,7 +102,8 @@ class EventCalls:
             await asyncio.wait_for(send(answer), SEND_S_MAX)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"no answer was taken within {SEND_S_MAX:.0f} s: read the stream"
+                f"no answer was taken within {SEND_S_MAX:.0f} s: read the stream",
+                reason="stalled",
             ) from None
 
     async def _news(self, after: int) -> None:

@@ -53,6 +53,12 @@ class Gate:
         least one. Raises PermissionDenied, Overloaded, Unavailable."""
         self.access.require(principal, namespace_id, Rights.WRITE)
         self.readiness.check_admits()
+        with self.holding(principal, slot_bytes, blocks) as room:
+            yield room
+
+    @contextmanager
+    def holding(self, principal: str, slot_bytes: int, blocks: int) -> Iterator[int]:
+        """`reserving` for a stream that was admitted: limits only. Raises Overloaded."""
         held, quotas = self.held().get(principal, Held()), self.quotas
         limits, usage = quotas.limits(principal), quotas.usage(principal)
         # What calls beside this one may be about to get counts as held.
