@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from dualpath.kvstore import local_protocol as protocol
+from dualpath.kvstore import local_put
 from dualpath.kvstore.local_frames import LocalFrames
 from dualpath.kvstore.local_protocol import (
     ANSWER,
@@ -23,7 +24,13 @@ from dualpath.kvstore.local_protocol import (
     Parts,
     Welcome,
 )
-from dualpath.kvstore.store_api import MappedPrefix, MissReason, PrefixHit
+from dualpath.kvstore.store_api import (
+    MappedPrefix,
+    MissReason,
+    PrefixHit,
+    ReserveStatus,
+    SealStatus,
+)
 from dualpath.transfer.errors import (
     Corrupt,
     DeadlineExceeded,
@@ -51,6 +58,9 @@ READERS: tuple[Callable[[memoryview], object], ...] = (
     protocol.fetched_of,
     protocol.chunk_of,
     protocol.error_of,
+    local_put.PutRequest.of,
+    local_put.number_of,
+    local_put.statuses_of,
 )
 
 
@@ -140,10 +150,32 @@ def test_the_small_messages_come_back() -> None:
         body(protocol.fetch_parts(9, blocks, chunks))
     )
     assert (lease, back_blocks.tolist(), back_chunks.tolist()) == (9, [1, 2], [3, 4])
-    offsets, there = protocol.fetched_of(
+    offsets, status = protocol.fetched_of(
         body(protocol.fetched_parts(np.array([-1, 8]), np.array([2, 0], np.uint8)))
     )
-    assert (offsets.tolist(), there.tolist()) == ([-1, 8], [False, True])
+    assert (offsets.tolist(), status.tolist()) == ([-1, 8], [2, 0])
+
+
+def test_the_messages_of_a_put_come_back() -> None:
+    assert local_put.number_of(body(local_put.number_parts(1 << 63))) == 1 << 63
+    statuses = (SealStatus.SEALED, ReserveStatus.QUOTA, ReserveStatus.EXISTS)
+    assert local_put.statuses_of(body(local_put.statuses_parts(statuses))) == statuses
+    request = local_put.PutRequest(
+        bytes(range(16)),
+        16,
+        7,
+        4096,
+        True,
+        np.array([8192, 0]),
+        b"a" * 16 + b"b" * 16,
+        bytes(16) + b"a" * 16,
+        np.array([1, 0], np.uint8),
+    )
+    back = local_put.PutRequest.of(body(request.parts()))
+    assert back[:5] == request[:5]
+    assert back.offsets.tolist() == [8192, 0]
+    assert back.hash_list == [b"a" * 16, b"b" * 16]
+    assert back.parent_list == [b"", b"a" * 16]
 
 
 @pytest.mark.parametrize(

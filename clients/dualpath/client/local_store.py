@@ -19,12 +19,22 @@ import contextlib
 import os
 import socket
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
 
 import numpy as np
+from dualpath.client.local_requests import (
+    Hashes,
+    check_put,
+    lookup_parts,
+    milliseconds,
+    packed,
+    put_request,
+)
 from dualpath.client.mapped_blocks import MappedBlocks
 from dualpath.kvstore import local_protocol as protocol
+from dualpath.kvstore import local_put
 from dualpath.kvstore.layout import BLOCK_BYTES_MAX
 from dualpath.kvstore.local_frames import LocalFrames
 from dualpath.kvstore.local_protocol import (
@@ -32,15 +42,14 @@ from dualpath.kvstore.local_protocol import (
     Body,
     Hello,
     Kind,
-    LookupRequest,
     MalformedMessage,
     Parts,
     Welcome,
 )
+from dualpath.kvstore.local_put import PutStatus
 from dualpath.kvstore.mapped_read import MAPPED_BYTES, ReadBlocks, read_in_parts, unmapped
-from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.packed_hashes import PackedHashes
-from dualpath.kvstore.store_api import LEASE_S_MAX, PrefixHit
+from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, PrefixHit
 from dualpath.transfer.errors import (
     DeadlineExceeded,
     DualPathError,
@@ -65,7 +74,6 @@ _AT_ONCE = frozenset({Kind.PING, Kind.LOOKUP, Kind.MAP, Kind.RENEW, Kind.RELEASE
 _NO_REFUSAL = DualPathError("nothing was refused")
 
 T = TypeVar("T")
-Hashes = PackedHashes | Sequence[bytes]
 
 
 class LocalStore:
@@ -76,6 +84,7 @@ class LocalStore:
         frames: LocalFrames,
         arena: Region | None,
         why_no_arena: str,
+        version: int,
         answer_s: float,
         spin_s: float,
     ) -> None:
@@ -88,6 +97,10 @@ class LocalStore:
         self._requests = 0
         self._ended = ""
         self._block_bytes: dict[bytes, int] = {}
+        self._version = version
+        # Number of each shared memory at the daemon, by its serial; the one used last is last.
+        self._shared: OrderedDict[int, int] = OrderedDict()
+        self._putting = threading.Lock()
         self.why_no_arena = why_no_arena
         """Why nothing can be mapped over this connection; "" if it can."""
 
@@ -118,11 +131,11 @@ class LocalStore:
             ) from error
         frames = LocalFrames(sock, message_s=answer_s)
         try:
-            arena, why_not = _greeted(frames, token, answer_s, prefault=prefault)
+            arena, why_not, version = _greeted(frames, token, answer_s, prefault=prefault)
         except BaseException:
             frames.close()
             raise
-        return cls(frames, arena, why_not, answer_s, spin_s)
+        return cls(frames, arena, why_not, version, answer_s, spin_s)
 
     @property
     def arena(self) -> Region | None:
@@ -143,7 +156,7 @@ class LocalStore:
     ) -> PrefixHit:
         """The longest prefix that is present; see `Store.lookup`. Without `checksums` that array
         has no columns."""
-        parts = _lookup_parts(namespace_id, hashes, lease_s, checksums)
+        parts = lookup_parts(namespace_id, hashes, lease_s, checksums)
         hit, _ = self._ask(Kind.LOOKUP, parts, protocol.hit_of)
         return hit
 
@@ -160,7 +173,7 @@ class LocalStore:
         Raises Overloaded (too many bytes mapped), PermissionDenied (no arena).
         """
         arena = self._mappable()
-        parts = _lookup_parts(namespace_id, hashes, lease_s, checksums)
+        parts = lookup_parts(namespace_id, hashes, lease_s, checksums)
         mapped, sizes = self._ask(Kind.MAP, parts, protocol.mapped_of)
         return MappedBlocks(self, arena, mapped, sizes.chunk_bytes)
 
@@ -177,7 +190,7 @@ class LocalStore:
         another), from DRAM or from the SSD. Returns how many leading blocks are there and right;
         beyond them `target` may hold anything.
         """
-        packed = _packed(hashes)
+        chain = packed(hashes)
         bytes_of = self._block_bytes
 
         def part() -> int:
@@ -185,18 +198,68 @@ class LocalStore:
             return max(1, MAPPED_BYTES // bytes_of.get(namespace_id, BLOCK_BYTES_MAX))
 
         def read(start: int, end: int) -> ReadBlocks:
-            with self._held(namespace_id, packed.part(start, end)) as mapped:
+            with self._held(namespace_id, chain.part(start, end)) as mapped:
                 if len(bytes_of) >= _NAMESPACES_KEPT:
                     bytes_of.clear()
                 bytes_of[namespace_id] = mapped.nbytes
                 places = None if at is None else at[start:end]
                 return mapped.read_into(target, at=places, verify=verify, first=start)
 
-        return read_in_parts(read, len(packed), part)
+        return read_in_parts(read, len(chain), part)
+
+    def put(
+        self,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        parents: Sequence[bytes],
+        memory: Region,
+        block_bytes: int,
+        *,
+        at: NDArray[np.int64] | None = None,
+        durable: bool = True,
+    ) -> tuple[PutStatus, ...]:
+        """Store whole blocks, parents first, block i from `at[i]` of `memory` on (by default one
+        after another); see `embedded.put` for the outcomes. With `durable` they are on the SSD.
+
+        `memory` is a memfd sealed against shrinking (`Region.memfd`), which is shared with the
+        daemon from the first put out of it until `unshare`; do not change the blocks' bytes while
+        they are put: what they were when they were copied is what is stored. Raises InvalidRequest
+        (places, sizes, an old daemon), PermissionDenied, Overloaded.
+        """
+        if at is None:
+            at = np.arange(len(hashes), dtype=np.int64) * block_bytes
+        check_put(self._version, hashes, parents, memory, block_bytes, at)
+        step = max(1, min(BATCH_BLOCKS_MAX, local_put.PUT_BYTES_MAX // block_bytes))
+        statuses: tuple[PutStatus, ...] = ()
+        with self._putting:
+            number = self._number_of(memory)
+            for start in range(0, len(hashes), step):
+                part = slice(start, start + step)
+                request = put_request(
+                    namespace_id,
+                    hashes[part],
+                    parents[part],
+                    number,
+                    block_bytes,
+                    at[part],
+                    durable,
+                )
+                answer = self._ask(Kind.PUT, request.parts(), local_put.statuses_of)
+                if len(answer) != len(request.offsets):
+                    raise Unavailable(f"{len(answer)} outcomes of {len(request.offsets)} blocks")
+                statuses += answer
+        return statuses
+
+    def unshare(self, memory: Region) -> None:
+        """The daemon lets go of a memory that blocks were put from. Idempotent."""
+        with self._putting:
+            number = self._shared.pop(memory.serial, 0)
+            if number:
+                self._ask(Kind.UNSHARE, local_put.number_parts(number), _nothing)
 
     def renew(self, lease_id: int, lease_s: float) -> None:
         """Extend a lease from now. Raises LeaseExpired."""
-        self._ask(Kind.RENEW, protocol.renew_parts(lease_id, _milliseconds(lease_s)), _nothing)
+        self._ask(Kind.RENEW, protocol.renew_parts(lease_id, milliseconds(lease_s)), _nothing)
 
     def release(self, lease_ids: Sequence[int]) -> None:
         """End leases. A connection that has ended has released them already."""
@@ -205,9 +268,9 @@ class LocalStore:
 
     def fetch(
         self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Bring chunks of leased blocks into the arena: (offset, whether it is there) of as many
-        leading ones as there was room for. They stay until `done`, the next fetch, or 10 s: verify
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Bring chunks of leased blocks into the arena: (offset, FetchStatus) of as many leading
+        ones as there was room for. They stay until `done`, the next fetch, or 10 s: verify
         what you copy."""
         parts = protocol.fetch_parts(lease_id, blocks, chunks)
         return self._ask(Kind.FETCH, parts, protocol.fetched_of)
@@ -237,6 +300,23 @@ class LocalStore:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    def _number_of(self, memory: Region) -> int:
+        """The daemon's number of a memory, which it is given unless it has it."""
+        number = self._shared.get(memory.serial)
+        if number is None:
+            while len(self._shared) >= local_put.SHARED_MAX:
+                _, oldest = self._shared.popitem(last=False)
+                self._ask(Kind.UNSHARE, local_put.number_parts(oldest), _nothing)
+            number = self._share(memory)
+            self._shared[memory.serial] = number
+        self._shared.move_to_end(memory.serial)
+        return number
+
+    def _share(self, memory: Region) -> int:
+        with self._lock:  # nothing may come between the two
+            self._ask_locked(Kind.SHARE, local_put.number_parts(memory.nbytes), _nothing)
+            return self._ask_locked(Kind.MEMORY, [], local_put.number_of, (memory.fd,))
+
     def _mappable(self) -> Region:
         if self._arena is None:
             why = self.why_no_arena or "the connection is closed"
@@ -248,35 +328,40 @@ class LocalStore:
         try:
             return self.map(namespace_id, hashes)
         except Overloaded:
-            parts = _lookup_parts(namespace_id, hashes, LEASE_S, True)
+            parts = lookup_parts(namespace_id, hashes, LEASE_S, True)
             hit, sizes = self._ask(Kind.LOOKUP, parts, protocol.hit_of)
             mapped = unmapped(hit, sizes.block_bytes)
             return MappedBlocks(self, self._mappable(), mapped, sizes.chunk_bytes)
 
     def _ask(self, kind: Kind, parts: Parts, decoded: Callable[[Body], T]) -> T:
         """One request and its answer, taken apart."""
+        with self._lock:
+            return self._ask_locked(kind, parts, decoded)
+
+    def _ask_locked(
+        self, kind: Kind, parts: Parts, decoded: Callable[[Body], T], fds: tuple[int, ...] = ()
+    ) -> T:
         if os.getpid() != self._process:
             raise InvalidRequest(
                 "this connection is of the process before the fork: connect after forking"
             )
-        with self._lock:
-            if self._ended:
-                raise Unavailable(f"the connection to the daemon has ended: {self._ended}")
-            self._requests += 1
-            try:
-                refusal, value = self._exchange(kind, parts, decoded)
-            except (DeadlineExceeded, PeerLost, MalformedMessage) as error:
-                # A late answer must not be taken for another's.
-                self._end(str(error))
-                raise Unavailable(f"the connection to the daemon has ended: {error}") from error
+        if self._ended:
+            raise Unavailable(f"the connection to the daemon has ended: {self._ended}")
+        self._requests += 1
+        try:
+            refusal, value = self._exchange(kind, parts, decoded, fds)
+        except (DeadlineExceeded, PeerLost, MalformedMessage) as error:
+            # A late answer must not be taken for another's.
+            self._end(str(error))
+            raise Unavailable(f"the connection to the daemon has ended: {error}") from error
         if value is None:
             raise refusal
         return value
 
     def _exchange(
-        self, kind: Kind, parts: Parts, decoded: Callable[[Body], T]
+        self, kind: Kind, parts: Parts, decoded: Callable[[Body], T], fds: tuple[int, ...]
     ) -> tuple[DualPathError, T | None]:
-        self._frames.send(kind, self._requests, parts)
+        self._frames.send(kind, self._requests, parts, fds)
         spin_s = self._spin_s if kind in _AT_ONCE else 0.0
         most = protocol.ANSWER_BYTES_MAX
         came = self._frames.receive(most, idle_s=self._answer_s, spin_s=spin_s)
@@ -302,8 +387,8 @@ class LocalStore:
 
 def _greeted(
     frames: LocalFrames, token: str, answer_s: float, *, prefault: bool
-) -> tuple[Region | None, str]:
-    """Say hello; (the arena or None, why none)."""
+) -> tuple[Region | None, str, int]:
+    """Say hello; (the arena or None, why none, the version)."""
     hello = Hello(protocol.VERSION_LEAST, protocol.VERSION, token.encode())
     try:
         frames.send(Kind.HELLO, 0, hello.parts())
@@ -322,35 +407,13 @@ def _greeted(
     finally:
         frames.consume(body)
     if not welcome.arena_bytes:
-        return None, welcome.text
+        return None, welcome.text, welcome.version
     if len(frames.fds) != 1:
         raise MalformedMessage(f"{len(frames.fds)} descriptors came with the arena, not one")
     arena = Region.received(frames.fds.pop(), welcome.arena_bytes, writable=False)
     if prefault:
         arena.map_pages()
-    return arena, ""
-
-
-def _lookup_parts(namespace_id: bytes, hashes: Hashes, lease_s: float, checksums: bool) -> Parts:
-    packed = _packed(hashes)
-    if len(namespace_id) != NAMESPACE_ID_BYTES:
-        raise InvalidRequest(
-            f"namespace_id has {len(namespace_id)} bytes, not {NAMESPACE_ID_BYTES}: take it from "
-            "Namespace.id"
-        )
-    data = memoryview(packed.data).cast("B")
-    lease_ms = _milliseconds(lease_s) if lease_s else 0
-    return LookupRequest(namespace_id, packed.hash_bytes, data, lease_ms, checksums).parts()
-
-
-def _packed(hashes: Hashes) -> PackedHashes:
-    return hashes if isinstance(hashes, PackedHashes) else PackedHashes.of(hashes)
-
-
-def _milliseconds(lease_s: float) -> int:
-    if not 0 < lease_s <= LEASE_S_MAX:
-        raise InvalidRequest(f"lease_s must lie in 0.001..{LEASE_S_MAX} s, not {lease_s}")
-    return max(1, round(lease_s * 1000))
+    return arena, "", welcome.version
 
 
 def _nothing(body: Body) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from dualpath.kvstore.block_copy import gather_blocks_hashed
 from dualpath.kvstore.checksum import Buffer
-from dualpath.kvstore.fetched_batch import FetchedBatch, FetchStatus
+from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.mapped_read import (
     MAPPED_BYTES,
@@ -55,8 +55,11 @@ def put(
     *,
     durable: bool = True,
     owner: str = OWNER,
+    writer: str = "",
+    reserved_max: int = BATCH_BLOCKS_MAX,
 ) -> tuple[PutStatus, ...]:
-    """Store whole blocks, parents first. Raises InvalidRequest on sizes that do not fit.
+    """Store whole blocks, parents first, at most `reserved_max` of them reserved at once; `writer`
+    is what they are attributed to. Raises InvalidRequest on sizes that do not fit.
 
     With `durable`, blocks that existed are durable as well when this returns; FAILED if they have
     left the store meanwhile, as when they had still to be written back and could not be.
@@ -72,20 +75,37 @@ def put(
             raise InvalidRequest(
                 f"block {index} has {memoryview(block).nbytes} bytes, this layout has {nbytes}"
             )
-    return _Put(store, namespace_id, layout, owner, durable).run(hashes, parents, data)
+    step = max(1, min(reserved_max, part_blocks(layout)))
+    return _Put(store, namespace_id, layout, owner, writer, durable, step).run(
+        hashes, parents, data
+    )
+
+
+def part_blocks(layout: KVLayout) -> int:
+    """How many blocks `put` has reserved at once."""
+    return max(1, min(BATCH_BLOCKS_MAX, _PART_BYTES // layout.block_bytes))
 
 
 class _Put:
     """Puts blocks part by part: while some parts become durable, the next one is copied."""
 
     def __init__(
-        self, store: Store, namespace_id: bytes, layout: KVLayout, owner: str, durable: bool
+        self,
+        store: Store,
+        namespace_id: bytes,
+        layout: KVLayout,
+        owner: str,
+        writer: str,
+        durable: bool,
+        step: int,
     ) -> None:
         self._store = store
         self._namespace_id = namespace_id
         self._layout = layout
         self._owner = owner
+        self._writer = writer
         self._durable = durable
+        self._step = step
         self._parts: deque[Callable[[], list[PutStatus]]] = deque()
         self._statuses: list[PutStatus] = []
 
@@ -93,10 +113,9 @@ class _Put:
         self, hashes: Sequence[bytes], parents: Sequence[bytes], data: Sequence[Buffer]
     ) -> tuple[PutStatus, ...]:
         """See `put`."""
-        step = max(1, min(BATCH_BLOCKS_MAX, _PART_BYTES // self._layout.block_bytes))
         start = 0
         while start < len(hashes):
-            end = min(start + step, len(hashes))
+            end = min(start + self._step, len(hashes))
             blocks = list(map(NewBlock, hashes[start:end], parents[start:end]))
             reservations = self._store.reserve(
                 self._namespace_id, blocks, owner=self._owner, ttl_s=_TTL_S
@@ -133,7 +152,9 @@ class _Put:
                 SealRequest(each, tuple(one), trusted=True)
                 for each, one in zip(ids, sums, strict=True)
             ]
-            return self._store.begin_seal(requests, owner=self._owner, durable=self._durable)
+            return self._store.begin_seal(
+                requests, owner=self._owner, durable=self._durable, writer=self._writer
+            )
         finally:
             # A block whose parent somebody is still writing was not sealed and stays reserved.
             self._store.abandon(ids, owner=self._owner)
@@ -256,10 +277,10 @@ class _StoreChunks:
 
     def fetch(
         self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """See ChunkSource."""
         self._batch = self._store.fetch_batch(lease_id, blocks, chunks)
-        return self._batch.offsets, self._batch.status == FetchStatus.OK
+        return self._batch.offsets, self._batch.status
 
     def done(self) -> None:
         """See ChunkSource."""

@@ -5,7 +5,7 @@ ERROR. Both sides take what they read apart here, with every length checked: wha
 raises `MalformedMessage`, and the connection ends, since nothing after it can be trusted.
 
 The first message is HELLO, with the versions that the client speaks; the answer names the newest
-that both do. A version reads its predecessor; 1 is the first.
+that both do. A version reads its predecessor. Since 2 a client can store blocks; see `local_put`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.layout import BLOCK_BYTES_MAX
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.store_api import (
@@ -39,16 +38,18 @@ from dualpath.transfer.errors import (
 )
 from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2
 VERSION_LEAST = 1
 """Oldest version that is still read."""
+VERSION_PUT = 2
+"""From here on there are SHARE, MEMORY, UNSHARE and PUT."""
 SUFFIX = ".local"
 """The socket lies beside that of gRPC, with this added to its path."""
 ANSWER = 0x8000
 MAGIC = b"dplocal\0"
 HEADER = struct.Struct("<IHHQ")  # bytes of the body, kind, zero, number of the request
 HELLO_BYTES_MAX = 4096
-REQUEST_BYTES_MAX = 64 + BATCH_BLOCKS_MAX * HASH_BYTES_MAX
+REQUEST_BYTES_MAX = 64 + BATCH_BLOCKS_MAX * (2 * HASH_BYTES_MAX + 9)
 CHECKSUMS_MAX = 400_000
 """Most checksums of one answer."""
 ANSWER_BYTES_MAX = 4096 + CHECKSUMS_MAX * 8 + BATCH_BLOCKS_MAX * 32
@@ -117,6 +118,10 @@ class Kind(enum.IntEnum):
     """The chunks of the last FETCH are copied."""
     CORRUPT = 9
     """A chunk did not have its checksum."""
+    SHARE = 10
+    MEMORY = 11
+    UNSHARE = 12
+    PUT = 13
     ERROR = 0x7FFF
 
 
@@ -222,7 +227,7 @@ class BlockSizes:
 
 def hit_parts(hit: PrefixHit, sizes: BlockSizes, *, checksums: bool) -> Parts:
     """The answer to LOOKUP."""
-    detail = _cut(hit.detail)
+    detail = _cut(hit.detail) if hit.detail else b""
     sums = hit.checksums if checksums else hit.checksums[:, :0]
     head = _HIT.pack(
         hit.blocks,
@@ -304,12 +309,12 @@ def fetched_parts(offsets: NDArray[np.int64], status: NDArray[np.uint8]) -> Part
     return [_COUNT.pack(len(offsets), 0), _packed(offsets, "<i8"), _packed(status, "u1")]
 
 
-def fetched_of(body: Body) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(offsets in the arena, whether the chunk is there). Raises MalformedMessage."""
+def fetched_of(body: Body) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """(offsets in the arena, FetchStatus). Raises MalformedMessage."""
     count, _ = _unpack(_COUNT, body, "fetched chunks")
     used = _COUNT.size + 8 * count
     offsets = _array(_slice(body, _COUNT.size, 8 * count), "<i8")
-    return offsets, _array(_rest(body, used, count), "u1") == FetchStatus.OK
+    return offsets, _array(_rest(body, used, count), "u1")
 
 
 def chunk_parts(lease_id: int, block: int, chunk: int) -> Parts:
@@ -369,7 +374,7 @@ def _hit(body: Body) -> tuple[PrefixHit, BlockSizes, int]:
     at += 8 * blocks * chunks
     tiers = _array(_slice(body, at, blocks), "u1")
     at += blocks
-    detail = _text(_slice(body, at, detail_bytes))
+    detail = _text(_slice(body, at, detail_bytes)) if detail_bytes else ""
     hit = PrefixHit(blocks, lease_id, lease_ms / 1000, tiers, sums, _MISSES[miss], detail)
     return hit, BlockSizes(block_bytes, chunk_bytes), at + detail_bytes
 
@@ -399,8 +404,11 @@ def _array(body: Body, kind: str) -> NDArray[Any]:
     return copied if packed == own else copied.astype(own)
 
 
-def _packed(values: NDArray[Any], kind: str) -> bytes:
-    return values.astype(_KINDS[kind][0], copy=False).tobytes()
+def _packed(values: NDArray[Any], kind: str) -> bytes | memoryview:
+    packed = _KINDS[kind][0]
+    if values.dtype != packed or not values.flags.c_contiguous or not values.size:
+        return values.astype(packed, copy=False).tobytes()
+    return values.reshape(-1).view(np.uint8).data  # sent from where it lies
 
 
 def _cut(text: str) -> bytes:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 from dualpath.kvstore.block_copy import copy_blocks, copy_blocks_hashed
+from dualpath.kvstore.fetched_batch import FetchStatus
 from dualpath.kvstore.store_api import MappedPrefix, MissReason, PrefixHit
 from dualpath.transfer.errors import InvalidRequest, LeaseExpired, Overloaded
 from numpy.typing import NDArray
@@ -42,9 +43,9 @@ class ChunkSource(Protocol):
 
     def fetch(
         self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(offset in the arena, whether it is there) of the leading chunks, at least one. They
-        may be looked at until `done`. Raises Overloaded."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """(offset in the arena, FetchStatus) of the leading chunks, at least one. They may be
+        looked at until `done`. Raises Overloaded."""
 
     def done(self) -> None:
         """The fetched chunks are copied."""
@@ -109,6 +110,7 @@ class MappedRead:
         self._chunks = -(-mapped.nbytes // chunk_bytes)
         self._wrong = np.zeros((blocks, self._chunks), np.bool_)
         self._renewed_at = time.monotonic()
+        self._first_gone = blocks
 
     def run(self, *, verify: bool) -> ReadBlocks:
         """Do it. Raises LeaseExpired if the memory changed under an unverified copy, InvalidRequest
@@ -124,11 +126,13 @@ class MappedRead:
         wanted = self._wrong | (mapped.offsets < 0)[:, None]
         fetched = int(np.count_nonzero(wanted.any(axis=1)))
         end = self._fetch_all(wanted) if fetched else hit.blocks
-        if end < hit.blocks:
-            return ReadBlocks(
-                end, fetched, MissReason.CORRUPT, f"block {end} could not be read; it was dropped"
-            )
-        return ReadBlocks(end, fetched, hit.miss, hit.detail)
+        if end == hit.blocks:
+            return ReadBlocks(end, fetched, hit.miss, hit.detail)
+        if self._first_gone == end:
+            detail = f"block {end} left the store since it was looked up; look up again"
+            return ReadBlocks(end, fetched, MissReason.INVALIDATED, detail)
+        detail = f"block {end} could not be read; it was dropped"
+        return ReadBlocks(end, fetched, MissReason.CORRUPT, detail)
 
     def _copy(self, here: NDArray[np.intp], *, verify: bool) -> None:
         """Blocks that lie in DRAM. Wrong chunks are noted and reported."""
@@ -159,7 +163,7 @@ class MappedRead:
             self._keep_lease()
             part = items[:FETCHED_AT_ONCE]
             try:
-                offsets, there = self._source.fetch(
+                offsets, status = self._source.fetch(
                     self._mapped.hit.lease_id, part[:, 0], part[:, 1]
                 )
             except Overloaded:
@@ -169,10 +173,16 @@ class MappedRead:
                 continue  # the store has waited for a buffer before it refused
             waits = 0
             part = part[: len(offsets)]
-            right = self._copy_chunks(part, offsets, there)
+            right = self._copy_chunks(part, offsets, status == FetchStatus.OK)
             self._source.done()
+            gone = part[status == FetchStatus.GONE]
+            if len(gone):
+                # Nothing was wrong with it: its lease outlived it. What is before it counts.
+                self._first_gone = min(self._first_gone, int(gone[:, 0].min()))
             again = []
             for block, chunk in part[~right].tolist():
+                if block >= self._first_gone:
+                    continue
                 dropped = self._source.report_corrupt(self._mapped.hit.lease_id, block, chunk)
                 if dropped or tried_again[block, chunk]:
                     return self._right_before(block, part, right)
@@ -180,7 +190,8 @@ class MappedRead:
                 again.append((block, chunk))
             rest = items[len(part) :]
             items = np.concatenate((np.array(again, np.int32).reshape(-1, 2), rest))
-        return self._mapped.hit.blocks
+            items = items[items[:, 0] < self._first_gone]
+        return self._first_gone
 
     def _right_before(self, block: int, part: NDArray[np.int32], right: NDArray[np.bool_]) -> int:
         """The first block that is not whole: chunks come in order, so that it is in this part."""

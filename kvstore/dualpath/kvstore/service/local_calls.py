@@ -14,6 +14,7 @@ from dualpath.kvstore import local_protocol as protocol
 from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.local_protocol import BlockSizes, Body, Kind, LookupRequest, Parts
 from dualpath.kvstore.service.gate import Gate
+from dualpath.kvstore.service.local_puts import LocalPuts
 from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, LEASE_S_MAX, PrefixHit, Store
 from dualpath.transfer.errors import InvalidRequest, LeaseExpired, Overloaded, PermissionDenied
@@ -24,7 +25,8 @@ LEASES_MAX = 1024
 
 
 class LocalCalls:
-    """See the module docstring. `arena`: the client has it mapped. `clock` is the store's."""
+    """See the module docstring. `arena`: the client has it mapped; `puts` are of the same
+    connection, and closed with it. `clock` is the store's."""
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class LocalCalls:
         principal: str,
         owner: str,
         arena: bool,
+        puts: LocalPuts,
         clock: Callable[[], float],
     ) -> None:
         self.principal = principal
@@ -41,6 +44,7 @@ class LocalCalls:
         self._gate = gate
         self._owner = owner
         self._arena = arena
+        self._puts = puts
         self._clock = clock
         self._leases: dict[int, float] = {}
         self._sizes: dict[bytes, tuple[BlockSizes, int]] = {}
@@ -55,6 +59,10 @@ class LocalCalls:
             Kind.FETCH: self._fetch,
             Kind.DONE: self._done,
             Kind.CORRUPT: self._corrupt,
+            Kind.SHARE: puts.share,
+            Kind.MEMORY: puts.memory,
+            Kind.UNSHARE: puts.unshare,
+            Kind.PUT: puts.put,
         }
 
     @property
@@ -63,8 +71,15 @@ class LocalCalls:
         then it keeps read buffers from others."""
         return None if self._fetched is None else self._fetched_at
 
+    @property
+    def awaits_memory(self) -> bool:
+        """Whether the next message is to bring a descriptor."""
+        return self._puts.awaits_memory
+
     def answer(self, kind: int, body: Body) -> Parts:
         """The answer's body. Raises what the client is told; MalformedMessage ends the talk."""
+        if self._puts.awaits_memory and kind != Kind.MEMORY:
+            raise protocol.MalformedMessage(f"a memory was announced, {kind} came")
         handler = self._handlers.get(kind)
         if handler is None:
             raise protocol.MalformedMessage(f"unknown kind of message: {kind}")
@@ -74,6 +89,7 @@ class LocalCalls:
         """The client has gone: give back what it held."""
         self._give_back()
         self._forget(list(self._leases))
+        self._puts.close()
         self._store.forget_owner(self._owner)
 
     def _ping(self, body: Body) -> Parts:

@@ -25,6 +25,7 @@ from dualpath.kvstore.local_protocol import ANSWER, Hello, Kind, MalformedMessag
 from dualpath.kvstore.service.auth import Auth
 from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.local_calls import LocalCalls
+from dualpath.kvstore.service.local_puts import PUTS_MAX, LocalPuts
 from dualpath.kvstore.service.principal import Rights, principal_of_socket, principal_of_uid
 from dualpath.kvstore.store_api import Store
 from dualpath.transfer.errors import (
@@ -81,6 +82,7 @@ class LocalSocket:
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
+        self._put_turns = threading.BoundedSemaphore(PUTS_MAX)
 
     def __len__(self) -> int:
         """Connections."""
@@ -213,12 +215,22 @@ class LocalSocket:
         welcome = Welcome(version, 0 if refusal else arena.nbytes, refusal)
         fds = () if refusal else (arena.fd,)
         frames.send(Kind.HELLO | ANSWER, request, welcome.parts(), fds)
+        owner = f"local:{number}"
+        puts = LocalPuts(
+            self._store,
+            self._gate,
+            principal=principal,
+            owner=owner,
+            fds=frames.fds,
+            turns=self._put_turns,
+        )
         return LocalCalls(
             self._store,
             self._gate,
             principal=principal,
-            owner=f"local:{number}",
+            owner=owner,
             arena=not refusal,
+            puts=puts,
             clock=self._clock,
         )
 
@@ -258,7 +270,9 @@ class LocalSocket:
             idle_s = calls.fetched_at + self._fetched_s - time.monotonic()
             if idle_s <= 0:
                 raise DeadlineExceeded(f"kept fetched chunks for over {self._fetched_s} s")
-        came = frames.receive(protocol.REQUEST_BYTES_MAX, idle_s=idle_s)
+        came = frames.receive(
+            protocol.REQUEST_BYTES_MAX, idle_s=idle_s, with_fds=calls.awaits_memory
+        )
         if came is None:
             return False
         kind, request, body = came

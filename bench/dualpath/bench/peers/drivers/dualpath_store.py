@@ -30,6 +30,7 @@ from dualpath.kvstore.local_protocol import SUFFIX
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import InvalidationScope, SealStatus
 from dualpath.proto.v1 import store_pb2, store_pb2_grpc
+from dualpath.transfer.region import Region
 from harness import PIECE_BYTES, serve
 from numpy.typing import NDArray
 
@@ -277,15 +278,31 @@ class Remote(Stored):
 
 
 class Local(Remote):
-    """The same daemon through its local socket: gets read its arena, saves go by shared memory."""
+    """The same daemon through its local socket: gets read its arena, puts go by shared memory."""
 
     def start(self) -> None:
         super().start()
         path = self._daemon.address("unix") + SUFFIX
         self._local = self._stack.enter_context(LocalStore.connect(path))
+        self._shared = Region.memfd("bench", PIECE_BYTES)
+        self._shared.prefault()
+        self.source = np.frombuffer(self._shared.view, dtype=np.uint8)
 
     def _address(self) -> str:
         return "unix:" + self._daemon.address("unix")
+
+    def put(self, keys: list[str], blocks: list[memoryview]) -> None:
+        chain = self._chain(keys)
+        statuses = self._local.put(
+            self._namespace_id,
+            chain.hashes,
+            chain.parents,
+            self._shared,
+            self._block_bytes,
+            durable=False,
+        )
+        if any(status is not SealStatus.SEALED for status in statuses):
+            raise RuntimeError(f"put answered {set(statuses)}")
 
     def get(self, keys: list[str], places: list[memoryview]) -> None:
         read = self._local.read_into(
