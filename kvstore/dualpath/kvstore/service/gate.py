@@ -42,8 +42,9 @@ class Gate:
         self.quotas.lookup(principal)
         if leased:
             self.readiness.check_admits()
-            usage = self.quotas.usage(principal)
-            self.quotas.check(principal, "leases", usage.leases, 1, "leases")
+            if self.quotas.limits(principal).leases:
+                usage = self.quotas.usage(principal)
+                self.quotas.check(principal, "leases", usage.leases, 1, "leases")
 
     @contextmanager
     def reserving(
