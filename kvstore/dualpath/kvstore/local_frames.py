@@ -56,8 +56,8 @@ class LocalFrames:
         than sleep: waking up takes long, too. Raises DeadlineExceeded, PeerLost, MalformedMessage
         (over `nbytes_max`).
         """
-        if spin_s and self._have < HEADER.size:
-            self._spin(spin_s)
+        if spin_s:
+            self.spin(spin_s)
         if self._have < HEADER.size and not self._fill(HEADER.size, idle_s, with_fds):
             return None
         nbytes, kind, zero, request = HEADER.unpack_from(self._buffer)
@@ -68,6 +68,28 @@ class LocalFrames:
             self._fill(end, self._message_s, with_fds)
         body = memoryview(self._buffer)[HEADER.size : end]
         return kind, request, body
+
+    def spin(self, seconds: float) -> None:
+        """Take what comes so soon, if anything does; whatever else happens is found later. After
+        a time in vain the next ones are left out: who is slow once stays so for a while. Loses
+        descriptors: not where a message may bring them."""
+        if self._have >= HEADER.size:
+            return
+        if self._spins_left_out:
+            self._spins_left_out -= 1
+            return
+        until = time.monotonic() + seconds
+        with memoryview(self._buffer) as whole, whole[self._have :] as free:
+            while True:
+                try:
+                    self._have += self.socket.recv_into(free, 0, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    if time.monotonic() < until:
+                        continue
+                    self._spins_left_out = SPINS_LEFT_OUT
+                except OSError:
+                    return
+                return
 
     def consume(self, body: memoryview) -> None:
         """The body of the last message is not looked at any more."""
@@ -152,25 +174,6 @@ class LocalFrames:
             raise PeerLost(f"the connection broke: {error.strerror}") from error
         self.fds += fds
         return got
-
-    def _spin(self, seconds: float) -> None:
-        """Take what comes so soon, if anything does; whatever else happens is found later. After
-        a time in vain the next ones are left out: who is slow once stays so for a while."""
-        if self._spins_left_out:
-            self._spins_left_out -= 1
-            return
-        until = time.monotonic() + seconds
-        with memoryview(self._buffer) as whole, whole[self._have :] as free:
-            while True:
-                try:
-                    self._have += self.socket.recv_into(free, 0, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    if time.monotonic() < until:
-                        continue
-                    self._spins_left_out = SPINS_LEFT_OUT
-                except OSError:
-                    return
-                return
 
     def _set_receive_timeout(self, seconds: float) -> None:
         # Most messages come whole and at a time when none is due: then nothing changes.

@@ -45,6 +45,10 @@ MESSAGE_S_MAX = 10.0
 """Longest time for one message to come or to be taken."""
 FETCHED_S_MAX = 10.0
 """Longest time that a client keeps fetched chunks without saying anything."""
+SPIN_S = 200e-6
+"""Longest time that a client's next message is waited for without sleeping. A client that asks
+again at once gets its answers in two thirds of the time; one that does not costs this once in a
+while."""
 JOIN_S_MAX = 5.0
 _BACKLOG = 64
 _ACCEPT_AGAIN_S = 0.05
@@ -82,6 +86,9 @@ class LocalSocket:
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
+        self._spin_s = SPIN_S if len(os.sched_getaffinity(0)) > 1 else 0.0
+        # One thread at a time: they would keep each other from running.
+        self._spinner = threading.Lock()
         self._put_turns = threading.BoundedSemaphore(PUTS_MAX)
 
     def __len__(self) -> int:
@@ -270,6 +277,8 @@ class LocalSocket:
             idle_s = calls.fetched_at + self._fetched_s - time.monotonic()
             if idle_s <= 0:
                 raise DeadlineExceeded(f"kept fetched chunks for over {self._fetched_s} s")
+        elif not calls.awaits_memory:
+            self._spin(frames)
         came = frames.receive(
             protocol.REQUEST_BYTES_MAX, idle_s=idle_s, with_fds=calls.awaits_memory
         )
@@ -294,3 +303,10 @@ class LocalSocket:
         if malformed is not None:
             raise malformed
         return True
+
+    def _spin(self, frames: LocalFrames) -> None:
+        if self._spin_s and self._spinner.acquire(blocking=False):
+            try:
+                frames.spin(self._spin_s)
+            finally:
+                self._spinner.release()
