@@ -1,24 +1,19 @@
 """`dualpath get`: bring a stored file back, verified, to a file or to stdout.
 
-A file appears under its name only when it is complete; what was written to stdout is followed by
-exit code 1 if it turned out not to be.
+A file appears under its name only when it is complete; what was written to stdout, a device or a
+FIFO is followed by exit code 1 if it turned out not to be.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 from dualpath.cli.block_identity import BlockIdentity, add_identity_arguments, identity_of
 from dualpath.cli.block_stream import BlockStream
@@ -29,6 +24,7 @@ from dualpath.cli.connection import (
     open_client,
 )
 from dualpath.cli.file_frame import FileFrame
+from dualpath.cli.output_file import STDOUT, OutputFile, is_stdout, open_output
 from dualpath.cli.sizes import format_bytes, format_rate
 from dualpath.transfer.errors import Corrupt, DualPathError, InvalidRequest
 
@@ -63,19 +59,21 @@ class GetCommand:
         """Output, identity, connection."""
         parser.epilog = _EXAMPLE
         parser.add_argument(
-            "-o", "--output", metavar="FILE", default="-", help="where to; - is stdout (default)"
+            "-o", "--output", metavar="FILE", default=STDOUT, help="where to; - is stdout (default)"
         )
         add_identity_arguments(parser)
         add_connection_arguments(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Fetch, verify, report (on stderr if the file goes to stdout)."""
-        if args.output == "-" and args.json:
-            raise InvalidRequest("--json needs -o FILE: stdout carries the file's bytes")
-        if args.output == "-" and sys.stdout.isatty():
-            raise InvalidRequest("not writing bytes to a terminal: give -o FILE, or pipe it on")
+        if is_stdout(args.output):
+            if args.json:
+                raise InvalidRequest("--json needs -o FILE: stdout carries the file's bytes")
+            if sys.stdout is None or sys.stdout.isatty():
+                what = "a terminal" if sys.stdout else "a closed stdout"
+                raise InvalidRequest(f"not writing bytes to {what}: give -o FILE, or pipe it on")
         identity = identity_of(args)
-        with _output(args.output) as file:
+        with open_output(args.output) as file:
             report = asyncio.run(_get(file, identity, connection_of(args)))
         if args.json:
             print(json.dumps(asdict(report)))
@@ -88,7 +86,7 @@ class GetCommand:
         return 0
 
 
-async def _get(file: BinaryIO, identity: BlockIdentity, config: ClientConfig) -> GetReport:
+async def _get(file: OutputFile, identity: BlockIdentity, config: ClientConfig) -> GetReport:
     client = await open_client(config)
     try:
         stream = BlockStream(client, config, identity)
@@ -128,7 +126,7 @@ def _nothing(where: str, detail: str) -> str:
 
 
 async def _copy_raw(
-    stream: BlockStream, file: BinaryIO, identity: BlockIdentity
+    stream: BlockStream, file: OutputFile, identity: BlockIdentity
 ) -> tuple[int, str, int, dict[str, int]]:
     if identity.key:
         raise InvalidRequest("get --raw needs --tokens: a key does not say how many blocks")
@@ -142,7 +140,7 @@ async def _copy_raw(
 
 
 async def _copy(
-    stream: BlockStream, file: BinaryIO, blocks: int, skip: int, nbytes: int
+    stream: BlockStream, file: OutputFile, blocks: int, skip: int, nbytes: int
 ) -> tuple[str, int, dict[str, int]]:
     """Write bytes [skip, skip + nbytes) of the blocks; (SHA-256, bytes, bytes by path)."""
     digest, left = hashlib.sha256(), nbytes
@@ -155,26 +153,6 @@ async def _copy(
         skip = 0
         shares.update(result.shares)
     return digest.hexdigest(), nbytes - left, dict(shares)
-
-
-@contextlib.contextmanager
-def _output(name: str) -> Iterator[BinaryIO]:
-    if name == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    partial = Path(f"{name}.part-{os.getpid()}")
-    try:
-        file = partial.open("xb")
-    except OSError as error:
-        raise InvalidRequest(f"cannot write {partial}: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-        partial.replace(name)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 command = GetCommand()
