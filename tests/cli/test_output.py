@@ -41,6 +41,12 @@ def device(path: Path, number: int) -> Path:
     return path
 
 
+def closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
 def check_one_line(code: int, err: str, message: str) -> None:
     assert (code, err) == (1, f"dualpath: output: cannot write {message}\n")
 
@@ -148,6 +154,31 @@ def test_a_device_that_is_full_is_one_clear_line(
     code = main([*stored, "-o", str(full)])
     check_one_line(code, capsys.readouterr().err, f"{full}: No space left on device")
     assert full.lstat().st_rdev == FULL
+
+
+@pytest.mark.parametrize("command", ["get", "stat", "stat --json"])
+@pytest.mark.parametrize("kind", ["full", "closed"])
+def test_a_stdout_that_takes_nothing_is_one_clear_line(
+    stored: Stored, tmp_path: Path, command: str, kind: str
+) -> None:
+    words = stored if command == "get" else (*command.split(), *stored[3:])
+    if kind == "full":
+        stdout = os.open(device(tmp_path / "full", FULL), os.O_WRONLY)
+    else:
+        stdout = closed_pipe()
+    try:
+        ran = subprocess.run(
+            [*PROGRAM, *words],
+            check=False,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(stdout)
+    reason = "No space left on device" if kind == "full" else "Broken pipe"
+    check_one_line(ran.returncode, ran.stderr, f"stdout: {reason}")
 
 
 def test_a_stdout_that_is_closed_is_refused_for_bytes(stored: Stored) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from dualpath.cli.checked_stdout import checked_stdout
 from dualpath.cli.command import Command, CommandSource, known_commands
 from dualpath.cli.config_file import nearest
 from dualpath.transfer.errors import DualPathError, InvalidRequest
@@ -34,16 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # gRPC's core writes lines of its own beside the one that names the error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        return _run(arguments)
+        with checked_stdout():
+            code = _run(arguments)
+            print(end="", flush=True)
+            return code
     except DualPathError as error:
         print(f"dualpath: {error.reason}: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, InvalidRequest) else EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
 
 
 def product_version() -> str:
