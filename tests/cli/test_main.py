@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from dualpath.cli import main as entry
@@ -26,6 +27,7 @@ class Probe:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--flag")
+        parser.add_argument("--json", action="store_true")
 
     def run(self, args: argparse.Namespace) -> int:
         return self.action()
@@ -67,6 +69,83 @@ def test_an_error_is_one_line_and_a_code(
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"dualpath: {error.reason}: broke\n"
+
+
+def test_with_json_an_error_is_an_object_on_stdout_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, raising(Overloaded("full", retry_after_s=2)), "--json") == 1
+    out, err = capsys.readouterr()
+    assert err == "dualpath: overloaded: full\n"
+    assert json.loads(out) == {
+        "error": "Overloaded",
+        "reason": "overloaded",
+        "message": "full",
+        "retry_after_s": 2,
+    }
+    with pytest.raises(SystemExit) as exited:
+        run(monkeypatch, lambda: 0, "--json", "--flagg", "1")
+    assert exited.value.code == 2
+    out, err = capsys.readouterr()
+    assert "--flagg" in err
+    told = json.loads(out)
+    assert (told["error"], told["reason"]) == ("InvalidRequest", "usage")
+    assert "--flagg" in told["message"]
+
+
+def test_json_that_names_a_file_leaves_stdout_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def with_file(_self: Probe, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--json", default="", metavar="FILE")
+
+    monkeypatch.setattr(Probe, "add_arguments", with_file)
+    assert run(monkeypatch, raising(DualPathError("broke")), "--json", "out.json") == 1
+    assert capsys.readouterr().out == ""
+
+
+NOWHERE = "127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["stat", "--daemon", NOWHERE], 1, "unavailable"),
+        (["lookup", "--key", "k", "--daemon", NOWHERE], 1, "unavailable"),
+        (["get", "--key", "k", "-o", "copy", "--daemon", NOWHERE], 1, "unavailable"),
+        (["get", "--key", "k", "--daemon", NOWHERE], 2, "invalid"),
+        (["put", "file", "--key", "k", "--daemon", NOWHERE], 1, "daemon_unavailable"),
+        (["put", "no-file", "--key", "k"], 2, "invalid"),
+        (["retain", "--key", "k", "--for", "1d", "--daemon", NOWHERE], 1, "unavailable"),
+        (["events", NOWHERE], 1, "unavailable"),
+        (["invalidate", NOWHERE, "--writer", "w"], 1, "unavailable"),
+        (["invalidate", NOWHERE], 2, "invalid"),
+        (["drain", NOWHERE], 1, "unavailable"),
+        (["top", NOWHERE, "--interval", "fast"], 2, "invalid"),
+        (["fsck", "no-folder"], 2, "invalid"),
+        (["fsck"], 2, "usage"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_every_command_answers_json_also_when_it_fails(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    code: int,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(b"bytes")
+    try:
+        ended = entry.main([*words, "--json"])
+    except SystemExit as exited:
+        ended = int(str(exited.code))
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert (ended, told["reason"]) == (code, reason)
+    assert told["error"]
+    assert told["message"] in err
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from dualpath.cli.daemon_stub import CALL_S_MAX, add_daemon_arguments, configs_of, daemon_stub
 from dualpath.cli.sizes import parse_seconds
 from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import Unavailable
 
 _EXAMPLE = """example:
   dualpath drain 10.0.0.5:7070                       # before an update; then stop the process
@@ -53,8 +54,9 @@ class DrainCommand:
                 if not last.done and not args.json:
                     print(f"{last.state}: {last.detail}", file=sys.stderr)
         if last is None or not last.done:
-            print("dualpath: the daemon ended the stream before it was drained", file=sys.stderr)
-            return 1
+            raise Unavailable(
+                f"{config.daemon} ended the stream before it was drained; does it still run?"
+            )
         if args.json:
             print(json.dumps(_values(last)))
         else:

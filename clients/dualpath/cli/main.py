@@ -1,22 +1,24 @@
 """Entry point of `dualpath`: find the command, parse, run, turn errors into an exit code.
 
 Exit codes: 0 ok, 1 failed, 2 usage (also for an InvalidRequest, the caller's own mistake), 130
-interrupted. A DualPathError is one line on stderr, never a traceback. Modules of commands are
-imported only when they run.
+interrupted. A DualPathError is one line on stderr, never a traceback; with --json, where that is a
+switch, it is an object on stdout as well. Modules of commands are imported only when they run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 from dualpath.cli.checked_stdout import checked_stdout
 from dualpath.cli.command import Command, CommandSource, known_commands
 from dualpath.cli.config_file import nearest
-from dualpath.transfer.errors import DualPathError, InvalidRequest
+from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -69,12 +71,47 @@ def _run(arguments: list[str]) -> int:
         )
     command = source.load()
     parser = command_parser(command)
-    return command.run(parser.parse_args(arguments[1:]))
+    parser.expect_json(arguments[1:])
+    try:
+        return command.run(parser.parse_args(arguments[1:]))
+    except DualPathError as error:
+        if parser.as_json:
+            print(_as_json(error))
+        raise
 
 
-def command_parser(command: Command) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A parser that answers a wrong flag as JSON too, where --json asks for it."""
+
+    as_json = False
+
+    def expect_json(self, arguments: Sequence[str]) -> None:
+        """Look for the switch --json before anything is parsed: that may fail."""
+        flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        # Elsewhere --json names a file to write to, and its default is not False.
+        self.as_json = self.get_default("json") is False and "--json" in flags
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2, as everywhere."""
+        if self.as_json:
+            print(_as_json(InvalidRequest(message, reason="usage")))
+        super().error(message)
+
+
+def _as_json(error: DualPathError) -> str:
+    values: dict[str, object] = {
+        "error": type(error).__name__,
+        "reason": error.reason,
+        "message": str(error),
+    }
+    if isinstance(error, Overloaded):
+        values["retry_after_s"] = error.retry_after_s
+    return json.dumps(values)
+
+
+def command_parser(command: Command) -> CommandParser:
     """The parser of one command, as `dualpath NAME --help` shows it."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"dualpath {command.name}",
         description=command.help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
