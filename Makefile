@@ -13,9 +13,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install --quiet
 ARGS ?=
 
-# A stamp is named after the content of pyproject.toml and of the native sources, so that neither a fresh checkout's file
-# times nor a pull that leaves the dependencies alone make it stale.
-PROJECT := $(shell cat pyproject.toml CMakeLists.txt kvstore/native/* | cksum | cut -d" " -f1)
+# A stamp is named after the content of pyproject.toml and of the native sources, so that neither a
+# fresh checkout's file times nor a pull that leaves the dependencies alone make it stale.
+PROJECT := $(shell cat pyproject.toml CMakeLists.txt */native/* | cksum | cut -d" " -f1)
 STAMP := $(VENV)/.dualpath
 DEV := $(STAMP)-dev-$(PROJECT)
 RUN := $(STAMP)-run-$(PROJECT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_a_current_stamp_means_that_nothing_is_installed(checkout: Path) -> None
     with (checkout / "pyproject.toml").open("a") as file:
         file.write("\n# another dependency\n")
     assert "pip" in make(checkout, "-n", "env").stdout
+
+
+def test_a_change_of_any_native_source_means_another_build(root: Path, checkout: Path) -> None:
+    shutil.copy(root / "CMakeLists.txt", checkout)
+    sources = set(re.findall(r"\S+\.c\b", (root / "CMakeLists.txt").read_text()))
+    assert {source.split("/")[0] for source in sources} == {"kvstore", "transfer"}
+    for source in sources:
+        (checkout / source).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / source, checkout / source)
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    plans = {make(checkout, "-n", "env").stdout}
+    for source in sources:
+        with (checkout / source).open("a") as file:
+            file.write("/* another line */\n")
+        plans.add(make(checkout, "-n", "env").stdout)
+    assert len(plans) == 1 + len(sources)
 
 
 def test_no_python_is_said_with_the_command_that_helps(checkout: Path, tools: Path) -> None:
