@@ -100,6 +100,17 @@ def test_events_are_lines_for_people_and_for_scripts(
     assert last["sequence"] > first["sequence"]
 
 
+def test_a_limit_holds_also_inside_of_one_answer(
+    stored: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, namespace = stored
+    run(capsys, "invalidate", address, "--namespace", namespace)
+    flags = ["events", address, "--from", "1", "--namespace", namespace, "--limit", "1"]
+    code, out, _ = run(capsys, *flags)
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines()] == ["stored"]
+
+
 def test_a_drain_and_its_end_are_told_and_exit_by_the_outcome(
     daemon: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,8 @@ class EventsCommand:
         with daemon_stub(config) as daemon:
             call = daemon.stub.Events(request, metadata=daemon.metadata)
             for answer in call:
+                if args.limit:
+                    del answer.event[args.limit - shown :]
                 for line in _lines(answer, as_json=args.json):
                     print(line, flush=True)
                 shown += len(answer.event)
