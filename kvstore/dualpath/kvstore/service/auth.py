@@ -24,13 +24,15 @@ from dualpath.kvstore.service.principal import (
     principal_of_certificate,
     principal_of_uid,
 )
-from dualpath.proto.handlers import Around, Handler, around
+from dualpath.proto.handlers import Around, BriefReads, Handler, Reading, around
 from dualpath.proto.status import Context
 from dualpath.transfer.errors import PermissionDenied
 
 TOKEN_KEY = "authorization"
 _SCHEME = "Bearer "
 _OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+_OPEN_READS_MAX = 32
+_OPEN_READ_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,8 @@ def _subject(context: Context) -> str:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Admits callers before any handler runs, and lets `enter(caller)` of `within` run around it.
-    Health checks are open to everybody."""
+    """Admits callers before any handler runs or request is received, and lets `enter(caller)` of
+    `within` run around it. Health checks are open to everybody, so they have to be brief."""
 
     def __init__(
         self,
@@ -142,6 +144,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         self._auth = auth
         self._within = within or (lambda _: nullcontext())
         self._around: Around = self._admitted
+        self._open_reads: Reading = BriefReads(_OPEN_READS_MAX, _OPEN_READ_S)
         # The handlers of a service do not change: each is wrapped once.
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
@@ -151,11 +154,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         """See grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method in _OPEN_METHODS:
-            return handler
+        if handler is None:
+            return None
         found = self._wrapped.get(method)
         if found is None or found[0] is not handler:
-            found = self._wrapped[method] = (handler, around(handler, self._around))
+            if method in _OPEN_METHODS:
+                wrapped = around(handler, lambda _: nullcontext(), self._open_reads)
+            else:
+                wrapped = around(handler, self._around)
+            found = self._wrapped[method] = (handler, wrapped)
         return found[1]
 
     @asynccontextmanager

@@ -39,6 +39,7 @@ from dualpath.kvstore.service.metrics_server import MetricsServer
 from dualpath.kvstore.service.quotas import Quotas
 from dualpath.kvstore.service.readiness import Phase, Readiness
 from dualpath.kvstore.service.server_tls import ServerTls
+from dualpath.kvstore.service.shares import Shares
 from dualpath.kvstore.service.store_service import StoreService
 from dualpath.kvstore.store_config import StoreConfig
 from dualpath.proto.channel import server_options
@@ -55,6 +56,7 @@ from grpc_reflection.v1alpha import reflection
 
 CALLS_MAX = 4096
 """Most calls at once, streams included; more are refused with RESOURCE_EXHAUSTED."""
+UNADMITTED_CALLS_MAX = 512
 CONTROL_THREADS = 16
 """Threads for calls that may touch a medium."""
 CONTROL_SHARE = 12
@@ -236,17 +238,19 @@ class Daemon:
         """Start gRPC; return the bound host:port, "" if there is none."""
         auth = Auth(lambda: access.rules, certificates=bool(self.config.tls_client_ca))
         turns = FairTurns()
+        shares = Shares(CALLS_MAX, "outstanding calls", retry_after_s=0.1)
 
         @contextlib.asynccontextmanager
         async def within(caller: Caller) -> AsyncIterator[None]:
-            with quotas.call(caller.principal):
+            with quotas.call(caller.principal), shares.taken(caller.sharer):
                 await turns.turn(caller.principal)
                 yield
 
         server = grpc.aio.server(
             interceptors=(ErrorInterceptor(), AuthInterceptor(auth, within)),
             options=server_options(),
-            maximum_concurrent_rpcs=CALLS_MAX,
+            # Those that are refused, and health checks, come on top.
+            maximum_concurrent_rpcs=CALLS_MAX + UNADMITTED_CALLS_MAX,
         )
         store_pb2_grpc.add_StoreServicer_to_server(service, server)
         state = self._health = health.aio.HealthServicer()
