@@ -7,11 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from dualpath.cli.main import main
+from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
+
+StartDaemon = Callable[..., AbstractContextManager[dict[str, Any]]]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +61,53 @@ def test_putting_the_same_again_stores_nothing_and_other_bytes_are_refused(
     path.write_bytes(b"two")
     assert main(["put", str(path), "--key", "same"]) == 1
     assert "exists: other bytes are stored" in capsys.readouterr().err
+
+
+def test_a_block_that_another_session_is_writing_is_named(
+    daemon: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    put = report(capsys, "put", str(path), "--key", "reserved")
+    namespace_id, block = bytes.fromhex(put["namespace_id"]), bytes.fromhex(put["last_hash"])
+    with grpc.insecure_channel(daemon["listen"]) as channel:
+        store = store_pb2_grpc.StoreStub(channel)
+        store.Invalidate(store_pb2.InvalidateRequest(namespace_id=namespace_id, hash=block))
+        session = store.Attach(common_pb2.AttachRequest(name="thief", transports=["tcp"])).session
+        reserved = store.Reserve(
+            store_pb2.ReserveRequest(
+                namespace_id=namespace_id,
+                hash=[block],
+                parent=[b""],
+                ttl_ms=60_000,
+                session=session,
+            )
+        )
+        assert main(["put", str(path), "--key", "reserved"]) == 1
+        assert capsys.readouterr().err == (
+            "dualpath: pending: stored 0 of 1 blocks: block 0: another session is writing it now: "
+            "try again soon\n"
+        )
+        ids = reserved.reservation_id
+        store.Abandon(store_pb2.AbandonRequest(reservation_id=ids, session=session))
+    assert report(capsys, "put", str(path), "--key", "reserved")["new_blocks"] == 1
+
+
+def test_a_file_larger_than_the_store_is_told_what_is_full_and_how_large_it_is(
+    start_daemon: StartDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(12 << 20))
+    sizes = ("--dram-bytes", "8MiB", "--disk-bytes", "8MiB", "--segment-bytes", "4MiB")
+    with start_daemon(tmp_path, *sizes) as daemon:
+        assert main(["put", str(path), "--key", "large", "--daemon", daemon["listen"]]) == 1
+        err = capsys.readouterr().err
+        assert re.match(r"dualpath: full: stored \d+ of 13 blocks: .* the store is full", err)
+        assert "dram 8.00 MiB, ssd 8.00 MiB: disk_bytes and dram_bytes of the daemon" in err
+        assert "what was stored stays until others need the room" in err
+        assert err.count("\n") == 1
+        path.write_bytes(os.urandom(5 << 20))
+        report(capsys, "put", str(path), "--key", "small", "--daemon", daemon["listen"])
 
 
 def test_more_than_one_batch_is_moved_piece_by_piece(

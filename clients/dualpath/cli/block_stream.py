@@ -7,18 +7,28 @@ change: other bytes under the same name are an error, never silently kept.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from dualpath.agent.outcome import LoadResult, MissReason
+from dualpath.agent.outcome import LoadResult, MissReason, SaveResult
 from dualpath.agent.places import Places
 from dualpath.cli.block_identity import BlockIdentity
 from dualpath.cli.connection import ClientConfig
 from dualpath.client.kv_client import KVClient
 from dualpath.client.memory import EngineMemory
-from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX
+from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, ReserveStatus
 from dualpath.transfer.errors import DualPathError, Unavailable
+
+_REFUSED: Mapping[ReserveStatus, str] = {
+    ReserveStatus.PENDING: "another session is writing it now: try again soon",
+    ReserveStatus.NO_PARENT: "the block before it has left or is being written by another "
+    "session: try again",
+    ReserveStatus.FULL: "the store is full, and nothing else in it may make way now",
+    ReserveStatus.QUOTA: "its tenant is at its quota, and none of its blocks may make way now: "
+    "raise its disk_bytes in `tenants` of the table [serve]",
+}
+"""What to do about a block that was not reserved."""
 
 FillBlocks = Callable[[memoryview], int]
 """Fill the buffer from the stream; return the bytes written, fewer only at the end."""
@@ -79,11 +89,7 @@ class BlockStream:
                     deadline_s=self._config.deadline_s,
                 )
                 if saved.present_blocks < count:
-                    raise DualPathError(
-                        f"stored {first + saved.present_blocks} of {blocks} blocks: "
-                        f"{saved.reason or 'unknown'}: {saved.detail}",
-                        reason=saved.reason or None,
-                    )
+                    raise _incomplete(saved, first, blocks)
                 new += saved.sealed_blocks
                 if saved.sealed_blocks < count:
                     await self._compare(hashes[part], wanted)
@@ -147,3 +153,14 @@ class BlockStream:
         step = self._batch_blocks
         for first in range(0, blocks, step):
             yield first, min(step, blocks - first)
+
+
+def _incomplete(saved: SaveResult, first: int, blocks: int) -> DualPathError:
+    """Why the save of the blocks from `first` on ended before the last one."""
+    stored = first + saved.present_blocks
+    status = saved.reserved[saved.present_blocks]
+    if status is None or status not in _REFUSED:
+        reason, detail = saved.reason or None, saved.detail
+    else:
+        reason, detail = status.value, f"block {stored}: {_REFUSED[status]}"
+    return DualPathError(f"stored {stored} of {blocks} blocks: {detail}", reason=reason)

@@ -26,9 +26,12 @@ from dualpath.cli.connection import (
     connection_of,
     open_client,
 )
+from dualpath.cli.daemon_stub import CALL_S_MAX, daemon_stub
 from dualpath.cli.file_frame import FileFrame
 from dualpath.cli.sizes import format_bytes, format_rate
-from dualpath.transfer.errors import InvalidRequest
+from dualpath.kvstore.store_api import ReserveStatus
+from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import DualPathError, InvalidRequest
 
 _SPOOL_BYTES = 64 << 20
 _EXAMPLE = """example:
@@ -83,7 +86,12 @@ class PutCommand:
         identity = identity_of(args)
         config = connection_of(args)
         with _opened(args.file) as file:
-            report = asyncio.run(_put(file, identity, config, durable=args.durable))
+            try:
+                report = asyncio.run(_put(file, identity, config, durable=args.durable))
+            except DualPathError as error:
+                if error.reason == ReserveStatus.FULL.value:
+                    raise DualPathError(f"{error}; {_room(config)}", reason=error.reason) from error
+                raise
         if args.json:
             print(json.dumps(asdict(report)))
         else:
@@ -148,6 +156,25 @@ def _blocks_of(frame: FileFrame, identity: BlockIdentity) -> int:
             f"{identity.layout.layers} x {identity.layout.layer_bytes} = {block_bytes} bytes"
         )
     return frame.nbytes // block_bytes
+
+
+def _room(config: ClientConfig) -> str:
+    """How large the store is, as far as it can be asked, and what makes it larger."""
+    settings = (
+        "disk_bytes and dram_bytes of the daemon set its size (`dualpath serve --help`); "
+        "what was stored stays until others need the room"
+    )
+    if config.agent:
+        return settings  # its daemons are not known here
+    try:
+        with daemon_stub(config) as daemon:
+            stats = daemon.stub.Stats(
+                store_pb2.StatsRequest(), timeout=CALL_S_MAX, metadata=daemon.metadata
+            )
+    except DualPathError:
+        return settings
+    tiers = ", ".join(f"{tier.tier} {format_bytes(tier.capacity_bytes)}" for tier in stats.tier)
+    return f"it holds {tiers}: {settings}"
 
 
 @contextlib.contextmanager
