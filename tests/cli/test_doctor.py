@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 from dualpath.cli import probe_storage
-from dualpath.cli.finding import Status
+from dualpath.cli.finding import Finding, Status
 from dualpath.cli.main import main
 from dualpath.cli.probe_memory import memory_findings
 from dualpath.cli.probe_network import network_findings
@@ -71,6 +72,22 @@ def test_a_refused_ring_says_by_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "ulimit -l" in probe_storage.io_uring().remedy
     monkeypatch.setattr(device_choice, "make_ring", None)
     assert "native module" in probe_storage.io_uring().detail
+
+
+def test_a_limit_on_locked_memory_costs_io_uring_its_registered_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def memlock(limit: int) -> Finding:
+        monkeypatch.setattr(resource, "getrlimit", lambda _which: (limit, resource.RLIM_INFINITY))
+        return next(found for found in memory_findings() if found.name == "memlock")
+
+    for limit in (64 << 10, 8 << 30):
+        limited = memlock(limit)
+        assert limited.status is Status.PARTIAL
+        assert "io_uring" in limited.cost
+        assert "RDMA" in limited.cost
+        assert "LimitMEMLOCK=infinity" in limited.remedy
+    assert memlock(resource.RLIM_INFINITY).status is Status.OK
 
 
 def test_a_file_system_that_refuses_o_direct_is_reported(
