@@ -176,3 +176,52 @@ def test_what_a_stream_has_reserved_counts_against_its_principal(in_lab: Any) ->
         held[1].cancel()
 
     in_lab(body)
+
+
+def test_one_principal_cannot_keep_everything_from_eviction_by_leases(
+    in_lab: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "access.toml"
+    file.write_text(ACCESS)
+
+    async def body(lab: Any) -> None:
+        running = await lab.daemon(
+            access_file=str(file), disk_bytes=24 << 20, segment_bytes=4 << 20, dram_bytes=8 << 20
+        )
+        good, bad = await lab.client(running, GOOD).attach(), lab.client(running, BAD)
+        space = await good.namespace()
+        chains = [lab.chain(1, f"c{index}") for index in range(40)]
+        for hashes in chains:
+            assert await good.save(space, hashes) == [store_pb2.SEAL_STATUS_SEALED]
+        leased, refused = 0, set()
+        for hashes in chains:
+            try:
+                leased += (await bad.lookup(space, hashes, lease_ms=600_000)).blocks
+            except grpc.RpcError as error:
+                refused.add(error_of(error).reason)
+        assert leased
+        assert refused == {"quota"}
+        # Others write, and lease what they wrote.
+        for index in range(12):
+            hashes = lab.chain(1, f"later{index}")
+            assert await good.save(space, hashes) == [store_pb2.SEAL_STATUS_SEALED]
+        assert (await good.lookup(space, hashes)).lease_id
+
+    in_lab(body)
+
+
+def test_a_lease_without_a_session_is_given_for_a_minute_at_most(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        running = await lab.daemon()
+        joined, alone = await lab.client(running).attach(), lab.client(running)
+        space = await joined.namespace()
+        await joined.save(space, lab.chain(1))
+        assert (await joined.lookup(space, lab.chain(1), lease_ms=600_000)).lease_ms == 600_000
+        hit = await alone.lookup(space, lab.chain(1), lease_ms=600_000)
+        assert hit.lease_ms == 60_000
+        renew = store_pb2.RenewRequest(lease_id=[hit.lease_id], lease_ms=600_000)
+        assert not (await alone.call("Renew", renew)).expired_lease_id
+        running.clock.advance(61.0)
+        assert list((await alone.call("Renew", renew)).expired_lease_id) == [hit.lease_id]
+
+    in_lab(body)

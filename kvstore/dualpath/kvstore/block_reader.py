@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from dualpath.kvstore.catalog import NamespaceEntry
 from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.row_gather import gather_rows
 from dualpath.kvstore.store_api import LEASE_S_MAX, MissReason, PrefixHit, Tier
 from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.errors import InvalidRequest
+from numpy.typing import NDArray
 
 
 class BlockReader:
@@ -52,8 +54,7 @@ class BlockReader:
             lease_id = 0
             if lease_s > 0:
                 # A lease keeps its blocks; that they were used counts from its end on.
-                lease = state.leases.grant(owner, rows, entry.index, state.clock(), lease_s)
-                lease_id = lease.id
+                lease_id = self._grant(entry, owner, rows, lease_s)
             else:
                 state.residency.touch(rows.astype(np.intp))
             table = state.table
@@ -76,6 +77,18 @@ class BlockReader:
             miss=miss,
             detail=detail,
         )
+
+    def _grant(
+        self, entry: NamespaceEntry, owner: str, rows: NDArray[np.int32], lease_s: float
+    ) -> int:
+        state = self._state
+        now, nbytes = state.clock(), len(rows) * entry.layout.slot_bytes
+        holder = state.holder_of(owner)
+        if state.lease_shares is not None:
+            state.lease_shares.check(holder, rows, nbytes, now)
+        return state.leases.grant(
+            owner, rows, entry.index, now, lease_s, holder=holder, nbytes=nbytes
+        ).id
 
     def _count(self, asked: int, hits: int, miss: MissReason) -> None:
         counters = self._state.counters

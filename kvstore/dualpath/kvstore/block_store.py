@@ -41,6 +41,7 @@ from dualpath.kvstore.expiry import Expiry
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.invalidator import Invalidator
 from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
+from dualpath.kvstore.lease_shares import ShareRule
 from dualpath.kvstore.lease_table import LeaseTable
 from dualpath.kvstore.mapped_read import ReadBlocks
 from dualpath.kvstore.mapping_table import MappingTable
@@ -155,6 +156,10 @@ class BlockStore:
         used again: whoever lets others write there fences them in it. Called on the committer's
         thread, without a lock; it should be quick and may block for a moment."""
         self._writer.on_expired = on_expired
+
+    def share_leases(self, rule: ShareRule) -> None:
+        """From now on no holder may lease more than its share."""
+        self._state.share_leases(rule)
 
     def open_namespace(self, namespace: Namespace) -> bytes:
         """See Store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,9 @@ class Lease:
     rows: NDArray[np.int32]
     namespace: int
     expires: float
+    holder: str = ""
+    """Whose share it is of."""
+    nbytes: int = 0
     mapping: Mapping | None = None
     """Its pinned copies in DRAM."""
 
@@ -36,6 +40,9 @@ class LeaseTable:
         self._max = leases_max
         self._blocks_max = blocks_max
         self._blocks = 0
+        self._held: dict[str, int] = {}
+        self.nbytes = 0
+        """Of all leases' blocks, each as often as it is leased."""
         self._next = first_id
         self._leases: dict[int, Lease] = {}
         self._expiries: list[tuple[float, int]] = []
@@ -44,9 +51,18 @@ class LeaseTable:
         return len(self._leases)
 
     def grant(
-        self, owner: str, rows: NDArray[np.int32], namespace: int, now: float, lease_s: float
+        self,
+        owner: str,
+        rows: NDArray[np.int32],
+        namespace: int,
+        now: float,
+        lease_s: float,
+        *,
+        holder: str = "",
+        nbytes: int = 0,
     ) -> Lease:
-        """A new lease. Raises Overloaded at `leases_max` or `blocks_max`."""
+        """A new lease of blocks with `nbytes` of slots. Raises Overloaded at `leases_max` or
+        `blocks_max`."""
         if len(self._leases) >= self._max:
             raise Overloaded(
                 f"{self._max} leases are held; release some or retry", retry_after_s=1.0
@@ -58,11 +74,21 @@ class LeaseTable:
                 retry_after_s=1.0,
             )
         self._blocks += len(rows)
-        lease = Lease(self._next, owner, rows, namespace, now + lease_s)
+        lease = Lease(self._next, owner, rows, namespace, now + lease_s, holder, nbytes)
+        self.nbytes += nbytes
+        self._held[holder] = self._held.get(holder, 0) + nbytes
         self._next += 1
         self._leases[lease.id] = lease
         heapq.heappush(self._expiries, (lease.expires, lease.id))
         return lease
+
+    def held_bytes(self, holder: str) -> int:
+        """Of a holder's leases, each block as often as it is leased."""
+        return self._held.get(holder, 0)
+
+    def rows_of(self, holder: str) -> Iterator[NDArray[np.int32]]:
+        """The rows of each lease of a holder."""
+        return (lease.rows for lease in self._leases.values() if lease.holder == holder)
 
     def find(self, lease_id: int, now: float) -> Lease:
         """A live lease. Raises LeaseExpired."""
@@ -89,6 +115,10 @@ class LeaseTable:
     def _end(self, lease_id: int) -> Lease:
         lease = self._leases.pop(lease_id)
         self._blocks -= len(lease.rows)
+        self.nbytes -= lease.nbytes
+        left = self._held.pop(lease.holder, 0) - lease.nbytes
+        if left > 0:
+            self._held[lease.holder] = left
         return lease
 
     def expire(self, now: float) -> list[Lease]:

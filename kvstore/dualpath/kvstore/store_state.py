@@ -17,6 +17,7 @@ from dualpath.kvstore.catalog import Catalog
 from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.expiry import Expiry
 from dualpath.kvstore.io_gate import IoGate
+from dualpath.kvstore.lease_shares import LeaseShares, ShareRule
 from dualpath.kvstore.lease_table import Lease, LeaseTable
 from dualpath.kvstore.mapping_table import MappingTable
 from dualpath.kvstore.reservation_table import HeldReservation, ReservationTable
@@ -80,9 +81,17 @@ class StoreState:
     read_failed: Callable[[int, str], None] = field(default=_nobody_told)
     """(row, why): a pinned row could not be read from SSD; called without the lock. Tied late to
     `MediaTroubles`."""
+    holder_of: Callable[[str], str] = str
+    lease_shares: LeaseShares | None = None
     expired: list[HeldReservation] = field(default_factory=list)
     generation: int = 0
     closed: bool = False
+
+    def share_leases(self, rule: ShareRule) -> None:
+        """From now on no holder may lease more than its share."""
+        with self.lock:
+            self.holder_of = rule.holder_of
+            self.lease_shares = LeaseShares(self.table, self.leases, self.ssd.capacity_bytes, rule)
 
     def check_open(self) -> None:
         """Raises Unavailable after `close`."""

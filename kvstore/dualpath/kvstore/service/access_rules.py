@@ -52,7 +52,8 @@ class Limits:
 
     `calls` outstanding, `lookups_per_s` look-ups a second, `leases` and `reservations` live ones,
     `reserved_bytes` slots of its reservations, `queue_bytes` granted and not landed, `attachments`
-    joined receivers, `streams` Read, Write and Events streams.
+    joined receivers, `streams` Read, Write and Events streams, `leased_bytes` blocks that its
+    leases keep, each counted once.
     """
 
     calls: int = 0
@@ -63,6 +64,7 @@ class Limits:
     queue_bytes: int = 0
     attachments: int = 0
     streams: int = 0
+    leased_bytes: int = 0
 
     def __post_init__(self) -> None:
         for each in fields(self):

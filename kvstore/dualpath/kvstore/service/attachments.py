@@ -148,6 +148,10 @@ class Attachments:
             )
         return attachment
 
+    def of_peer(self, peer_id: str) -> Attachment | None:
+        """The live attachment of that name. From any thread."""
+        return self._by_peer.get(peer_id)
+
     def peer_lost(self, peer_id: str, reason: str) -> None:
         """A transport lost the connection to `peer_id`. From any thread."""
         try:

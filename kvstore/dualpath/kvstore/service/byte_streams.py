@@ -52,6 +52,8 @@ from dualpath.transfer.errors import (
 FRAME_BYTES_MAX = 1 << 20
 STREAMS_MAX = 64
 REFUSED_MAX = 16
+STREAM_OWNER = "stream:"
+"""What the owner of a stream's leases begins with; its number and its principal follow."""
 LEASE_S = 60.0
 FRAME_WAIT_S_MAX = 30.0
 """Longest pause between two frames of a Write, and longest that a Read's client may take none."""
@@ -244,7 +246,7 @@ class ByteStreams:
     @contextlib.contextmanager
     def _counted(self, caller: Caller) -> Iterator[str]:
         with self._shares.taken(caller.sharer), self.gate.quotas.stream(caller.principal):
-            yield f"stream:{next(self._ids)}"
+            yield f"{STREAM_OWNER}{next(self._ids)}:{caller.principal}"
 
 
 class _Intake:

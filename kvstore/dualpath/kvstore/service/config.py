@@ -78,8 +78,10 @@ class DaemonConfig:
     live ones. `principal_reserved_bytes`: slots of its reservations, 0 for three quarters of
     `dram_bytes`. `principal_queue_bytes`: bytes granted to it and not landed, 0 for no limit.
     `principal_attachments_max`, `principal_streams_max`: its joined receivers, and its Read, Write
-    and Events streams, 0 for as many as are left for all others. The access file can set others
-    for some.
+    and Events streams, 0 for as many as are left for all others. `principal_leased_bytes`: blocks
+    that it keeps from eviction by leases, 0 for as much of the SSD tier as is left for all others
+    (without tokens and client certificates: seven times that).
+    The access file can set others for some.
     `events_max`: events of blocks that are remembered for readers of the event stream.
     `namespaces_max`: namespaces that are known at once; those that hold nothing are forgotten when
     they are too many.
@@ -128,6 +130,7 @@ class DaemonConfig:
     principal_queue_bytes: int = 0
     principal_attachments_max: int = 0
     principal_streams_max: int = 0
+    principal_leased_bytes: int = 0
     events_max: int = 1 << 16
     namespaces_max: int = 1 << 12
     numa_node: int = -1
@@ -219,6 +222,7 @@ class DaemonConfig:
             queue_bytes=self.principal_queue_bytes,
             attachments=self.principal_attachments_max,
             streams=self.principal_streams_max,
+            leased_bytes=self.principal_leased_bytes,
         )
 
     @property

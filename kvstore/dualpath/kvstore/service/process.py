@@ -24,6 +24,7 @@ import grpc.aio
 from dualpath.kvstore import local_protocol
 from dualpath.kvstore.block_store import BlockStore
 from dualpath.kvstore.heap import map_large_blocks
+from dualpath.kvstore.lease_shares import ShareRule
 from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.access_rules import AccessRules, parse_access
 from dualpath.kvstore.service.attachments import ATTACHMENTS_MAX, Plane
@@ -61,6 +62,8 @@ CONTROL_THREADS = 16
 """Threads for calls that may touch a medium."""
 CONTROL_SHARE = 12
 """Most of them that work for one principal."""
+LEASED_TIMES_ALONE = 7
+"""Where all are one principal, it may lease seven eighths of the SSD tier."""
 STOP_S_MAX = 5.0
 SERVICE = store_pb2.DESCRIPTOR.services_by_name["Store"].full_name
 
@@ -138,6 +141,14 @@ class Daemon:
         )
         self._watch(service, access)
         self._service = service
+        several = bool(rules.tokens or config.tls_client_ca)
+        store.share_leases(
+            ShareRule(
+                service.holder_of,
+                lambda holder: quotas.limits(holder).leased_bytes,
+                1 if several else LEASED_TIMES_ALONE,
+            )
+        )
         store.set_on_expired(service.attachments.fence_expired)
         stack.push_async_callback(service.attachments.close, STOP_S_MAX)
         duties = asyncio.create_task(service.do_duties(), name="duties")

@@ -19,7 +19,7 @@ from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.attachments import Attachments, Plane
 from dualpath.kvstore.service.auth import caller_of_call
-from dualpath.kvstore.service.byte_streams import ByteStreams
+from dualpath.kvstore.service.byte_streams import STREAM_OWNER, ByteStreams
 from dualpath.kvstore.service.deliver import DeliveryEngine
 from dualpath.kvstore.service.deliver_calls import DeliverCalls
 from dualpath.kvstore.service.drain import Drain, Left
@@ -35,11 +35,13 @@ from dualpath.kvstore.service.readiness import Readiness
 from dualpath.kvstore.service.stats_report import StatsReport
 from dualpath.kvstore.service.ticket import TicketMint
 from dualpath.kvstore.service.write_calls import WriteCalls
-from dualpath.kvstore.store_api import Store
+from dualpath.kvstore.store_api import LEASE_S_MAX, Store
 from dualpath.proto.status import Context
 from dualpath.proto.v1 import common_pb2, store_pb2, store_pb2_grpc
 
 DUTY_PERIOD_S = 0.5
+UNBOUND_LEASE_MS_MAX = 60_000
+"""Longest lease without a session."""
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +127,15 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self._events.stop()
         await self._delivers.stop()
 
+    def holder_of(self, owner: str) -> str:
+        """The principal of whose share an owner's leases are. From any thread."""
+        attachment = self.attachments.of_peer(owner)
+        if attachment is not None:
+            return attachment.principal
+        if owner.startswith(STREAM_OWNER):
+            return owner.split(":", 2)[2]
+        return owner
+
     def snapshot(self) -> ServiceSnapshot:
         """What metrics show. From any thread."""
         return ServiceSnapshot(
@@ -150,12 +161,14 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self, request: store_pb2.LookupRequest, context: Context
     ) -> store_pb2.LookupResponse:
         """See store.proto."""
+        _shorten_unbound(request)
         return await self._lookups.lookup(request, caller_of_call())
 
     async def Renew(
         self, request: store_pb2.RenewRequest, context: Context
     ) -> store_pb2.RenewResponse:
         """See store.proto."""
+        _shorten_unbound(request)
         return self._lookups.renew(request, caller_of_call())
 
     async def Release(
@@ -263,3 +276,9 @@ class StoreService(store_pb2_grpc.StoreServicer):
 
     def _dropped(self, peer_id: str) -> None:
         self._owners.forget_owner(peer_id)
+
+
+def _shorten_unbound(request: store_pb2.LookupRequest | store_pb2.RenewRequest) -> None:
+    """Nothing ends a lease without a session when its client dies: it gets less time."""
+    if not request.session and UNBOUND_LEASE_MS_MAX < request.lease_ms <= LEASE_S_MAX * 1000:
+        request.lease_ms = UNBOUND_LEASE_MS_MAX
