@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -386,3 +386,84 @@ def test_a_refused_client_that_never_ends_is_cut_off(in_lab: Any, monkeypatch: A
             await send_for_ever()
 
     in_lab(body)
+
+
+def test_a_durable_write_of_a_block_that_another_writes_waits_for_its_seal(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        running = await lab.daemon()
+        other, client = await lab.client(running).attach(), lab.client(running)
+        namespace_id = await other.namespace()
+        hashes = lab.chain(2)
+        reserved = await other.reserve(namespace_id, hashes[:1])
+        # Its child has to wait, too: a parent comes first.
+        writing = asyncio.ensure_future(_write(client, _frames(lab, namespace_id, hashes)))
+        await lab.until(_waiting(running), "the write waits")
+        assert not writing.done()
+        data, checksums = lab.content(hashes[0]), []
+        for chunk in range(lab.layout.chunk_count):
+            offset, nbytes = lab.layout.chunk_extent(chunk)
+            checksums.append(xxh3_64(data[offset : offset + nbytes]))
+            await other.put_chunk(reserved, 0, chunk, data)
+        seal = store_pb2.SealRequest(
+            reservation_id=reserved.reservation_id, checksum=checksums, session=other.session
+        )
+        await other.call("Seal", seal)
+        written = await writing
+        assert list(written.existed) == [True, False]
+        assert set(written.status) == {store_pb2.SEAL_STATUS_SEALED}
+
+    in_lab(body)
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_a_write_of_a_block_that_another_never_seals_says_so(
+    in_lab: Any, monkeypatch: pytest.MonkeyPatch, *, gives_up: bool
+) -> None:
+    monkeypatch.setattr(byte_streams, "PENDING_S_MAX", WAIT_S if gives_up else 0.1)
+    monkeypatch.setattr(byte_streams, "PENDING_ASK_S", 0.05)
+
+    async def body(lab: Any) -> None:
+        running = await lab.daemon()
+        other, client = await lab.client(running).attach(), lab.client(running)
+        namespace_id = await other.namespace()
+        hashes = lab.chain(1)
+        reserved = await other.reserve(namespace_id, hashes)
+        writing = asyncio.ensure_future(_write(client, _frames(lab, namespace_id, hashes)))
+        if gives_up:
+            await lab.until(_waiting(running), "the write waits")
+            abandon = store_pb2.AbandonRequest(
+                reservation_id=reserved.reservation_id, session=other.session
+            )
+            await other.call("Abandon", abandon)
+        with pytest.raises(grpc.RpcError, match="somebody else, who") as caught:
+            await writing
+        assert error_of(caught.value).reason == "pending"
+        assert ("gave it up" in str(caught.value)) is gives_up
+        again = await other.reserve(namespace_id, hashes)
+        expected = (
+            store_pb2.RESERVE_STATUS_RESERVED if gives_up else store_pb2.RESERVE_STATUS_PENDING
+        )
+        assert list(again.status) == [expected]
+
+    in_lab(body)
+
+
+def test_a_block_that_is_twice_in_a_write_is_stored_once(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        client = lab.client(await lab.daemon())
+        namespace_id = await client.namespace()
+        frames = _frames(lab, namespace_id, lab.chain(1))
+        written = await _write(client, frames * 2)
+        assert list(written.existed) == [False, True]
+        assert set(written.status) == {store_pb2.SEAL_STATUS_SEALED}
+
+    in_lab(body)
+
+
+def _waiting(running: Any) -> Callable[[], Awaitable[bool]]:
+    """Whether a Write waits for news of a block."""
+
+    async def waits() -> bool:
+        return bool(running.daemon._service._block_events._waiting)
+
+    return waits

@@ -16,6 +16,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.checksum import xxh3_64
 from dualpath.kvstore.layout import CHUNK_BYTES_MAX, KVLayout
 from dualpath.kvstore.service.auth import Caller
@@ -32,6 +33,7 @@ from dualpath.kvstore.service.shares import Shares
 from dualpath.kvstore.store_api import (
     BATCH_BLOCKS_MAX,
     RESERVATION_S_MAX,
+    MissReason,
     NewBlock,
     PrefixHit,
     Reservation,
@@ -62,6 +64,10 @@ BLOCK_S_MAX = 240.0
 SEAL_BYTES = 16 << 20
 """A Write seals at the end of the block that brings it over this."""
 SEAL_BLOCKS = 64
+PENDING_S_MAX = 10.0
+"""Longest that a Write waits for the seal of a block that somebody else writes."""
+PENDING_ASK_S = 1.0
+"""It asks as often at least: nobody tells of a writer that gives up."""
 REFUSED_PAUSE_S = 1.0
 """A refused client that sends nothing for so long is told at once."""
 REFUSED_S_MAX = 10.0
@@ -89,9 +95,15 @@ class ByteStreams:
     """Handlers of Read and Write."""
 
     def __init__(
-        self, store: Store, gate: Gate, executor: Executor, clock: Callable[[], float]
+        self,
+        store: Store,
+        events: BlockEvents,
+        gate: Gate,
+        executor: Executor,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
+        self._events = events
         self.gate = gate
         self._executor = executor
         self.clock = clock
@@ -234,6 +246,41 @@ class ByteStreams:
         self.gate.quotas.sealed(writer, statuses.count(SealStatus.SEALED))
         return statuses
 
+    async def await_sealed(self, namespace_id: bytes, block_hash: bytes) -> None:
+        """Wait until a block that another writes is stored. Raises DeadlineExceeded, reason
+        `pending`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PENDING_S_MAX
+        while True:
+            seen = self._events.last
+            hit = self._store.lookup(namespace_id, [block_hash], owner="", lease_s=0.0)
+            if hit.blocks:
+                return
+            left = deadline - loop.time()
+            if hit.miss is not MissReason.PENDING or left <= 0:
+                what = "gave it up" if left > 0 else f"did not seal it within {PENDING_S_MAX:g} s"
+                raise DeadlineExceeded(
+                    f"block {block_hash.hex()} was being written by somebody else, who {what}: "
+                    "write it again",
+                    reason="pending",
+                )
+            await self._event_after(seen, min(left, PENDING_ASK_S))
+
+    async def _event_after(self, seen: int, limit_s: float) -> None:
+        """Wait for an event after `seen`, or until the time is over."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody to tell
+                loop.call_soon_threadsafe(news.set)
+
+        self._events.call_at_news(seen, tell)
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), limit_s)
+        finally:
+            self._events.forget_callback(tell)
+
     def check_writer(self, writer: str, namespace_id: bytes) -> None:
         """Raises PermissionDenied unless the principal may write there."""
         self.gate.access.require(writer, namespace_id, Rights.WRITE)
@@ -262,6 +309,7 @@ class _Intake:
         self._open: _OpenBlock | None = None
         self._unsealed: list[tuple[int, int]] = []  # (index, reservation)
         self._held = contextlib.ExitStack()  # what counts against the writer until it is sealed
+        self._pending: dict[bytes, int] = {}  # hash -> index of what others write
         self._answer = store_pb2.WriteResponse()
 
     async def run(self, frames: AsyncIterator[store_pb2.WriteFrame]) -> store_pb2.WriteResponse:
@@ -288,7 +336,11 @@ class _Intake:
                 f"the stream ended inside of block {self._open.index}, after "
                 f"{self._open.received} bytes"
             )
-        if self._unsealed or (self._durable and any(self._answer.existed)):
+        if self._unsealed:
+            await self._seal()  # first: a block may be in the stream twice
+        for block_hash in list(self._pending):
+            await self._await_pending(block_hash)
+        if self._durable and any(self._answer.existed):
             await self._seal()  # of nothing: waits for what existed to be durable
         return self._answer
 
@@ -323,6 +375,9 @@ class _Intake:
         checked_hashes("hash", [frame.hash])
         checked_hashes("parent", [frame.parent], empty=True)
         reservation = await self._reserve(NewBlock(frame.hash, frame.parent))
+        if reservation.status is ReserveStatus.NO_PARENT and frame.parent in self._pending:
+            await self._await_pending(frame.parent)
+            reservation = await self._reserve(NewBlock(frame.hash, frame.parent))
         if reservation.status is ReserveStatus.NO_PARENT:
             raise InvalidRequest(
                 f"frame {number}: parent {frame.parent.hex()} of block {index} is not stored; "
@@ -340,6 +395,8 @@ class _Intake:
             store_pb2.SEAL_STATUS_SEALED if exists else store_pb2.SEAL_STATUS_UNSPECIFIED
         )
         self._answer.existed.append(reservation.status is not ReserveStatus.RESERVED)
+        if reservation.status is ReserveStatus.PENDING:
+            self._pending[frame.hash] = index
         late_at = self._streams.clock() + BLOCK_S_MAX
         self._open = _OpenBlock(index, frame.hash, reservation, late_at)
 
@@ -351,6 +408,10 @@ class _Intake:
             if reservation.status is ReserveStatus.RESERVED:
                 self._held.push(held.pop_all())
         return reservation
+
+    async def _await_pending(self, block_hash: bytes) -> None:
+        await self._streams.await_sealed(self._namespace_id, block_hash)
+        self._answer.status[self._pending.pop(block_hash)] = store_pb2.SEAL_STATUS_SEALED
 
     async def _append(self, data: bytes, number: int) -> None:
         block, layout = self._open, self._layout

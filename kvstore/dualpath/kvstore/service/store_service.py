@@ -98,7 +98,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
             clock=clock,
         )
         self._locates = LocateCalls(store, self.attachments, self._delivers.lease_of)
-        self._streams = ByteStreams(store, gate, executor, clock)
+        self._streams = ByteStreams(store, events, gate, executor, clock)
         self._events = EventCalls(events, access, quotas, self.server_id)
         drain = Drain(readiness, self._left, store, executor, clock)
         self._operators = OperatorCalls(store, access, drain, executor, on_stop)

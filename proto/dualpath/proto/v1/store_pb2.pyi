@@ -752,7 +752,9 @@ class WriteResponse(google.protobuf.message.Message):
     @property
     def status(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___SealStatus.ValueType]: ...
     @property
-    def existed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]: ...
+    def existed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """others had stored it, or did while this call waited"""
+
     def __init__(
         self,
         *,
