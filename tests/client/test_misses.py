@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
@@ -65,20 +64,20 @@ def test_an_absent_daemon_is_a_miss_at_once_and_its_return_is_noticed(run_cluste
         memory = await client.allocate(3 * LAYOUT.block_bytes)
         places = Places.contiguous(LAYOUT, 3)
         fill(memory, places, hashes)
-        started = time.monotonic()
+        # Who waited for these deadlines would outlast the test's own limit.
+        deadline_s = 600.0
         lookup = await client.lookup(namespace_id, hashes)
         assert (lookup.blocks, lookup.miss) == (0, MissReason.UNAVAILABLE)
-        load = await client.load(namespace_id, hashes, memory, places, deadline_s=WAIT_S)
+        load = await client.load(namespace_id, hashes, memory, places, deadline_s=deadline_s)
         result = await load.result()
         assert (result.blocks, result.miss) == (0, MissReason.UNAVAILABLE)
         assert result.events == {"daemon_unavailable": 1}
         saved = await client.save(
-            namespace_id, hashes, parents(hashes), memory, places, deadline_s=WAIT_S
+            namespace_id, hashes, parents(hashes), memory, places, deadline_s=deadline_s
         )
         assert saved.reason == "daemon_unavailable"
         assert saved.detail
         assert saved.sealed_blocks == 0
-        assert time.monotonic() - started < 10.0
         await cluster.start_daemon()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WAIT_S
