@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -208,12 +209,13 @@ def test_stat_shows_the_daemons_counters(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_python_of_the_readme_runs(
-    daemon: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    daemon: dict[str, Any], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(program.replace("127.0.0.1:7070", daemon["listen"]), {})
     assert "blocks=4" in capsys.readouterr().out
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_a_stored_file_is_retained_for_a_while(

@@ -285,7 +285,10 @@ class SteadyLink(Generic[RequestT, ResponseT]):
             self.reason = reason
             self.attached = None
             self._dialect.on_down(reason)
-            log.warning("%s: lost %s: %s", self._name, self.label, reason)
+            if self._closing:
+                log.info("%s: %s is closed", self._name, self.label)
+            else:
+                log.warning("%s: lost %s: %s", self._name, self.label, reason)
 
     async def _read(self, call: Any) -> None:
         with translated(f"stream of {self.label}"):
