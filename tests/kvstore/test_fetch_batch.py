@@ -19,6 +19,7 @@ from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.read_buffers import FRAME_BYTES, ReadBuffers
 from dualpath.kvstore.store_api import SealStatus, Tier
+from dualpath.kvstore.store_health import Trouble
 from dualpath.kvstore.transfer_batch import UNDER_WAY, BatchProgress, TransferBatch
 from dualpath.transfer.errors import InvalidRequest, LeaseExpired, Overloaded, Unavailable
 from hypothesis import given, settings
@@ -280,6 +281,7 @@ def test_bytes_that_rotted_on_the_medium_are_never_served(
         cold.check(batch, blocks, chunks)
     assert cold.hits() == 2
     cold.idle()
+    assert "chunk 1 does not have its checksum" in cold.store.health().troubles[Trouble.ROT]
     cold.close()
 
 

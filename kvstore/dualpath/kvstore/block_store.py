@@ -491,7 +491,7 @@ def _open_on(
         raise
     state.generation = recovered.generation
     troubles = MediaTroubles(state)
-    state.read_failed = troubles.read_failed
+    state.read_failed, state.rotten = troubles.read_failed, troubles.rotten
     writer = BlockWriter(state, troubles)
     committer = Committer(writer, troubles, ssd, recovery.index, directory, state.io, dram.region)
     committers.append(committer)

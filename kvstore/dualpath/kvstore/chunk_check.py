@@ -12,7 +12,6 @@ from dualpath.kvstore import checksum
 from dualpath.kvstore.block_table import RowState
 from dualpath.kvstore.layout import ALIGN_BYTES
 from dualpath.kvstore.segment import page_buffer
-from dualpath.kvstore.store_api import MissReason
 from dualpath.kvstore.store_state import StoreState
 from dualpath.transfer.errors import InvalidRequest
 
@@ -61,20 +60,19 @@ class ChunkCheck:
         with state.lock:
             only_copy = bool(table.dirty[row])
             place = int(table.segment[row]), int(table.slot[row])
-        good = None if only_copy else self._read(place, inside, nbytes)
-        if good is None or checksum.xxh3_64(good) != expected:
-            with state.lock:
-                if table.state[row] == RowState.PRESENT:
-                    state.residency.drop(row, MissReason.CORRUPT)
+        if only_copy:
+            state.rotten(row, f"chunk {chunk}, not written back yet, does not have its checksum")
+            return False
+        buffer = page_buffer(-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES)
+        try:
+            state.ssd.read(*place, inside, buffer)
+        except OSError as error:
+            state.read_failed(row, f"chunk {chunk} cannot be read: {error}")
+            return False
+        good = buffer[:nbytes]
+        if checksum.xxh3_64(good) != expected:
+            state.rotten(row, f"chunk {chunk} does not have its checksum")
             return False
         if at >= 0:
             state.dram.view(at, nbytes)[:] = good
         return True
-
-    def _read(self, place: tuple[int, int], inside: int, nbytes: int) -> memoryview | None:
-        buffer = page_buffer(-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES)
-        try:
-            self._state.ssd.read(*place, inside, buffer)
-        except OSError:
-            return None
-        return buffer[:nbytes]

@@ -42,17 +42,29 @@ class MediaTroubles:
         the segment has failed often enough."""
         state, table = self._state, self._state.table
         with state.lock:
-            segment, slot = int(table.segment[row]), int(table.slot[row])
-            if table.state[row] != RowState.PRESENT:
+            segment = int(table.segment[row])
+            if not self._drop_rotten(row, why):
                 return
-            dropped = state.residency.drop(row, MissReason.CORRUPT)
-            self._note(Trouble.ROT, f"segment {segment} slot {slot}: {why}; it was dropped")
-            _log.warning(
-                "%d blocks are dropped, segment %d slot %d: %s", dropped, segment, slot, why
-            )
             if state.breaker.failed(segment, state.clock()):
                 self._take_out(segment, f"reads fail: {why}", empty=True)
             state.room.notify_all()
+
+    def rotten(self, row: int, why: str) -> None:
+        """A block was read and has wrong bytes: it leaves, its segment stays."""
+        with self._state.lock:
+            self._drop_rotten(row, why)
+            self._state.room.notify_all()
+
+    def _drop_rotten(self, row: int, why: str) -> bool:
+        """False if it had left already."""
+        state, table = self._state, self._state.table
+        if table.state[row] != RowState.PRESENT:
+            return False
+        where = f"segment {int(table.segment[row])} slot {int(table.slot[row])}"
+        dropped = state.residency.drop(row, MissReason.CORRUPT)
+        self._note(Trouble.ROT, f"{where}: {why}; it was dropped")
+        _log.warning("%d blocks are dropped, %s: %s", dropped, where, why)
+        return True
 
     def write_failed(self, segment: int, why: str) -> None:
         """See CommitTroubles."""

@@ -81,6 +81,8 @@ class StoreState:
     read_failed: Callable[[int, str], None] = field(default=_nobody_told)
     """(row, why): a pinned row could not be read from SSD; called without the lock. Tied late to
     `MediaTroubles`."""
+    rotten: Callable[[int, str], None] = field(default=_nobody_told)
+    """Likewise: a pinned row was read, and has wrong bytes wherever it lies."""
     holder_of: Callable[[str], str] = str
     lease_shares: LeaseShares | None = None
     expired: list[HeldReservation] = field(default_factory=list)
