@@ -24,6 +24,7 @@ from dualpath.kvstore.fsck_repair import FsckRepair
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.namespace_files import COPIES_NAME
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.store_api import MissReason, SealStatus
 from dualpath.transfer.errors import InvalidRequest, Unavailable
@@ -257,12 +258,14 @@ def test_a_torn_header_of_a_free_slot_is_a_note_and_is_blanked(data: Path) -> No
     assert served(data) == [9, 2]
 
 
-@pytest.mark.parametrize("damage", ["lost", "noise", "empty", "cut"])
+@pytest.mark.parametrize("damage", ["lost", "gone", "noise", "empty", "cut"])
 def test_an_index_that_is_gone_comes_back_from_the_headers(data: Path, damage: str) -> None:
     file = data / "index" / "data.mdb"
     raw = file.read_bytes()
     if damage == "lost":
         file.unlink()
+    elif damage == "gone":
+        shutil.rmtree(file.parent)
     else:
         file.write_bytes({"noise": b"x" * 50_000, "empty": b"", "cut": raw[:8192]}[damage])
     assert check(data).problems
@@ -287,14 +290,14 @@ def test_a_damaged_namespace_takes_its_blocks_along_and_nothing_else(data: Path)
     file = data / "namespaces" / f"{LARGE.id.hex()}.json"
     flip(file, 30)
     assert check(data).counts[FsckCode.NAMESPACE_DAMAGED] == 1
+    good = (data / COPIES_NAME / file.name).read_bytes()
+    (data / COPIES_NAME / file.name).unlink()
+    assert check(data).counts[FsckCode.NAMESPACE_DAMAGED] == 1
     assert repair(data).problems == 0
     assert (data / "damaged" / f"{file.name}.1").exists()
-    assert served(data) == [9, 0]
-
-
-def test_a_damaged_meta_is_made_anew(data: Path) -> None:
-    flip(data / "META", 12)
-    assert check(data).counts[FsckCode.META_DAMAGED] == 1
+    assert served(data)[0] == 9
+    file.write_bytes(good)
+    shutil.rmtree(data / "index")
     assert repair(data).problems == 0
     assert served(data) == [9, 2]
 

@@ -4,6 +4,7 @@
     LOCK           flock of the one process that uses the directory
     CLEAN          present while nobody uses it after a clean shutdown
     namespaces/    one JSON file a namespace, named by the id, which is the hash of its content
+    namespaces.copy/  the same again (namespace_files.py)
     index/         LMDB (durable_index.py)
     index.snapshot what the index held at the clean shutdown (index_snapshot.py)
     segments/      segment files (ssd_tier.py)
@@ -24,15 +25,15 @@ from pathlib import Path
 from dualpath.kvstore import directory_format
 from dualpath.kvstore.directory_format import (
     ASIDE_MAX,
+    RETAINED_NAME,
     STORE_FORMAT,
     CleanStamp,
     Meta,
-    namespace_text,
     stamp_index,
-    write_durably,
 )
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.namespace_files import COPIES_NAME, NAMESPACES_NAME, NamespaceFiles
 from dualpath.kvstore.psync_device import sync_directory
 from dualpath.transfer.errors import Corrupt, InvalidRequest, Unavailable
 
@@ -44,12 +45,23 @@ class DataDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.troubles: list[str] = []
+        """A sentence for each thing that was found damaged or gone, besides the index."""
+        self._namespaces = NamespaceFiles(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._open()
         except OSError as error:
             raise InvalidRequest(
-                f"cannot use {self.path} as data directory: {error.strerror}; choose another"
+                f"cannot use {self.path} as data directory: {error.filename or self.path}: "
+                f"{error.strerror}; make it a directory that this user may write to, on a medium "
+                "that is not mounted read-only, or choose another"
             ) from error
+
+    def _open(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (self.path / "LOCK").exists():
+            # What is not ours is refused without a trace.
+            self._refuse_foreign()
         self._lock = _locked(self.path)
         try:
             meta = self._check_meta()
@@ -80,33 +92,27 @@ class DataDirectory:
     def _make_folders(self) -> None:
         """Durably, together with what a killed process may have left in them unsynced: a file
         that is merely seen may be gone after a loss of power."""
-        folders = (self.path / "namespaces", self.index_path, self.segments_path)
+        names = (NAMESPACES_NAME, COPIES_NAME)
+        folders = (*(self.path / name for name in names), self.index_path, self.segments_path)
         for folder in folders:
             folder.mkdir(exist_ok=True, mode=0o700)
         for folder in (*folders, self.path, self.path.resolve().parent):
             sync_directory(folder)
 
     def namespaces(self) -> list[Namespace]:
-        """All namespaces that decode; the others are logged, and their blocks will be dropped."""
-        found = []
-        for path in sorted((self.path / "namespaces").glob("*.json")):
-            try:
-                found.append(directory_format.read_namespace(path))
-            except Corrupt as error:
-                _log.warning("%s; it is ignored", error)
+        """All namespaces that are known. What is wrong with their files is added to `troubles`;
+        blocks of those that are lost will be dropped."""
+        found, troubles = self._namespaces.open()
+        self.troubles += troubles
         return found
 
     def save_namespace(self, namespace: Namespace) -> None:
         """Make a namespace durable. Idempotent. Raises OSError."""
-        path = self.path / "namespaces" / f"{namespace.id.hex()}.json"
-        content = namespace_text(namespace)
-        if not path.exists() or path.read_bytes() != content:
-            write_durably(path, content)
+        self._namespaces.save(namespace)
 
     def remove_namespaces(self, namespace_ids: Iterable[bytes]) -> None:
         """Forget namespaces that hold nothing; they become durable again with their next seal."""
-        for namespace_id in namespace_ids:
-            (self.path / "namespaces" / f"{namespace_id.hex()}.json").unlink(missing_ok=True)
+        self._namespaces.remove(namespace_ids)
 
     def set_index_aside(self) -> None:
         """Keep a damaged index for a look later; start an empty one."""
@@ -144,6 +150,10 @@ class DataDirectory:
         """Read and remove the clean flag; true only if the index is, byte for byte, as it was
         left."""
         path = self.path / "CLEAN"
+        for file in (path, self.snapshot_path, self.path / RETAINED_NAME):
+            if file.is_dir():
+                kept = directory_format.set_aside(self.path, file, keep=ASIDE_MAX)
+                _log.warning("%s is a directory, and put aside as %s", file, kept)
         if not path.exists():
             return not (self.index_path / "data.mdb").exists()
         try:
@@ -162,13 +172,25 @@ class DataDirectory:
         exists = (self.path / "META").exists()
         return directory_format.read_meta(self.path) if exists else self._create_meta()
 
-    def _create_meta(self) -> Meta:
+    def _refuse_foreign(self) -> None:
+        """Raises Corrupt, InvalidRequest if there is something that is no data directory."""
+        if (self.path / "META").exists():
+            directory_format.read_meta(self.path)
+            return
         others = sorted(p.name for p in self.path.iterdir() if p.name not in ("LOCK", "META.new"))
+        if len({"index", NAMESPACES_NAME, "segments"}.intersection(others)) > 1:
+            raise InvalidRequest(
+                f"{self.path} has lost its META: restore it, or let `dualpath fsck --repair "
+                f"{self.path}` make a new one"
+            )
         if others:
             raise InvalidRequest(
                 f"{self.path} has no META but holds {', '.join(others[:5])}; choose an empty "
                 "directory, or restore META"
             )
+
+    def _create_meta(self) -> Meta:
+        self._refuse_foreign()
         meta = Meta(STORE_FORMAT, uuid.uuid4().hex)
         directory_format.write_meta(self.path, meta)
         return meta

@@ -114,6 +114,8 @@ def read_clean(root: Path) -> CleanStamp | None:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise Corrupt(f"{path} is a directory") from error
     try:
         fields = json.loads(raw)
         if not isinstance(fields, dict):
@@ -140,6 +142,8 @@ def read_retained(root: Path) -> tuple[RetainedPrefix, ...]:
         raw = path.read_bytes()
     except FileNotFoundError:
         return ()
+    except IsADirectoryError as error:
+        raise Corrupt(f"{path} is a directory") from error
     try:
         fields = json.loads(raw)
         if raw != _summed(fields):
@@ -159,7 +163,8 @@ def write_retained(root: Path, prefixes: Iterable[RetainedPrefix]) -> None:
 
 
 def stamp_index(root: Path) -> IndexStamp | None:
-    """Read the whole file of the index; None if there is none. Nobody may write to it."""
+    """Read the whole file of the index; None if there is none, or something else in its place.
+    Nobody may write to it."""
     digest = xxhash.xxh3_64()
     buffer = bytearray(_HASHED_BYTES)
     nbytes = 0
@@ -168,7 +173,7 @@ def stamp_index(root: Path) -> IndexStamp | None:
             while count := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:count])
                 nbytes += count
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return None
     return IndexStamp(nbytes, digest.hexdigest())
 

@@ -25,6 +25,12 @@ from dualpath.kvstore.index_dump import IndexDump
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, check_snapshot
 from dualpath.kvstore.index_sums import SUMS_KEY, IndexSums, is_record_key
 from dualpath.kvstore.layout import KVLayout
+from dualpath.kvstore.namespace_files import (
+    COPIES_NAME,
+    NAMESPACES_NAME,
+    BadNamespaceFile,
+    NamespaceFiles,
+)
 from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.raw_device import RawDevice, owner_of
 from dualpath.kvstore.raw_marker import RAW_MARKER, raw_device_of
@@ -44,7 +50,8 @@ _KNOWN = frozenset(
         RETAINED_NAME,
         "SCRUB",
         "index",
-        "namespaces",
+        COPIES_NAME,
+        NAMESPACES_NAME,
         "segments",
         SNAPSHOT_NAME,
     )
@@ -60,7 +67,7 @@ class FsckState:
     records: dict[bytes, bytes] = field(default_factory=dict)
     bad_keys: set[bytes] = field(default_factory=set)
     segments: dict[int, CheckedSegment] = field(default_factory=dict)
-    bad_namespace_files: list[Path] = field(default_factory=list)
+    bad_namespace_files: list[BadNamespaceFile] = field(default_factory=list)
 
 
 class Fsck:
@@ -138,19 +145,23 @@ class Fsck:
                 self.report.add(FsckCode.UNKNOWN_FILE, entry.name, "not part of a store")
 
     def _check_namespaces(self) -> None:
-        folder = self.path / "namespaces"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix == ".new":
-                self.report.add(FsckCode.UNKNOWN_FILE, f"namespaces/{path.name}", "left by a crash")
-                continue
-            self.report.namespaces += 1
-            try:
-                namespace = directory_format.read_namespace(path)
-            except Corrupt as error:
-                self.report.add(FsckCode.NAMESPACE_DAMAGED, f"namespaces/{path.name}", str(error))
-                self.state.bad_namespace_files.append(path)
-                continue
-            self.state.layouts[namespace.id] = namespace.layout
+        report, found = self.report, NamespaceFiles(self.path).find()
+        for path in found.unfinished:
+            where = f"{path.parent.name}/{path.name}"
+            report.add(FsckCode.UNKNOWN_FILE, where, "left by a crash")
+        for bad in found.bad:
+            text = bad.why
+            if bad.namespace is not None:
+                text += "; its other file is whole, and --repair or the next opening writes it anew"
+            else:
+                text += (
+                    "; without it the blocks of the namespace cannot be served: restore it from a "
+                    "backup"
+                )
+            report.add(FsckCode.NAMESPACE_DAMAGED, bad.where, text)
+        report.namespaces = len(found.whole) + sum(bad.namespace is None for bad in found.bad)
+        self.state.bad_namespace_files = found.bad
+        self.state.layouts = {namespace.id: namespace.layout for namespace in found.whole}
 
     def _check_clean(self) -> None:
         try:
@@ -190,9 +201,13 @@ class Fsck:
 
     def _check_index(self) -> None:
         report = self.report
-        if not (self.path / "index" / "data.mdb").exists():
-            if self._has_segments():
-                report.add(FsckCode.INDEX_LOST, "index", "there are segments and no index")
+        data = self.path / "index" / "data.mdb"
+        if not data.exists():
+            if self._has_segments() or report.namespaces:
+                report.add(FsckCode.INDEX_LOST, "index", "there was something stored, and no index")
+            return
+        if not data.is_file() or not data.stat().st_size:
+            report.add(FsckCode.INDEX_LOST, "index/data.mdb", "it is empty or no file")
             return
         dump = IndexDump(self.path / "index", trusted=self._index_is_as_left)
         sums, found = None, IndexSums()

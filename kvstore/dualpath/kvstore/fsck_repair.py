@@ -9,6 +9,7 @@ crash in the middle leaves the old or the new one. The store then opens as after
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment
-from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME
+from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, store_id_of
+from dualpath.kvstore.namespace_files import NamespaceFiles
 from dualpath.kvstore.psync_device import sync_directory
 from dualpath.kvstore.raw_device import owner_of
 from dualpath.kvstore.record import BlockRecord
@@ -32,6 +34,7 @@ from dualpath.kvstore.segment import (
     write_headers,
     write_superblock,
 )
+from dualpath.transfer.errors import Corrupt
 
 _PUTS_MAX = 4096
 _INDEX_CODES = (
@@ -65,7 +68,12 @@ class FsckRepair:
         # What can be served is known only now.
         report = self._fsck.check()
         if asks_headers or report.has(*_INDEX_CODES):
-            self._with_device(self._replace_index)
+            device = self._fsck.open_device(read_only=False)
+            try:
+                self._replace_index(device)
+            finally:
+                if device is not None:
+                    device.close()
         elif self._fsck.state.bad_keys:
             self._replace_index(None)
         elif report.has(FsckCode.CLEAN_DAMAGED, FsckCode.SNAPSHOT_DAMAGED):
@@ -86,12 +94,30 @@ class FsckRepair:
 
     def _repair_meta(self) -> None:
         if self._fsck.report.has(FsckCode.META_DAMAGED):
-            kept = directory_format.set_aside(self._path, self._path / "META")
+            kept = self._aside("META")
+            known = self._known_store_id()
+            store_id = known or uuid.uuid4().hex
             # Of an unknown format: the oldest is brought up to date by the next opening.
-            raw = self._fsck.raw_device
-            store_id = (owner_of(raw)[0] if raw else "") or uuid.uuid4().hex
             directory_format.write_meta(self._path, Meta(1, store_id))
-            self._did(f"META is written anew, with the id {store_id}; the old one is {kept}")
+            told = "its former id" if known else "a new id (restart agents that mount it)"
+            self._did(f"META is written anew, with {told}, {store_id}; {kept}")
+
+    def _known_store_id(self) -> str:
+        """As the table of the raw device or the snapshot of a clean close tells; else ""."""
+        raw = self._fsck.raw_device
+        with contextlib.suppress(Corrupt, OSError):
+            if raw and (owner := owner_of(raw)[0]):
+                return owner
+        with contextlib.suppress(Corrupt, OSError):
+            return store_id_of(self._path / SNAPSHOT_NAME)
+        return ""
+
+    def _aside(self, name: str) -> str:
+        """Put something of the directory aside, if it is there; say where the old one is."""
+        path = self._path / name
+        if not path.exists():
+            return "there was none"
+        return f"the old one is {directory_format.set_aside(self._path, path)}"
 
     def _repair_retained(self) -> None:
         if self._fsck.report.has(FsckCode.RETAINED_DAMAGED):
@@ -99,9 +125,16 @@ class FsckRepair:
             self._did(f"{RETAINED_NAME} is put aside as {kept}: retentions are forgotten")
 
     def _repair_namespaces(self) -> None:
-        for path in self._fsck.state.bad_namespace_files:
-            kept = directory_format.set_aside(self._path, path)
-            self._did(f"namespace {path.name} is put aside as {kept}; its blocks leave the index")
+        for bad in self._fsck.state.bad_namespace_files:
+            if bad.namespace is not None:
+                kept = NamespaceFiles(self._path).write_anew(bad)
+                self._did(f"{bad.where} is written anew from its other file{kept}")
+            elif bad.path.exists():
+                kept = directory_format.set_aside(self._path, bad.path)
+                self._did(
+                    f"{bad.where} is put aside as {kept}; its blocks leave the index. If its "
+                    "content turns up, restore it, delete index/ and repair again"
+                )
 
     # Segments
 
@@ -231,13 +264,13 @@ class FsckRepair:
         finally:
             index.close()
         self._forget_clean()
-        old = directory_format.set_aside(self._path, self._path / "index")
+        old = self._aside("index")
         new.rename(self._path / "index")
         sync_directory(self._path)
         dropped = len(self._fsck.state.records) + brought - len(kept)
         self._did(
             f"the index is written anew: {len(kept)} blocks, {brought} of them found by their "
-            f"headers, {dropped} left out; the old one is {old}"
+            f"headers, {dropped} left out; {old}"
         )
 
     def _forget_clean(self) -> None:

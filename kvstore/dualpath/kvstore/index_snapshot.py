@@ -174,6 +174,12 @@ def check_snapshot(path: Path, header_crc: int | None = None) -> int:
     return int(header.get("blocks", 0))
 
 
+def store_id_of(path: Path) -> str:
+    """The id of the store that wrote it, by a header whose CRC holds. Raises Corrupt, OSError."""
+    with path.open("rb") as file:
+        return str(_read_header(file, path, None).get("store", ""))
+
+
 def _read_header(file: BinaryIO, path: Path, header_crc: int | None) -> dict[str, Any]:
     start = file.read(len(_MAGIC) + _LENGTHS.size)
     if len(start) < len(_MAGIC) + _LENGTHS.size or not start.startswith(_MAGIC):
