@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.directory_format import (
     ASIDE_MAX,
+    RETAINED_NAME,
     STORE_FORMAT,
     _summed,
     read_clean,
@@ -25,7 +27,9 @@ from dualpath.kvstore.directory_format import (
 )
 from dualpath.kvstore.index_sums import SUMS_KEY
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.namespace_files import COPIES_NAME, NAMESPACES_NAME
 from dualpath.kvstore.store_api import SealStatus
+from dualpath.kvstore.store_health import Trouble
 from dualpath.transfer.errors import Corrupt, DualPathError, InvalidRequest
 
 Content = Callable[[bytes, int], bytes]
@@ -115,6 +119,40 @@ def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(InvalidRequest, match="choose another"):
         BlockStore.open(file, CONFIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "thesis.txt"]
+
+
+def test_a_foreign_meta_is_refused_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "META").write_text('{"product": "other"}')
+    with pytest.raises(Corrupt, match="not that of a dualpath store"):
+        BlockStore.open(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["META"]
+
+
+def test_a_store_without_meta_is_refused_with_the_remedy(data: Path) -> None:
+    (data / "META").unlink()
+    with pytest.raises(InvalidRequest, match=r"META.*fsck --repair"):
+        BlockStore.open(data, CONFIG)
+
+
+def test_a_directory_that_takes_no_files_is_refused_with_the_remedy(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def read_only(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        with pytest.raises(InvalidRequest, match=r"LOCK: Read-only file system; .*mounted"):
+            BlockStore.open(data, CONFIG)
+    (data / "LOCK").unlink()
+    (data / "LOCK").mkdir()
+    with pytest.raises(InvalidRequest, match=r"LOCK: Is a directory; "):
+        BlockStore.open(data, CONFIG)
 
 
 def test_a_record_with_a_flipped_byte_ends_the_prefix_there(
@@ -222,6 +260,68 @@ def test_a_lost_index_is_rebuilt_from_the_headers(
     assert served(data, namespace, content) == BLOCKS
 
 
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("damage", ["empty", "folder", "file missing", "index missing", "CLEAN"])
+def test_an_index_that_is_empty_or_gone_is_rebuilt_and_told(
+    data: Path, namespace: Namespace, content: Content, damage: str, clean: bool
+) -> None:
+    if not clean:
+        (data / "CLEAN").unlink()
+        (data / "index.snapshot").unlink()
+    file = data / "index" / "data.mdb"
+    if damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "index missing":
+        shutil.rmtree(data / "index")
+    else:
+        file.unlink()
+        if damage == "folder":
+            file.mkdir()
+        elif damage == "CLEAN":
+            (data / "CLEAN").unlink(missing_ok=True)
+    with BlockStore.open(data, CONFIG) as store:
+        assert (store.recovered.rebuilt, store.recovered.blocks) == (True, BLOCKS)
+        assert f"rebuilt from headers: {BLOCKS} blocks" in store.health().reason
+    assert served(data, namespace, content) == BLOCKS
+    with BlockStore.open(data, CONFIG) as store:
+        assert not store.health().degraded
+
+
+def test_a_new_directory_has_lost_nothing(tmp_path: Path) -> None:
+    for _ in range(2):
+        with BlockStore.open(tmp_path / "data", CONFIG) as store:
+            assert not store.recovered.rebuilt
+            assert not store.health().degraded
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_segments_that_are_gone_are_told_and_come_back(
+    data: Path, namespace: Namespace, content: Content, clean: bool
+) -> None:
+    if not clean:
+        (data / "CLEAN").unlink()
+    (data / "segments").rename(data.parent / "away")
+    with BlockStore.open(data, CONFIG) as store:
+        assert store.recovered.blocks == 0
+        assert "segments are missing" in store.health().troubles[Trouble.RECOVERY]
+    shutil.rmtree(data / "segments")
+    (data.parent / "away").rename(data / "segments")
+    shutil.rmtree(data / "index")
+    (data / "damaged" / "index.1").rename(data / "index")
+    assert served(data, namespace, content) == BLOCKS
+
+
+@pytest.mark.parametrize("name", ["CLEAN", "index.snapshot", RETAINED_NAME])
+def test_a_folder_in_place_of_a_small_file_is_put_aside(
+    data: Path, namespace: Namespace, content: Content, name: str
+) -> None:
+    (data / name).unlink(missing_ok=True)
+    (data / name).mkdir()
+    assert served(data, namespace, content) == BLOCKS
+    assert not (data / name).is_dir()
+    assert (data / "damaged" / f"{name}.1").is_dir()
+
+
 def test_an_index_of_noise_is_set_aside_and_rebuilt(
     data: Path, namespace: Namespace, content: Content
 ) -> None:
@@ -287,12 +387,49 @@ def test_a_newer_segment_is_refused_by_name_and_locks_nothing(data: Path) -> Non
     BlockStore.open(data, CONFIG).close()
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"model": 3}', "[1]"])
-def test_a_damaged_namespace_file_costs_its_blocks_only(
-    data: Path, namespace: Namespace, content: Content, text: str
+@pytest.mark.parametrize("text", [None, "", "{}", '{"model": 3}', "[1]"])
+@pytest.mark.parametrize("folder", [NAMESPACES_NAME, COPIES_NAME])
+def test_a_damaged_namespace_file_is_written_anew_from_the_other_one(
+    data: Path, namespace: Namespace, content: Content, folder: str, text: str | None
 ) -> None:
-    (data / "namespaces" / f"{namespace.id.hex()}.json").write_text(text)
-    assert served(data, namespace, content) == 0
+    file = data / folder / f"{namespace.id.hex()}.json"
+    good = file.read_bytes()
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    assert served(data, namespace, content) == BLOCKS
+    assert file.read_bytes() == good
+    assert text is None or (data / "damaged" / f"{file.name}.1").read_text() == text
+
+
+def test_a_namespace_file_of_an_older_version_gets_a_copy(
+    data: Path, namespace: Namespace, content: Content
+) -> None:
+    shutil.rmtree(data / COPIES_NAME)
+    with BlockStore.open(data, CONFIG) as store:
+        assert not store.health().degraded
+    assert served(data, namespace, content) == BLOCKS
+    shutil.rmtree(data / NAMESPACES_NAME)
+    assert served(data, namespace, content) == BLOCKS
+
+
+def test_blocks_of_a_namespace_that_is_lost_come_back_with_it(
+    data: Path, namespace: Namespace, content: Content
+) -> None:
+    name = f"{namespace.id.hex()}.json"
+    good = (data / NAMESPACES_NAME / name).read_bytes()
+    for folder in (NAMESPACES_NAME, COPIES_NAME):
+        (data / folder / name).write_text("{}")
+    with BlockStore.open(data, CONFIG) as store:
+        assert store.recovered.blocks == 0
+        trouble = store.health().troubles[Trouble.RECOVERY]
+        assert f"{NAMESPACES_NAME}/{name}" in trouble
+        assert "restore it" in trouble
+    assert (data / "damaged" / "index.1" / "data.mdb").exists()
+    (data / NAMESPACES_NAME / name).write_bytes(good)
+    shutil.rmtree(data / "index")
+    assert served(data, namespace, content) == BLOCKS
 
 
 @pytest.mark.parametrize("seed", range(10))

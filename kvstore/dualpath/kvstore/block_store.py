@@ -490,7 +490,7 @@ def _open_on(
         dram.close()
         raise
     state.generation = recovered.generation
-    troubles = MediaTroubles(state)
+    troubles = MediaTroubles(state, recovered.troubles)
     state.read_failed, state.rotten = troubles.read_failed, troubles.rotten
     writer = BlockWriter(state, troubles)
     committer = Committer(writer, troubles, ssd, recovery.index, directory, state.io, dram.region)

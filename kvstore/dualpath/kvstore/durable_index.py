@@ -49,12 +49,16 @@ class DurableIndex:
 
     def __init__(self, path: Path) -> None:
         data = path / "data.mdb"
-        size = data.stat().st_size if data.exists() else 0
+        is_new = not data.exists()
+        size = 0 if is_new else data.stat().st_size
+        if not (is_new or (size and data.is_file())):
+            # LMDB would make an empty one of it, as if nothing had ever been stored.
+            raise Corrupt(f"{data} is empty or no file")
         self._map_bytes = max(_MAP_BYTES_MIN, 2 * size)
         self._turn = threading.Lock()
         self._path = path
         try:
-            if not size:
+            if is_new:
                 _create(path)
             self._env = self._open()
         except lmdb.Error as error:
@@ -213,7 +217,8 @@ class Probe:
     def __init__(self, path: Path) -> None:
         data = path / "data.mdb"
         self._child: subprocess.Popen[bytes] | None = None
-        self._needed = data.exists()
+        # An empty one is refused by DurableIndex; the child would make a good one of it.
+        self._needed = data.is_file() and data.stat().st_size > 0
         if self._needed:
             map_bytes = max(_MAP_BYTES_MIN, 2 * data.stat().st_size)
             # If even a process cannot be had, the index counts as bad.

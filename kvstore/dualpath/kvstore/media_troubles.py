@@ -25,15 +25,20 @@ FULL_DISK_S = 30.0
 """How long a store whose disk was full does not try to grow."""
 _SHOWN_S = 600.0
 """How long something that was lost marks the store as degraded."""
+_TOLD_MAX = 8
+"""Most findings of an opening that are told in one trouble; all are in the log."""
 _log = logging.getLogger(__name__)
 
 
 class MediaTroubles:
-    """See the module docstring. Implements CommitTroubles."""
+    """See the module docstring. Implements CommitTroubles. `recovered` is what the opening found,
+    one sentence each."""
 
-    def __init__(self, state: StoreState) -> None:
+    def __init__(self, state: StoreState, recovered: Sequence[str]) -> None:
         self._state = state
         self._grow_again_at = math.inf
+        if recovered:
+            self._note(Trouble.RECOVERY, "; ".join(recovered[:_TOLD_MAX]))
 
     # Segments
 

@@ -21,9 +21,11 @@ from dualpath.kvstore.block_columns import BlockColumns
 from dualpath.kvstore.catalog import Catalog, NamespaceEntry
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device, DeviceFile
+from dualpath.kvstore.directory_format import ASIDE_NAME
 from dualpath.kvstore.durable_index import DurableIndex, Probe
 from dualpath.kvstore.heap import trim_heap
 from dualpath.kvstore.index_snapshot import SnapshotState, read_snapshot
+from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.record_columns import NamespaceShape, RecordColumns
 from dualpath.kvstore.residency import Residency
@@ -34,7 +36,7 @@ from dualpath.kvstore.segment import (
     read_headers,
     read_superblock,
 )
-from dualpath.kvstore.ssd_tier import SsdTier, segment_number
+from dualpath.kvstore.ssd_tier import SsdTier, segment_name, segment_number
 from dualpath.transfer.errors import Corrupt
 from numpy.typing import NDArray
 
@@ -59,6 +61,8 @@ class Recovered:
     rebuilt: bool
     """Whether the index was lost and made anew from the headers."""
     from_snapshot: bool = False
+    troubles: tuple[str, ...] = ()
+    """A sentence for each thing that was damaged or gone, for the operator."""
 
 
 class Recovery:
@@ -72,6 +76,7 @@ class Recovery:
         self._damaged: dict[int, int] = {}
         self._stale: list[tuple[bytes, int]] = []
         self._suspect = False
+        self._unknown: set[bytes] = set()
         self._rebuilt = False
         self._from_snapshot = False
         self._generation = 0
@@ -92,30 +97,41 @@ class Recovery:
 
     def _read(self) -> BlockColumns:
         """The blocks that there may be, from the fastest source that can be trusted."""
+        troubles = self._directory.troubles
         probe = None if self._directory.was_clean else Probe(self._directory.index_path)
         try:
             for namespace in self._directory.namespaces():
                 self._catalog.restore(namespace)
             self._open_segments()
-            lost = not (self._directory.index_path / "data.mdb").exists() and bool(self._segments)
             try:
+                if self._index_is_lost():
+                    raise Corrupt(f"the index {self._directory.index_path} is gone")
                 if probe is not None and not probe.passed():
                     raise Corrupt("the index cannot be walked by a child process")
                 self._index = DurableIndex(self._directory.index_path)
-                if not lost:
-                    snapshot = self._from_clean_close()
-                    return self._from_index(self._index) if snapshot is None else snapshot
+                snapshot = self._from_clean_close()
+                return self._from_index(self._index) if snapshot is None else snapshot
             except Corrupt as error:
                 _log.warning("%s; it is set aside and rebuilt from the headers", error)
+                reason = str(error)
         finally:
             if probe is not None:
                 probe.close()
         self._stale.clear()
+        self._unknown.clear()
         self._suspect, self._rebuilt = False, True
         records = [(record.key, record.to_bytes()) for record in self._from_headers()]
         self._rewrite(records)
         _log.warning("the index was rebuilt from headers: %d blocks", len(records))
+        troubles.append(f"{reason}; it was rebuilt from headers: {len(records)} blocks")
         return self._decoded(records)
+
+    def _index_is_lost(self) -> bool:
+        """Whether there is none although there was one: from the first opening on there is, and
+        segments and namespaces come later."""
+        if (self._directory.index_path / "data.mdb").exists():
+            return False
+        return bool(self._segments or self._damaged or len(self._catalog))
 
     def _rewrite(self, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Set the index aside and write a new one."""
@@ -131,6 +147,7 @@ class Recovery:
         kept = found.rooted(self._fitting(found) & found.latest_of_slots())
         for at in np.flatnonzero(~kept).tolist():
             self._stale.append((self._key(found, at), int(found.generations[at])))
+        self._tell_missing(found)
         columns = found if kept.all() else found.take(np.flatnonzero(kept))
         residency.restore(columns)
         self._adopt_segments(columns, ssd)
@@ -145,7 +162,29 @@ class Recovery:
             dropped=len(self._stale),
             rebuilt=self._rebuilt,
             from_snapshot=self._from_snapshot,
+            troubles=tuple(self._directory.troubles),
         )
+
+    def _tell_missing(self, found: BlockColumns) -> None:
+        """Blocks that are dropped because something else is missing could come back with it, so
+        the index that names them is kept."""
+        missing = ~np.isin(found.segments, list(self._segments))
+        texts = []
+        if missing.any():
+            numbers = np.unique(found.segments[missing]).tolist()
+            names = ", ".join(map(segment_name, numbers[:5])) + (" ..." if numbers[5:] else "")
+            texts.append(f"{len(numbers)} segments are missing or damaged ({names})")
+        if self._unknown:
+            names = ", ".join(sorted(each.hex() for each in self._unknown)[:5])
+            texts.append(f"{len(self._unknown)} namespaces are not known any more ({names})")
+        if texts:
+            text = (
+                f"{'; '.join(texts)}: their blocks are dropped; the index that names them is kept "
+                f"in {self._directory.path / ASIDE_NAME}"
+            )
+            _log.warning("%s", text)
+            self._directory.troubles.append(text)
+            self._suspect = True
 
     def _key(self, columns: BlockColumns, at: int) -> bytes:
         entry = self._catalog.numbered(int(columns.namespaces[at]))
@@ -237,6 +276,9 @@ class Recovery:
         while batch := list(itertools.islice(iterator, _DECODED_AT_ONCE)):
             decoder.add([key for key, _ in batch], [value for _, value in batch])
         self._stale += [(key, -1) for key in decoder.refused]
+        if not decoder.damaged:
+            ids = {key[:NAMESPACE_ID_BYTES] for key in decoder.refused}
+            self._unknown |= {each for each in ids if self._catalog.find(each) is None}
         self._suspect = self._suspect or decoder.damaged
         return decoder.finish()
 

@@ -26,6 +26,8 @@ class Trouble(enum.Enum):
     """Blocks that were sealed without `durable` were lost before they reached the disk."""
     ROT = "rot"
     """Blocks on the medium did not have their checksums any more."""
+    RECOVERY = "recovery"
+    """Opening found something damaged or gone, and went on with what is left."""
 
 
 @dataclass(frozen=True, slots=True)
