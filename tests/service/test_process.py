@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import signal
 import socket
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.service.process import SERVICE, run_daemon
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.errors import InvalidRequest, Unavailable
@@ -170,6 +173,25 @@ def test_a_data_directory_of_a_newer_format_is_refused_by_name(in_lab: Any) -> N
         with pytest.raises(InvalidRequest, match=f"format {content['format']}") as caught:
             await run_daemon(config, lambda where: pytest.fail("it was ready"))
         assert caught.value.reason == "newer_format"
+
+    in_lab(body)
+
+
+def test_a_file_that_the_medium_refuses_is_one_line_with_the_remedy(
+    in_lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: object, name: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+    async def body(lab: Any) -> None:
+        config = lab.config(io="psync")
+        first = await lab.daemon(config)
+        client = await lab.client(first).attach()
+        await client.save(await client.namespace(), lab.chain(1))
+        await first.daemon.stop()
+        monkeypatch.setattr(PsyncDevice, "open", refuse)
+        with pytest.raises(Unavailable, match=r"'segment-00000000'; check .*dualpath fsck"):
+            await run_daemon(config, lambda where: pytest.fail("it was ready"))
 
     in_lab(body)
 

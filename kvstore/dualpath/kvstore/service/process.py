@@ -16,7 +16,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from typing import Any
 
 import grpc
@@ -113,10 +112,7 @@ class Daemon:
         metrics = self._open_metrics()
         executor = FairExecutor(CONTROL_THREADS, CONTROL_SHARE, principal_of_call, "control")
         stack.callback(executor.shutdown)
-        store = await loop.run_in_executor(
-            executor,
-            partial(BlockStore.open, config.data, _store_config(config), clock=self._clock),
-        )
+        store = await loop.run_in_executor(executor, _open_store, config, self._clock)
         stack.push_async_callback(_in_thread, store.close)
         engine = DeliveryEngine(
             store,
@@ -384,6 +380,17 @@ async def run_daemon(
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
+
+
+def _open_store(config: DaemonConfig, clock: Callable[[], float]) -> BlockStore:
+    try:
+        return BlockStore.open(config.data, _store_config(config), clock=clock)
+    except OSError as error:
+        raise Unavailable(
+            f"data directory {config.data} cannot be opened: {error}; check the medium, and that "
+            f"this user may write to all of it, or look with `dualpath fsck {config.data}`",
+            reason="data_directory",
+        ) from error
 
 
 def _store_config(config: DaemonConfig) -> StoreConfig:
