@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 import pytest
-from dualpath.transfer import stream_frame, stream_handshake
+from dualpath.transfer import stream_frame, stream_handshake, stream_transport
 from dualpath.transfer.conformance_scene import Recorder, extents
 from dualpath.transfer.errors import (
     DeadlineExceeded,
@@ -94,6 +94,41 @@ def test_a_caller_that_says_nothing_is_hung_up_on_in_time(
         silent.sendall(b"\x01")
         with suppress(ConnectionResetError):
             assert silent.recv(1) == b""
+
+
+def test_callers_that_say_nothing_do_not_keep_out_one_who_speaks(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_transport, "HANDSHAKES_MAX", 4)
+    monkeypatch.setattr(stream_handshake, "HANDSHAKE_S", 60.0)
+    listener = make(stack, "listener", Recorder())
+    address = listener.listen("127.0.0.1:0")
+    silent = [
+        stack.enter_context(socket.create_connection(parse_address(address), timeout=10))
+        for _ in range(12)
+    ]
+    dialler = make(stack, "dialler", Recorder())
+    dialler.connect("listener", address, listener.invite("dialler"), deadline_s=10)
+    assert [each.peer for each in listener.traffic() if each.connected] == ["dialler"]
+    assert silent[0].recv(1) == b""
+
+
+def test_silent_callers_from_one_address_do_not_push_out_those_from_another(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_transport, "HANDSHAKES_MAX", 4)
+    monkeypatch.setattr(stream_transport, "HANDSHAKE_S_MIN", 0.0)
+    monkeypatch.setattr(stream_handshake, "HANDSHAKE_S", 60.0)
+    listener = make(stack, "listener", Recorder())
+    address = parse_address(listener.listen("127.0.0.1:0"))
+    slow = stack.enter_context(
+        socket.create_connection(address, timeout=10, source_address=("127.0.0.2", 0))
+    )
+    silent = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(12)]
+    for each in silent[:9]:
+        assert each.recv(1) == b""
+    slow.sendall(stream_frame.hello("slow", listener.invite("slow")))
+    assert slow.recv(1)  # welcome, late as it came
 
 
 def test_connections_are_limited(stack: ExitStack) -> None:

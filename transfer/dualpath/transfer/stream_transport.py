@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from dualpath.transfer.errors import (
@@ -49,8 +50,11 @@ from dualpath.transfer.transport import (
 )
 from dualpath.transfer.window import WindowTable
 
-HANDSHAKES_MAX = 32
-"""Accepted connections that have not said yet who they are; more are hung up on."""
+HANDSHAKES_MAX = 128
+"""Accepted connections that have not said yet who they are. Of more, the one that has had the most
+time is hung up on: whoever speaks at once gets through, however many say nothing."""
+HANDSHAKE_S_MIN = 0.2
+"""Time that each of them has to speak in any case; meanwhile new callers wait to be accepted."""
 JOIN_S = 5.0
 ACCEPT_RETRY_MS = 100
 
@@ -83,7 +87,7 @@ class StreamTransport(ABC):
         self._connections: dict[str, StreamConnection] = {}
         self._threads: set[threading.Thread] = set()
         self._ending: set[StreamConnection] = set()
-        self._handshakes: set[socket.socket] = set()
+        self._handshakes: dict[socket.socket, tuple[str, float]] = {}  # from where, since when
         self._listener: socket.socket | None = None
         self._address = ""
         self._closed = False
@@ -341,24 +345,46 @@ class StreamTransport(ABC):
             while not self._closed:
                 ready.poll()
                 try:
-                    sock, _ = listener.accept()
+                    sock, address = listener.accept()
                 except BlockingIOError:
                     continue
                 except OSError as error:  # out of descriptors, for one: others may give some up
                     _log.warning("%s cannot accept: %s", self._own_name, error)
                     woken.poll(ACCEPT_RETRY_MS)
                     continue
-                self._greet_soon(sock)
+                while (wait_s := self._seconds_to_room()) > 0:
+                    woken.poll(wait_s * 1000)
+                self._greet_soon(sock, str(address[0]) if address else "")
 
-    def _greet_soon(self, sock: socket.socket) -> None:
-        reason = "too many handshakes under way"
+    def _seconds_to_room(self) -> float:
+        """Until one more may be greeted; makes room if that is possible now."""
         with self._lock:
-            if not self._closed and len(self._handshakes) < HANDSHAKES_MAX:
-                self._handshakes.add(sock)
+            if self._closed or len(self._handshakes) < HANDSHAKES_MAX:
+                return 0.0
+            # Of the address that has most: who floods from one does not harm callers from others.
+            counts = Counter(address for address, _ in self._handshakes.values())
+            most = max(counts, key=lambda address: counts[address])
+            sock, since = next(
+                (sock, since)
+                for sock, (address, since) in self._handshakes.items()
+                if address == most
+            )
+            left = since + HANDSHAKE_S_MIN - time.monotonic()
+            if left <= 0:
+                del self._handshakes[sock]
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            return max(0.0, left)
+
+    def _greet_soon(self, sock: socket.socket, address: str) -> None:
+        reason = "closed"
+        with self._lock:
+            if not self._closed:
+                self._handshakes[sock] = address, time.monotonic()
                 try:
                     self._spawn(lambda: self._greet(sock), f"dualpath-greet-{self._own_name}")
                 except RuntimeError as error:  # out of threads
-                    self._handshakes.discard(sock)
+                    self._handshakes.pop(sock, None)
                     reason = str(error)
                 else:
                     return
@@ -376,7 +402,7 @@ class StreamTransport(ABC):
             self._register(connection)
             with self._lock:
                 # From here on it is the connection's socket; `close` ends that.
-                self._handshakes.discard(sock)
+                self._handshakes.pop(sock, None)
             send_welcome(sock, self._own_name)
         except (OSError, MalformedFrame, DualPathError) as error:
             _log.info("%s turned a caller down: %s", self._own_name, error)
@@ -387,7 +413,7 @@ class StreamTransport(ABC):
             connection.start()
         finally:
             with self._lock:
-                self._handshakes.discard(sock)
+                self._handshakes.pop(sock, None)
 
 
 def seconds_left(deadline: float) -> float:
