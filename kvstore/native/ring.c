@@ -57,7 +57,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int fd, busy, writing, fixed, cancelled;
-    unsigned depth;
+    unsigned depth, most; /* slots; how many of them this batch may use */
     unsigned char *rings;
     size_t rings_bytes, sqes_bytes;
     struct io_uring_sqe *sqes;
@@ -182,7 +182,7 @@ static void fill(Ring *ring) {
     while (ring->again_count && ring->unsubmitted < ring->depth) {
         push_transfer(ring, ring->again[--ring->again_count]);
     }
-    while (ring->idle_count && ring->next < ring->count && ring->unsubmitted < ring->depth) {
+    while (ring->flying < ring->most && ring->next < ring->count && ring->unsubmitted < ring->depth) {
         uint32_t number = ring->idle[--ring->idle_count];
         ring->slots[number] = (Slot){.item = ring->next++};
         push_transfer(ring, number);
@@ -503,8 +503,10 @@ static PyObject *ring_start(PyObject *self, PyObject *args) {
     PyObject *fds, *offsets, *at, *nbytes, *memory, *errors;
     Arrays arrays = {0};
     int writing, started = 0;
+    unsigned most;
     if (!PyArg_ParseTuple(
-            args, "pOOOOOO:start", &writing, &fds, &offsets, &memory, &at, &nbytes, &errors) ||
+            args, "pOOOOOOI:start", &writing, &fds, &offsets, &memory, &at, &nbytes, &errors,
+            &most) ||
         !usable(ring)) {
         return NULL;
     }
@@ -513,6 +515,7 @@ static PyObject *ring_start(PyObject *self, PyObject *args) {
         return NULL;
     }
     ring->writing = writing;
+    ring->most = most && most < ring->depth ? most : ring->depth;
     if (get_array(fds, &arrays.fds, 4) && get_array(offsets, &arrays.offsets, 8) &&
         get_array(at, &arrays.at, 8) && get_array(nbytes, &arrays.nbytes, 8)) {
         started = start_batch(ring, &arrays, memory, errors);
@@ -632,7 +635,7 @@ static PyObject *ring_pending(PyObject *self, void *unused) {
 
 static PyMethodDef ring_methods[] = {
     {"start", ring_start, METH_VARARGS,
-     "start(writing, fds, offsets, memory, at, nbytes, errors): begin a batch."},
+     "start(writing, fds, offsets, memory, at, nbytes, errors, most): begin a batch."},
     {"wait", ring_wait, METH_VARARGS,
      "wait(told, least, timeout_s): how many items that have ended were written to told."},
     {"nudge", ring_nudge, METH_NOARGS, "Reap and submit, if nobody else does; never waits."},

@@ -323,7 +323,7 @@ class LaggingProgress:
         self.free = False
         self.cancelled = False
 
-    def wait(self, timeout_s: float) -> NDArray[np.int32]:
+    def wait(self, timeout_s: float, least: int = 1) -> NDArray[np.int32]:
         if not self.free or not self.pending:
             threading.Event().wait(min(timeout_s, 0.01))
             return np.empty(0, np.int32)

@@ -131,7 +131,7 @@ class Reads:
     def end(self, *items: int) -> None:
         self.ended += items
 
-    def wait(self, timeout_s: float) -> np.ndarray:
+    def wait(self, timeout_s: float, least: int = 1) -> np.ndarray:
         items, self.ended = self.ended, []
         self.errors[items] = 0
         self.pending -= len(items)

@@ -72,6 +72,7 @@ class Ring:
         at: NDArray[np.int64],
         nbytes: NDArray[np.int64],
         errors: NDArray[np.int32],
+        most: int,
         /,
     ) -> None: ...
     def wait(self, told: NDArray[np.int32], least: int, timeout_s: float, /) -> int: ...

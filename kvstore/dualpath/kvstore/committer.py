@@ -22,10 +22,12 @@ from typing import Protocol
 
 from dualpath.kvstore.commit_job import CommitJob
 from dualpath.kvstore.data_directory import DataDirectory
+from dualpath.kvstore.data_pump import DataPump, DataWrite
 from dualpath.kvstore.durable_index import DurableIndex
+from dualpath.kvstore.header_writer import HeaderWriter
 from dualpath.kvstore.io_gate import IoGate
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.slot_writer import DataWrite, HeaderWriter, WriteFailure
+from dualpath.kvstore.slot_items import WriteFailure
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.transfer.region import Region
 
@@ -103,8 +105,8 @@ class Committer:
         self._ssd = ssd
         self._index = index
         self._directory = directory
-        self._gate = gate
         self._arena = arena
+        self._pump = DataPump(ssd.device, gate)
         self._headers = HeaderWriter(ssd, GROUP_JOBS_MAX)
         self._ahead: _Group | None = None
         self._wake = threading.Condition()
@@ -122,7 +124,8 @@ class Committer:
         self._thread = threading.Thread(target=self._run, name="dualpath-committer", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
+        self._pump.start()
         self._thread.start()
 
     def submit(self, jobs: Sequence[CommitJob]) -> None:
@@ -184,11 +187,12 @@ class Committer:
                 # The thread must outlive any surprise, and waiters must hear of it.
                 _log.exception("a group commit failed unexpectedly")
                 if group.write is not None:
-                    group.write.finish()  # until then the device reads their memory
+                    self._pump.finish(group.write)  # until then the device reads their memory
                 for job in group.jobs:
                     job.failure = job.failure or "internal error"
                 self._host.settle(group.jobs)
             if closing and not group.jobs:
+                self._pump.close()
                 return
 
     def _next(self) -> tuple[_Group, list[_Delete], bool]:
@@ -262,20 +266,25 @@ class Committer:
         return self._troubles.relocate(sick) if sick else []
 
     def _write(self, group: _Group, *, more: bool) -> None:
-        """Data, headers, sync; with `more` the next group's data begins after this one's."""
+        """Data, headers, sync; with `more` the next group's data follows this one's."""
         if group.write is None:
             self._prepare(group.jobs)
-            group.write = self._data_write(group.jobs)
-        for failure in group.write.finish():
-            self._sicken(failure, "data")
+            group.write = self._begin_data(group.jobs)
+        self._pump.await_begun(group.write)
         if more:
             self._begin_ahead()
-        self._write_headers(group.jobs)
-        self._sync(group.jobs)
+        for failure in self._pump.finish(group.write):
+            self._sicken(failure, "data")
+        for step in (self._write_headers, self._sync):
+            if more:
+                self._begin_ahead()
+            step(group.jobs)
 
-    def _data_write(self, jobs: Sequence[CommitJob]) -> DataWrite:
+    def _begin_data(self, jobs: Sequence[CommitJob]) -> DataWrite:
         wanted = [job for job in jobs if not job.failure]
-        return DataWrite(self._ssd, self._gate, self._arena.view, wanted)
+        write = DataWrite(self._ssd, self._arena.view, wanted)
+        self._pump.begin(write)
+        return write
 
     def _prepare(self, group: Sequence[CommitJob]) -> None:
         """Make sure of the jobs' namespaces and segment files."""
@@ -294,6 +303,8 @@ class Committer:
     def _begin_ahead(self) -> None:
         """Begin to write the next group's data if nothing is in the way: all that may go wrong is
         left to its turn."""
+        if self._ahead is not None:
+            return
         with self._wake:
             jobs = self._take_jobs()
             blocked = any(job.place in self._held for job in jobs)
@@ -308,8 +319,7 @@ class Committer:
                 self._ssd.ensure(job.record.segment)
         except OSError:
             return
-        self._ahead.write = self._data_write(jobs)
-        self._ahead.write.start()
+        self._ahead.write = self._begin_data(jobs)
 
     def _save_namespace(self, namespace: Namespace) -> None:
         """Once a namespace: without its file its blocks would be dropped at the next opening."""

@@ -104,9 +104,9 @@ class _Counted:
         """See BatchProgress."""
         return self._progress.pending
 
-    def wait(self, timeout_s: float) -> NDArray[np.int32]:
+    def wait(self, timeout_s: float, least: int = 1) -> NDArray[np.int32]:
         """See BatchProgress."""
-        items = self._progress.wait(timeout_s)
+        items = self._progress.wait(timeout_s, least)
         if len(items):
             self._ended(int(self._nbytes[items].sum()))
         return items

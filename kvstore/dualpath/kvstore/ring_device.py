@@ -84,7 +84,7 @@ class RingProgress:
         else:
             self._let_go()
 
-    def wait(self, timeout_s: float) -> NDArray[np.int32]:
+    def wait(self, timeout_s: float, least: int = 1) -> NDArray[np.int32]:
         """See BatchProgress."""
         if self.pending == 0:
             return _NOTHING
@@ -94,7 +94,7 @@ class RingProgress:
                 self._start(timeout_s)
             return self._fail_all() if self._failure else _NOTHING
         try:
-            count = ring.wait(self._told, 1, max(0.0, timeout_s))
+            count = ring.wait(self._told, least, max(0.0, timeout_s))
         except OSError as error:
             # The kernel refuses the ring itself. What it holds it holds on to: the caller's own
             # deadline ends this.
@@ -127,7 +127,14 @@ class RingProgress:
             nbytes = np.ascontiguousarray(batch.nbytes, np.int64)
             self._ring = ring
             ring.start(
-                self._writing, self._fds, self._offset, batch.memory, at, nbytes, self.errors
+                self._writing,
+                self._fds,
+                self._offset,
+                batch.memory,
+                at,
+                nbytes,
+                self.errors,
+                batch.depth,
             )
         except OSError as error:
             _log.warning("a batch of %d transfers cannot begin: %s", len(batch), error)

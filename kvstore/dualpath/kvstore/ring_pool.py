@@ -34,9 +34,11 @@ class NativeRing(Protocol):
         at: NDArray[np.int64],
         nbytes: NDArray[np.int64],
         errors: NDArray[np.int32],
+        most: int,
         /,
     ) -> None:
-        """Begin a batch. Raises ValueError, OSError."""
+        """Begin a batch with at most `most` items in flight; 0: as many as the ring has room for.
+        Raises ValueError, OSError."""
 
     def wait(self, told: NDArray[np.int32], least: int, timeout_s: float, /) -> int:
         """Write items that have ended to `told`, as soon as `least` have; return how many."""

@@ -2,7 +2,7 @@
 
 Bookkeeping (`take`, `give`, `shrink`, `take_retired`) is memory only and needs the caller's lock.
 I/O (`ensure`, `read`, `erase_headers`, `sync`, `remove`) may run beside it; `ensure` and everything
-that writes is for one thread. Blocks are written by `slot_writer`. A segment's file comes into
+that writes is for one thread. Blocks are written by `data_pump`. A segment's file comes into
 being when its first block is to be written. Empty segments of one class make way for another class;
 their files go through `take_retired`.
 """

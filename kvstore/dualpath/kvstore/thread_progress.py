@@ -48,7 +48,7 @@ class ThreadProgress:
         self._told = 0
         self._cancelled = False
         self.errors: NDArray[np.int32] = np.full(len(batch), UNDER_WAY, np.int32)
-        for _ in range(min(threads, len(batch))):
+        for _ in range(min(threads, batch.depth or threads, len(batch))):
             executor.submit(self._work)
 
     @property
@@ -56,11 +56,12 @@ class ThreadProgress:
         """See BatchProgress."""
         return len(self._batch) - self._told
 
-    def wait(self, timeout_s: float) -> NDArray[np.int32]:
+    def wait(self, timeout_s: float, least: int = 1) -> NDArray[np.int32]:
         """See BatchProgress."""
         deadline = time.monotonic() + timeout_s
         with self._ended_or_time:
-            while not self._ended and self._told < len(self._batch):
+            least = min(least, len(self._batch) - self._told)
+            while len(self._ended) < least:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break

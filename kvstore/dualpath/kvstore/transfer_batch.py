@@ -46,6 +46,8 @@ class TransferBatch:
     memory: memoryview
     at: NDArray[np.int64]
     nbytes: NDArray[np.int64]
+    depth: int = 0
+    """Most items in flight where the device can tell them apart; 0: as many as it likes."""
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -68,9 +70,9 @@ class BatchProgress(Protocol):
     def pending(self) -> int:
         """Items that have not ended."""
 
-    def wait(self, timeout_s: float) -> NDArray[np.int32]:
-        """Items that have ended since the last call, as soon as there is one; none when the time
-        is over or nothing is pending. Each item is told once."""
+    def wait(self, timeout_s: float, least: int = 1) -> NDArray[np.int32]:
+        """Items that have ended since the last call, when there are `least` at the latest; none
+        when the time is over or nothing is pending. Each item is told once."""
 
     def cancel(self) -> None:
         """End what is pending soon, as ECANCELED where it has not moved. Go on waiting."""
@@ -115,7 +117,7 @@ class FailedProgress:
         self.pending = items
         self.errors: NDArray[np.int32] = np.full(items, error, np.int32)
 
-    def wait(self, timeout_s: float) -> NDArray[np.int32]:
+    def wait(self, timeout_s: float, least: int = 1) -> NDArray[np.int32]:
         """See BatchProgress."""
         count, self.pending = self.pending, 0
         return np.arange(count, dtype=np.int32)
@@ -141,7 +143,7 @@ class SerialProgress:
         """See BatchProgress."""
         return len(self._batch) - self._next
 
-    def wait(self, timeout_s: float) -> NDArray[np.int32]:
+    def wait(self, timeout_s: float, least: int = 1) -> NDArray[np.int32]:
         """See BatchProgress."""
         item = self._next
         if item == len(self._batch):

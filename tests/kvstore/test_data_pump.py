@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dualpath.kvstore import embedded
+from dualpath.kvstore import data_pump, embedded
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.commit_job import CommitJob
+from dualpath.kvstore.data_pump import DataPump, DataWrite
 from dualpath.kvstore.device import Device, MemoryDevice
 from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
+from dualpath.kvstore.header_writer import HeaderWriter
 from dualpath.kvstore.io_gate import IoGate
 from dualpath.kvstore.io_order import BUSY_BYTES, IoClass
 from dualpath.kvstore.layout import KVLayout
@@ -20,12 +23,13 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import SegmentGeometry, read_headers
-from dualpath.kvstore.slot_writer import DataWrite, HeaderWriter
+from dualpath.kvstore.slot_items import WriteFailure
 from dualpath.kvstore.ssd_tier import SsdTier, segment_name
 from dualpath.kvstore.store_api import SealStatus
 from dualpath.kvstore.transfer_batch import SerialProgress, TransferBatch, read_one
 
 SLOT = 64 << 10
+WAIT_S = 20.0
 SPACE = Namespace("m", KVLayout(1, 1, SLOT, "u8"))
 
 
@@ -61,7 +65,13 @@ class Rig:
 
 def write(rig: Rig, jobs: list[CommitJob]) -> list[tuple[int, int]]:
     """(segment, jobs) of each failure."""
-    failures = DataWrite(rig.ssd, IoGate(), rig.memory, jobs).finish()
+    pump = DataPump(rig.ssd.device, IoGate())
+    pump.start()
+    one = DataWrite(rig.ssd, rig.memory, jobs)
+    pump.begin(one)
+    failures = pump.finish(one)
+    assert pump.finish(one) == failures
+    pump.close()
     return [(failure.segment, len(failure.jobs)) for failure in failures]
 
 
@@ -125,19 +135,90 @@ def test_headers_of_neighbours_are_kept_and_longer_ones_overwritten() -> None:
     assert device.files[segment_name(0)][at : at + 1024] == again.encoded.ljust(1024, b"\0")
 
 
-def test_a_write_that_is_started_waits_for_its_turn_beside_loads() -> None:
+def test_writes_follow_each_other_and_each_tells_its_own_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data_pump, "PART_BYTES", 4 * SLOT)
+    monkeypatch.setattr(data_pump, "WRITE_BYTES", SLOT)
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    rig = Rig(device)
+    device.plan.unwritable.add(segment_name(2))
+    pump = DataPump(device, IoGate())
+    writes = [
+        DataWrite(rig.ssd, rig.memory, rig.jobs[start : start + 9]) for start in range(0, 90, 9)
+    ]
+    assert all(len(one.parts) == 3 for one in writes)
+    for one in writes:
+        pump.begin(one)
+    pump.start()
+    pump.await_begun(writes[-1])
+    told: list[WriteFailure] = [failure for one in writes for failure in pump.finish(one)]
+    pump.close()
+    failed = {job.place for failure in told for job in failure.jobs}
+    assert failed == {(2, slot) for slot in range(30)}
+    assert all(rig.stored(job) for job in rig.jobs if job.place not in failed)
+
+
+class Blurting(MemoryDevice):
+    """Raises what no device may, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blurts = True
+
+    def write_batch(self, batch: TransferBatch) -> SerialProgress:
+        if self.blurts:
+            self.blurts = False
+            raise ValueError("out of the blue")
+        return super().write_batch(batch)
+
+
+def test_a_surprise_fails_its_part_and_the_pump_goes_on() -> None:
+    device = Blurting()
+    rig = Rig(device)
+    pump = DataPump(device, IoGate())
+    pump.start()
+    for failing, jobs in ((True, rig.jobs[:9]), (False, rig.jobs)):
+        one = DataWrite(rig.ssd, rig.memory, jobs)
+        pump.begin(one)
+        failed = [job for failure in pump.finish(one) for job in failure.jobs]
+        assert len(failed) == (9 if failing else 0)
+    assert all(map(rig.stored, rig.jobs))
+    pump.close()
+
+
+def test_a_write_waits_for_its_turn_beside_loads() -> None:
     rig = Rig(MemoryDevice())
-    gate = IoGate()
+    turns = Turns()
     page = np.zeros(1, np.int64)
     batch = TransferBatch([], page.astype(np.int32), page, rig.memory, page, page)
-    gate.counted(SerialProgress(batch, read_one), np.array([BUSY_BYTES]), IoClass.LOAD)
-    assert gate.try_save(64 << 20)  # from now on saves are in debt
-    gate.end_save(64 << 20)
-    one = DataWrite(rig.ssd, gate, rig.memory, rig.jobs)
-    one.start()
+    turns.counted(SerialProgress(batch, read_one), np.array([BUSY_BYTES]), IoClass.LOAD)
+    assert turns.try_save(64 << 20)  # from now on saves are in debt
+    turns.end_save(64 << 20)
+    pump = DataPump(rig.ssd.device, turns)
+    pump.start()
+    one = DataWrite(rig.ssd, rig.memory, rig.jobs)
+    pump.begin(one)
+    assert turns.asked.wait(WAIT_S)
     assert not any(map(rig.stored, rig.jobs))
-    assert one.finish() == []
+    turns.go.set()
+    assert pump.finish(one) == []
     assert all(map(rig.stored, rig.jobs))
+    pump.close()
+
+
+class Turns(IoGate):
+    """Tells when a save waits for its turn, and lets it wait until `go`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+        self.go = threading.Event()
+
+    def begin_save(self, nbytes: int) -> None:
+        self.asked.set()
+        assert self.go.wait(WAIT_S)
+        super().begin_save(nbytes)
 
 
 # Puts in parts
