@@ -6,6 +6,8 @@ it belongs on loopback or a private network.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from threading import Thread
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
 JOIN_S_MAX = 5.0
+REQUEST_S_MAX = 10.0
+_log = logging.getLogger(__name__)
+
 Probes: TypeAlias = Mapping[str, Callable[[], Verdict]]
 """By path, such as `/readyz`: what a probe of it is told."""
 
@@ -69,7 +74,21 @@ class MetricsServer:
 
 
 class _SilentHandler(WSGIRequestHandler):
-    """Probes come every second: they are not logged."""
+    """Probes come every second: they are not logged. A client that says nothing is hung up on."""
+
+    timeout = REQUEST_S_MAX
+
+    def handle(self) -> None:
+        """Answer one request; one that is cut off is nobody's."""
+        try:
+            super().handle()
+        except OSError as error:
+            _log.debug("a request for metrics was cut off: %s", error)
+
+    def finish(self) -> None:
+        """Send what is left of the answer, if somebody is there."""
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
