@@ -322,3 +322,25 @@ def test_a_file_without_tokens_does_not_guard_an_address_beyond_loopback(
             await lab.daemon(access_file=str(file), listen="0.0.0.0:0", advertise_host="127.0.0.1")
 
     in_lab(body)
+
+
+@pytest.mark.parametrize("namespace", ["zz", "00" * 15, "AB" * 16, "00" * 17])
+def test_a_rule_for_what_is_no_namespace_id_is_refused(namespace: str) -> None:
+    text = _text().replace(BLUE.id.hex(), namespace)
+    with pytest.raises(InvalidRequest, match=f"rule 3: namespace '{namespace}' is no namespace id"):
+        parse_access(text, "f")
+
+
+def test_a_rule_for_any_namespace_may_say_so() -> None:
+    rules = parse_access(_text().replace(BLUE.id.hex(), "*"), "f")
+    assert rules.rights_everywhere("token:blue") == Rights.WRITE | Rights.ADMIN
+
+
+def test_an_access_file_that_is_not_there_is_a_mistake_in_the_settings(
+    in_lab: Any, tmp_path: Path
+) -> None:
+    async def body(lab: Any) -> None:
+        with pytest.raises(InvalidRequest, match=r"access_file: cannot read .*gone\.toml: No such"):
+            await lab.daemon(access_file=str(tmp_path / "gone.toml"))
+
+    in_lab(body)

@@ -23,13 +23,14 @@ everything. Tokens are kept as digests only. Reads no file.
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES, Namespace
 from dualpath.kvstore.service.principal import (
     ALL_RIGHTS,
     PRINCIPAL_BYTES_MAX,
@@ -44,6 +45,7 @@ ENTRIES_MAX = 4096
 """Most tokens, rules and limits of a file, each."""
 _ANY = "*"
 _SHA256_CHARS = 64
+_NAMESPACE_ID = re.compile(f"[0-9a-f]{{{2 * NAMESPACE_ID_BYTES}}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +232,12 @@ def _rule(entry: Mapping[str, Any], where: str) -> Rule:
         for name in ("tenant", "model", "namespace")
         if name in entry
     }
+    namespace = scope.get("namespace", _ANY)
+    if namespace != _ANY and not _NAMESPACE_ID.fullmatch(namespace):
+        raise InvalidRequest(
+            f"{where}: namespace {namespace!r} is no namespace id: give {2 * NAMESPACE_ID_BYTES} "
+            "hexadecimal digits in lower case"
+        )
     return Rule(_patterns(entry, where), rights, **scope)
 
 

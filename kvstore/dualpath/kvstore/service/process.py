@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -43,10 +44,9 @@ from dualpath.kvstore.service.shares import Shares
 from dualpath.kvstore.service.store_service import StoreService
 from dualpath.kvstore.store_config import StoreConfig
 from dualpath.proto.channel import server_options
-from dualpath.proto.dial import read_pem
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.v1 import store_pb2, store_pb2_grpc
-from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
 from dualpath.transfer.transport import Transport
@@ -186,8 +186,7 @@ class Daemon:
         config = self.config
         rules = AccessRules()
         if config.access_file:
-            text = read_pem("access_file", config.access_file).decode(errors="replace")
-            rules = parse_access(text, config.access_file)
+            rules = parse_access(_read_access(config.access_file), config.access_file)
         rules = rules.with_tokens(config.tokens)
         config.check_guarded(tokens=bool(rules.tokens))
         return rules
@@ -417,6 +416,15 @@ def _store_config(config: DaemonConfig) -> StoreConfig:
         retain_bytes=config.retain_bytes,
         tenants=config.tenants,
     )
+
+
+def _read_access(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InvalidRequest(
+            f"access_file: cannot read {path}: {error.strerror}; correct the path or its rights"
+        ) from error
 
 
 def _listening(transport: Transport, field: str, address: str) -> str:
