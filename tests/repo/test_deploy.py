@@ -29,8 +29,9 @@ from dualpath.cli.main import command_parser
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.service.access_rules import parse_access
-from dualpath.kvstore.service.config import DaemonConfig
+from dualpath.kvstore.service.config import DaemonConfig, is_loopback, split_address
 from dualpath.kvstore.service.principal import ALL_RIGHTS, Rights
+from dualpath.transfer.errors import InvalidRequest
 
 DEPLOY = Path("deploy")
 CONFIGS: dict[str, type] = {"serve": DaemonConfig, "agent": AgentConfig}
@@ -108,7 +109,18 @@ def test_the_image_runs_as_a_user_without_rights_and_is_probed(root: Path) -> No
     assert "probe.py" in named["HEALTHCHECK"]
     assert named["ENTRYPOINT"] == '["dualpath"]'
     command = [part for part in yaml.safe_load(named["CMD"]) if isinstance(part, str)]
-    config = config_of(command, {})
+    given = {
+        "DUALPATH_SERVE_TOKENS": "0123456789abcdef",
+        "DUALPATH_SERVE_ADVERTISE_HOST": "10.0.0.5",
+    }
+    config = config_of(command, given)
+    ports = {split_address(each, "")[1] for each in (config.listen, config.data_listen)}
+    assert {int(port) for port in named["EXPOSE"].split()} == ports
+    assert not any(
+        is_loopback(split_address(each, "")[0]) for each in (config.listen, config.data_listen)
+    )
+    with pytest.raises(InvalidRequest, match="neither tokens nor"):
+        config_of(command, {})
     probe = dict(re.findall(r"(\w+)=(\S+)", named["ENV"]))["DUALPATH_PROBE"]
     assert probe == f"http://{config.metrics_listen}/healthz"
 
