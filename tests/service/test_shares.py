@@ -225,3 +225,29 @@ def test_a_lease_without_a_session_is_given_for_a_minute_at_most(in_lab: Any) ->
         assert list((await alone.call("Renew", renew)).expired_lease_id) == [hit.lease_id]
 
     in_lab(body)
+
+
+def test_a_stream_that_is_longer_than_its_principal_may_reserve_seals_as_it_goes(
+    in_lab: Any,
+) -> None:
+    async def body(lab: Any) -> None:
+        running = await lab.daemon(principal_reserved_bytes=2 * lab.layout.slot_bytes)
+        client = lab.client(running)
+        space = await client.namespace()
+        hashes = lab.chain(7)
+        frames = []
+        for block_hash, parent in zip(hashes, lab.parents(hashes), strict=True):
+            data = lab.content(block_hash)
+            frames.append(
+                store_pb2.WriteFrame(
+                    namespace_id=space,
+                    hash=block_hash,
+                    parent=parent,
+                    data=data,
+                    checksum=xxh3_64(data),
+                )
+            )
+        written = await client.stub.Write(iter(frames), timeout=WAIT_S)
+        assert list(written.status) == [store_pb2.SEAL_STATUS_SEALED] * 7
+
+    in_lab(body)

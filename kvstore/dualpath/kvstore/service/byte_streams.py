@@ -401,6 +401,16 @@ class _Intake:
         self._open = _OpenBlock(index, frame.hash, reservation, late_at)
 
     async def _reserve(self, block: NewBlock) -> Reservation:
+        try:
+            return await self._reserve_now(block)
+        except Overloaded:
+            if not self._unsealed:
+                raise
+        # What is sealed counts no more: a small limit makes the seals small, not the stream fail.
+        await self._seal()
+        return await self._reserve_now(block)
+
+    async def _reserve_now(self, block: NewBlock) -> Reservation:
         assert self._layout is not None
         with contextlib.ExitStack() as held:
             held.enter_context(self._streams.gate.holding(self._writer, self._layout.slot_bytes, 1))
