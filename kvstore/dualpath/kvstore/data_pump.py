@@ -111,9 +111,7 @@ class DataPump:
 
     def _has_room(self) -> bool:
         """Whether the device is about to run out of what it was given."""
-        return all(
-            progress.pending <= part.batch.depth for _, part, progress in self._under_way
-        )
+        return all(progress.pending <= part.batch.depth for _, part, progress in self._under_way)
 
     def _begin_next(self) -> bool:
         """Begin a part; False if there is none, or while it is not its turn."""
