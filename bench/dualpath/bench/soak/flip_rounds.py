@@ -27,6 +27,7 @@ from dualpath.kvstore.device import ALIGN_BYTES
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_repair import FsckRepair
 from dualpath.kvstore.fsck_report import FsckCode
+from dualpath.kvstore.namespace_files import COPIES_NAME, NAMESPACES_NAME
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.store_api import MissReason
 from dualpath.transfer.errors import DualPathError, InvalidRequest
@@ -163,8 +164,9 @@ def _places(data: Path) -> dict[Spot, list[tuple[str, range]]]:
     whole(Spot.CLEAN, data / "CLEAN")
     whole(Spot.INDEX, data / "index" / "data.mdb")
     whole(Spot.SNAPSHOT, data / "index.snapshot")
-    for path in (data / "namespaces").iterdir():
-        whole(Spot.NAMESPACE, path)
+    for folder in (NAMESPACES_NAME, COPIES_NAME):
+        for path in (data / folder).iterdir():
+            whole(Spot.NAMESPACE, path)
     with Fsck(data) as fsck:
         fsck.check()
         records = [BlockRecord.from_bytes(raw) for raw in fsck.state.records.values()]
