@@ -23,7 +23,7 @@ from dualpath.bench.store.batch_reader import BATCHES, BatchReader
 from dualpath.bench.store.fio import DEPTH, Fio, FioJob
 from dualpath.bench.store.keyed_blocks import KeyedBlocks
 from dualpath.bench.store.pages import kind_of
-from dualpath.bench.store.section import SKIPPED, Figures, is_trial
+from dualpath.bench.store.section import SKIPPED, Figures, is_trial, turns_in
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.segment import SegmentGeometry
@@ -33,8 +33,6 @@ from numpy.typing import NDArray
 
 TOTAL_BYTES = 1 << 30
 TRIAL_BYTES = 16 << 20
-TURNS = 3
-"""Turns of everybody in what the caller calls a round."""
 BATCH_BYTES = 128 << 20
 """Of one batch, two of which are under way: what a batch costs by itself is spread over so much."""
 LEASE_S = 600.0
@@ -95,7 +93,7 @@ def _measure(
             # Two of our batches may be in flight at once: that depth must not be the secret.
             deep = replace(job, depth=BATCHES * DEPTH)
             contestants |= {"fio": lambda: fio.run(job), "fio, deep": lambda: fio.run(deep)}
-        series = interleave(contestants, rounds if trial else TURNS * rounds, progress)
+        series = interleave(contestants, turns_in(rounds), progress)
     figures |= _figures(series)
     figures |= {"pages": pages.value, "device": device, "depth": DEPTH, "deep": BATCHES * DEPTH}
     return figures

@@ -20,11 +20,19 @@ Measure = Callable[[Path, int, Callable[[str], None]], Figures]
 SKIPPED = "skipped"
 """Key of a section's figures: why something of it was not measured."""
 JUDGED_ROUNDS_MIN = 3
+_TURNS = 3
+"""Turns of everybody in what the caller calls a round, where turns are short."""
 
 
 def is_trial(rounds: int) -> bool:
     """Whether the run only tries the code: sizes are small."""
     return rounds == 1
+
+
+def turns_in(rounds: int) -> int:
+    """How many turns to take where one takes less than a second: few of them tell nothing of a
+    machine that swings by a fifth meanwhile."""
+    return rounds if is_trial(rounds) else _TURNS * rounds
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dualpath.bench import serving
 from dualpath.bench.rounds import Sample, interleave
 from dualpath.bench.stopwatch import Stopwatch
 from dualpath.bench.store.keyed_blocks import KeyedBlocks
-from dualpath.bench.store.section import Figures, is_trial
+from dualpath.bench.store.section import Figures, is_trial, turns_in
 from dualpath.bench.store.socket_copy import SocketCopy
 from dualpath.client.blocking import BlockingKVClient
 from dualpath.client.memory import EngineMemory
@@ -50,13 +50,14 @@ def measure(scratch: Path, rounds: int, progress: Callable[[str], None]) -> Figu
                     "hashing copy": lambda: limit.copy(hashing=True),
                     "bare copy": lambda: limit.copy(hashing=False),
                 },
-                rounds,
+                turns_in(rounds),
                 progress,
             )
         finally:
             memory.close()
     ours, hashing, bare = series["ours"], series["hashing copy"], series["bare copy"]
     return {
+        "turns": len(ours.samples),
         "ours_gibs": ours.gibs,
         "hashing_copy_gibs": hashing.gibs,
         "bare_copy_gibs": bare.gibs,

@@ -19,7 +19,7 @@ from dualpath.bench.stopwatch import Stopwatch
 from dualpath.bench.store.fio import Fio, FioJob
 from dualpath.bench.store.keyed_blocks import KeyedBlocks, check_stored
 from dualpath.bench.store.pages import PageKind, kind_of
-from dualpath.bench.store.section import SKIPPED, Figures, is_trial
+from dualpath.bench.store.section import SKIPPED, Figures, is_trial, turns_in
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.segment import SegmentGeometry
 from dualpath.transfer.errors import Unavailable
@@ -69,9 +69,10 @@ def measure(scratch: Path, rounds: int, progress: Callable[[str], None]) -> Figu
             return fio.run(job)
 
         contestants["fio"] = limit
-    series = interleave(contestants, rounds, progress)
+    series = interleave(contestants, turns_in(rounds), progress)
     ours, at_end = series["ours"], series["ours, durable at the end"]
     figures |= {
+        "turns": len(ours.samples),
         "ours_gibs": ours.gibs,
         "one_writer_gibs": series["ours, one writer"].gibs,
         "durable_at_end_gibs": at_end.gibs,
