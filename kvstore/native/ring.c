@@ -182,7 +182,8 @@ static void fill(Ring *ring) {
     while (ring->again_count && ring->unsubmitted < ring->depth) {
         push_transfer(ring, ring->again[--ring->again_count]);
     }
-    while (ring->flying < ring->most && ring->next < ring->count && ring->unsubmitted < ring->depth) {
+    while (ring->idle_count && ring->flying < ring->most && ring->next < ring->count &&
+           ring->unsubmitted < ring->depth) {
         uint32_t number = ring->idle[--ring->idle_count];
         ring->slots[number] = (Slot){.item = ring->next++};
         push_transfer(ring, number);

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
-from dualpath.transfer.errors import DualPathError
+from dualpath.cli.output_file import naming
 
 
 class CheckedStdout:
@@ -23,12 +23,12 @@ class CheckedStdout:
 
     def write(self, text: str) -> int:
         """As the stream's."""
-        with _naming():
+        with naming("stdout"):
             return self._stream.write(text)
 
     def flush(self) -> None:
         """As the stream's."""
-        with _naming():
+        with naming("stdout"):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -58,11 +58,3 @@ def _leave_nothing(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-
-
-@contextlib.contextmanager
-def _naming() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DualPathError(f"cannot write stdout: {error.strerror}", reason="output") from error

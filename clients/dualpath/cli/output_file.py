@@ -32,7 +32,7 @@ class OutputFile:
     def write(self, data: memoryview) -> None:
         """All of the bytes; keeps no reference to them."""
         done = 0
-        with _naming(self._name):
+        with naming(self._name):
             while done < len(data):
                 with data[done:] as rest:
                     done += os.write(self._descriptor, rest)
@@ -87,10 +87,10 @@ def _replacing(name: str, found: os.stat_result | None) -> Iterator[OutputFile]:
     try:
         with _closing(descriptor, name):
             if found is not None:
-                with _naming(name):
+                with naming(name):
                     os.fchmod(descriptor, stat.S_IMODE(found.st_mode))
             yield OutputFile(descriptor, name)
-        with _naming(name):
+        with naming(name):
             partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -106,12 +106,13 @@ def _closing(descriptor: int, name: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.close(descriptor)
         raise
-    with _naming(name):
+    with naming(name):
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
+    """What cannot be written in the body is a DualPathError, reason `output`."""
     try:
         yield
     except OSError as error:

@@ -40,7 +40,6 @@ class LeaseTable:
         self._max = leases_max
         self._blocks_max = blocks_max
         self._blocks = 0
-        self._held: dict[str, int] = {}
         self.nbytes = 0
         """Of all leases' blocks, each as often as it is leased."""
         self._next = first_id
@@ -76,15 +75,10 @@ class LeaseTable:
         self._blocks += len(rows)
         lease = Lease(self._next, owner, rows, namespace, now + lease_s, holder, nbytes)
         self.nbytes += nbytes
-        self._held[holder] = self._held.get(holder, 0) + nbytes
         self._next += 1
         self._leases[lease.id] = lease
         heapq.heappush(self._expiries, (lease.expires, lease.id))
         return lease
-
-    def held_bytes(self, holder: str) -> int:
-        """Of a holder's leases, each block as often as it is leased."""
-        return self._held.get(holder, 0)
 
     def rows_of(self, holder: str) -> Iterator[NDArray[np.int32]]:
         """The rows of each lease of a holder."""
@@ -116,9 +110,6 @@ class LeaseTable:
         lease = self._leases.pop(lease_id)
         self._blocks -= len(lease.rows)
         self.nbytes -= lease.nbytes
-        left = self._held.pop(lease.holder, 0) - lease.nbytes
-        if left > 0:
-            self._held[lease.holder] = left
         return lease
 
     def expire(self, now: float) -> list[Lease]:
