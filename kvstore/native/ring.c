@@ -3,7 +3,14 @@
  * A batch is n transfers between files and one memory, given as packed arrays, which are copied.
  * `wait` keeps up to `depth` of them in flight, goes on after short transfers and interruptions, and
  * returns which have ended. The kernel owns the memory of a transfer until its completion was
- * reaped; the ring holds on to the memory until none is left. No policy, no callbacks. */
+ * reaped; the ring holds on to the memory until none is left. No callbacks.
+ *
+ * Reads that follow each other in the file and in memory move as one, up to RUN_BYTES_MAX: half the
+ * price for small ones. If that fails, they are tried one by one, so that each has its own error.
+ *
+ * Towards its end a batch of reads has only three quarters of what is left in flight: some devices,
+ * those of many virtual machines among them, tell of nothing until they have done all that they were
+ * given, and the caller would begin to work on the first bytes when the last are there. */
 #include "parts.h"
 
 #include <errno.h>
@@ -36,6 +43,8 @@
 #define PIECE_BYTES ((size_t)1 << 30) /* the kernel's limit of one registered buffer */
 #define PIECES_MAX 16384
 #define ALIGN_BYTES 4096
+#define RUN_BYTES_MAX (1 << 20)
+#define FLYING_BYTES_LEAST (4 << 20) /* keeps a device busy */
 #define STALLS_MAX 16 /* completions in a row of one transfer that may move nothing */
 #define PAUSE_NS 1000000
 #define UNDER_WAY (-1)
@@ -49,9 +58,11 @@ typedef struct {
     int fd;
 } Item;
 
-/* A transfer in flight, or waiting to be submitted again. */
+/* A transfer in flight, or waiting to be submitted again: of the items [item, end), or of `item` only
+ * if they go `alone`. `done` bytes from the start of `item` have moved. */
 typedef struct {
-    uint32_t item, done, stalls;
+    uint32_t item, end, done, stalls;
+    int alone;
 } Slot;
 
 typedef struct {
@@ -69,6 +80,7 @@ typedef struct {
     Slot *slots;
     uint32_t *idle, *again, *ended; /* slots; slots; items */
     uint32_t idle_count, again_count, ended_count, count, next, pending, flying, unsubmitted;
+    uint64_t left_bytes, flying_bytes; /* of items that have not ended; submitted of them */
 } Ring;
 
 static int ring_setup(unsigned entries, struct io_uring_params *params) {
@@ -108,12 +120,19 @@ static void push_entry(Ring *ring, unsigned index) {
     ring->unsubmitted++;
 }
 
+/* Bytes that a slot still has to move in its next transfer. */
+static uint32_t slot_bytes(const Ring *ring, const Slot *slot) {
+    const Item *first = &ring->items[slot->item];
+    const Item *last = slot->alone ? first : &ring->items[slot->end - 1];
+    return (uint32_t)(last->at + last->nbytes - first->at) - slot->done;
+}
+
 static void push_transfer(Ring *ring, uint32_t number) {
     unsigned index;
     struct io_uring_sqe *entry = next_entry(ring, &index);
     const Slot *slot = &ring->slots[number];
     const Item *item = &ring->items[slot->item];
-    size_t at = (size_t)item->at + slot->done, left = item->nbytes - slot->done;
+    size_t at = (size_t)item->at + slot->done, left = slot_bytes(ring, slot);
     entry->opcode = ring->writing ? IORING_OP_WRITE : IORING_OP_READ;
     if (ring->fixed && at / PIECE_BYTES == (at + left - 1) / PIECE_BYTES) {
         entry->opcode = ring->writing ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED;
@@ -126,40 +145,84 @@ static void push_transfer(Ring *ring, uint32_t number) {
     entry->user_data = number;
     push_entry(ring, index);
     ring->flying++;
+    ring->flying_bytes += left;
 }
 
-static void end_item(Ring *ring, uint32_t number, int error) {
-    uint32_t item = ring->slots[number].item;
+/* The first item of a slot has ended. */
+static void end_item(Ring *ring, Slot *slot, int error) {
+    uint32_t item = slot->item++;
     ((int32_t *)ring->errors.buf)[item] = error;
     ring->ended[ring->ended_count++] = item;
-    ring->idle[ring->idle_count++] = number;
+    ring->left_bytes -= ring->items[item].nbytes;
     ring->pending--;
+}
+
+static void end_slot(Ring *ring, uint32_t number, int error) {
+    Slot *slot = &ring->slots[number];
+    while (slot->item < slot->end) {
+        end_item(ring, slot, error);
+    }
+    ring->idle[ring->idle_count++] = number;
+}
+
+/* `item` has ended, which went alone: the next one of its run follows. */
+static void end_alone(Ring *ring, uint32_t number, int error) {
+    Slot *slot = &ring->slots[number];
+    end_item(ring, slot, error);
+    if (slot->item == slot->end || ring->cancelled) {
+        end_slot(ring, number, ECANCELED);
+        return;
+    }
+    slot->done = slot->stalls = 0;
+    ring->again[ring->again_count++] = number;
+}
+
+static void fail(Ring *ring, uint32_t number, int error) {
+    Slot *slot = &ring->slots[number];
+    if (slot->alone) {
+        end_alone(ring, number, error);
+    } else if (slot->end - slot->item == 1 || ring->cancelled) {
+        end_slot(ring, number, error);
+    } else {
+        slot->alone = 1; /* which of them is it? */
+        slot->stalls = 0;
+        ring->again[ring->again_count++] = number;
+    }
 }
 
 static void complete(Ring *ring, uint32_t number, int result) {
     Slot *slot = &ring->slots[number];
+    uint32_t want = slot_bytes(ring, slot);
     ring->flying--;
+    ring->flying_bytes -= want;
     if (result < 0) {
         /* A cancel that came late from the batch before is no reason to fail this one. */
         int again = result == -EINTR || result == -EAGAIN || (result == -ECANCELED && !ring->cancelled);
         if (again && ++slot->stalls <= STALLS_MAX) {
             ring->again[ring->again_count++] = number;
         } else {
-            end_item(ring, number, -result);
+            fail(ring, number, -result);
         }
         return;
     }
-    uint32_t want = ring->items[slot->item].nbytes - slot->done;
     if ((uint32_t)result >= want) {
-        end_item(ring, number, 0);
+        if (slot->alone) {
+            end_alone(ring, number, 0);
+        } else {
+            end_slot(ring, number, 0);
+        }
         return;
     }
     /* A short transfer goes on from its last whole page, as O_DIRECT wants it. */
     uint32_t whole = (uint32_t)result - (uint32_t)result % ALIGN_BYTES;
     slot->done += whole;
     slot->stalls = whole ? 0 : slot->stalls + 1;
+    while (slot->done >= ring->items[slot->item].nbytes) {
+        slot->done -= ring->items[slot->item].nbytes;
+        end_item(ring, slot, 0);
+    }
     if (result == 0 || slot->stalls > STALLS_MAX) {
-        end_item(ring, number, EIO); /* the end of the file, or no progress */
+        fail(ring, number, EIO); /* the end of the file, or no progress */
     } else {
         ring->again[ring->again_count++] = number;
     }
@@ -177,15 +240,41 @@ static void reap(Ring *ring) {
     atomic_store_explicit(ring->cq_head, head, memory_order_release);
 }
 
+/* Where the items that move together with `first` end. */
+static uint32_t run_end(const Ring *ring, uint32_t first) {
+    const Item *items = ring->items;
+    uint64_t nbytes = items[first].nbytes;
+    uint32_t end = first + 1;
+    for (; !ring->writing && end < ring->count; end++) {
+        const Item *before = &items[end - 1], *item = &items[end];
+        nbytes += item->nbytes;
+        if (nbytes > RUN_BYTES_MAX || before->nbytes % ALIGN_BYTES || item->fd != before->fd ||
+            item->at != before->at + before->nbytes ||
+            item->offset != before->offset + before->nbytes) {
+            break;
+        }
+    }
+    return end;
+}
+
+static int may_fly(const Ring *ring) {
+    if (ring->flying >= ring->most) {
+        return 0;
+    }
+    return ring->writing || ring->flying_bytes < FLYING_BYTES_LEAST ||
+           ring->flying_bytes < ring->left_bytes / 4 * 3;
+}
+
 static void fill(Ring *ring) {
     /* One entry stays free for a cancel; slots are as many as `depth`. */
     while (ring->again_count && ring->unsubmitted < ring->depth) {
         push_transfer(ring, ring->again[--ring->again_count]);
     }
-    while (ring->idle_count && ring->flying < ring->most && ring->next < ring->count &&
-           ring->unsubmitted < ring->depth) {
-        uint32_t number = ring->idle[--ring->idle_count];
-        ring->slots[number] = (Slot){.item = ring->next++};
+    while (ring->idle_count && ring->next < ring->count && ring->unsubmitted < ring->depth &&
+           may_fly(ring)) {
+        uint32_t number = ring->idle[--ring->idle_count], end = run_end(ring, ring->next);
+        ring->slots[number] = (Slot){.item = ring->next, .end = end};
+        ring->next = end;
         push_transfer(ring, number);
     }
 }
@@ -495,6 +584,10 @@ static int start_batch(Ring *ring, const Arrays *arrays, PyObject *memory, PyObj
     ring->fixed = ring->registered.obj != NULL && ring->registered.buf == ring->memory.buf &&
                   ring->memory.len <= ring->registered.len;
     ring->cancelled = 0;
+    ring->left_bytes = ring->flying_bytes = 0;
+    for (size_t i = 0; i < count; i++) {
+        ring->left_bytes += ring->items[i].nbytes;
+    }
     ring->count = ring->pending = (uint32_t)count;
     return 1;
 }
@@ -611,13 +704,13 @@ static PyObject *ring_cancel(PyObject *self, PyObject *unused) {
     }
     /* What has not been submitted ends here; the kernel is asked to end the rest. */
     while (ring->again_count) {
-        end_item(ring, ring->again[--ring->again_count], ECANCELED);
+        end_slot(ring, ring->again[--ring->again_count], ECANCELED);
     }
-    while (ring->next < ring->count) {
-        ((int32_t *)ring->errors.buf)[ring->next] = ECANCELED;
-        ring->ended[ring->ended_count++] = ring->next++;
-        ring->pending--;
+    Slot rest = {.item = ring->next, .end = ring->count};
+    while (rest.item < rest.end) {
+        end_item(ring, &rest, ECANCELED);
     }
+    ring->next = ring->count;
     ring->cancelled = 1;
     if (ring->flying && ring->unsubmitted <= ring->sq_mask) {
         struct io_uring_sqe *entry = next_entry(ring, &index);

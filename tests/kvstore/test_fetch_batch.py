@@ -474,6 +474,7 @@ def test_read_buffers_never_overlap_and_all_come_back(
     for count, nbytes in wishes:
         taken = buffers.take(count, nbytes)
         assert len(taken) <= count
+        assert taken.tolist() == sorted(taken.tolist())
         for offset in taken.tolist():
             assert offset % 4096 == base % 4096
             assert base <= offset

@@ -265,6 +265,33 @@ def test_a_batch_waits_for_a_ring_when_all_stand_still(tmp_path: Path) -> None:
 
 
 @needs_ring
+def test_a_batch_that_waited_for_a_ring_goes_on_in_the_same_wait(tmp_path: Path) -> None:
+    device = ring_device(tmp_path)
+    pipes = [Pipe() for _ in range(RINGS_MAX)]
+    stuck = [device.read_batch(batch_of(pipe.file, pages(1), 1)) for pipe in pipes]
+    file = device.create("f", 4 * ALIGN_BYTES)
+    late = device.read_batch(batch_of(file, pages(4), 4))
+
+    def end_one() -> None:
+        os.write(pipes[0].writer, bytes(ALIGN_BYTES))
+        finish(stuck[0], 1)
+
+    ending = threading.Timer(0.05, end_one)
+    ending.start()
+    assert len(late.wait(WAIT_S))
+    ending.join()
+    while late.pending:
+        assert len(late.wait(WAIT_S))
+    assert late.errors.tolist() == [0] * 4
+    for progress in stuck:
+        drain(progress)
+    for pipe in pipes:
+        pipe.close()
+    file.close()
+    device.close()
+
+
+@needs_ring
 def test_other_threads_run_while_a_ring_waits(device: RingDevice, pipe: Pipe) -> None:
     progress = device.read_batch(batch_of(pipe.file, pages(1), 1))
 

@@ -80,7 +80,7 @@ class MappedBlocks:
         """Copy the blocks, block i to `at[i]` of `target`, by default one after another behind
         room for `first` blocks; see `LocalStore.read_into`."""
         read = MappedRead(
-            self._store,
+            _LocalChunks(self._store),
             self.arena.view,
             self._mapped,
             self._chunk_bytes,
@@ -103,3 +103,45 @@ class MappedBlocks:
 
     def __exit__(self, *_exc: object) -> None:
         self.release()
+
+
+_CHUNKS_MAX = 256
+"""Chunks that are asked for at once: the daemon answers when all of them are there."""
+
+
+class _LocalChunks:
+    """A ChunkSource over the local socket."""
+
+    chunks_max = _CHUNKS_MAX
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        self.report_corrupt = store.report_corrupt
+        self.renew = store.renew
+
+    def fetch(
+        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+    ) -> _Brought:
+        """See ChunkSource."""
+        return _Brought(self._store, *self._store.fetch(lease_id, blocks, chunks))
+
+
+class _Brought:
+    """FetchedChunks that all are there, or never will be."""
+
+    def __init__(
+        self, store: LocalStore, offsets: NDArray[np.int64], status: NDArray[np.uint8]
+    ) -> None:
+        self._store = store
+        self._untold = np.arange(len(offsets), dtype=np.int32)
+        self.offsets = offsets
+        self.status = status
+
+    def arrived(self, timeout_s: float) -> NDArray[np.int32]:
+        """See FetchedChunks."""
+        told, self._untold = self._untold, self._untold[:0]
+        return told
+
+    def release(self) -> None:
+        """See FetchedChunks."""
+        self._store.done()

@@ -31,6 +31,7 @@ from dualpath.kvstore.store_api import (
     SealStatus,
     Store,
 )
+from dualpath.kvstore.transfer_batch import BATCH_ITEMS_MAX
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from numpy.typing import NDArray
 
@@ -250,7 +251,6 @@ def get_into(
                 )
                 return one.run(verify=verify)
             finally:
-                source.done()
                 if mapped.hit.lease_id:
                     store.release(mapped.hit.lease_id, owner=owner)
 
@@ -270,23 +270,18 @@ def _map(store: Store, namespace_id: bytes, part: PackedHashes, owner: str) -> M
 class _StoreChunks:
     """A ChunkSource in the same process."""
 
+    chunks_max = BATCH_ITEMS_MAX
+    """All of a part at once, as far as there are buffers."""
+
     def __init__(self, store: Store, owner: str) -> None:
         self._store = store
         self._owner = owner
-        self._batch: FetchedBatch | None = None
 
     def fetch(
         self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    ) -> FetchedBatch:
         """See ChunkSource."""
-        self._batch = self._store.fetch_batch(lease_id, blocks, chunks)
-        return self._batch.offsets, self._batch.status
-
-    def done(self) -> None:
-        """See ChunkSource."""
-        batch, self._batch = self._batch, None
-        if batch is not None:
-            batch.release()
+        return self._store.fetch_batch(lease_id, blocks, chunks, wait=False)
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """See ChunkSource."""

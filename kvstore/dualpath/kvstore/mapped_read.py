@@ -3,7 +3,8 @@
 The same for a user in the daemon's process and for one that has its arena mapped. Guarantees that a
 block that counts is right: verified by its checksums, or, without `verify`, copied from memory
 whose guard says that it did not change meanwhile. Chunks that come from the SSD, or that are read
-again, are verified always. A chunk that is wrong is reported and tried once more.
+again, are verified always, and copied while later ones are on their way. A chunk that is wrong is
+reported and tried once more.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 
 MAPPED_BYTES = 64 << 20
 """What a reader has mapped at once; large enough that a round trip does not count."""
-FETCHED_AT_ONCE = 256
-"""Chunks that are asked for at once."""
+_ARRIVAL_S = 60.0
+"""How long one arrival is waited for before it is asked for again; the source ends what is late."""
 _WAITS_MAX = 20
 """How often in a row a full pool of read buffers is waited for."""
 
@@ -38,17 +39,36 @@ class ReadBlocks:
     detail: str = ""
 
 
+class FetchedChunks(Protocol):
+    """Chunks that were asked for together; see `FetchedBatch`, which is one."""
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each chunk begins in the arena."""
+
+    @property
+    def status(self) -> NDArray[np.uint8]:
+        """A FetchStatus each."""
+
+    def arrived(self, timeout_s: float) -> NDArray[np.int32]:
+        """Chunks that are no longer UNDER_WAY and were not told before, as soon as there is one."""
+
+    def release(self) -> None:
+        """Their bytes are not looked at any more."""
+
+
 class ChunkSource(Protocol):
     """Where chunks come from that have no copy in DRAM."""
 
+    @property
+    def chunks_max(self) -> int:
+        """Most chunks of one `fetch`."""
+
     def fetch(
         self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """(offset in the arena, FetchStatus) of the leading chunks, at least one. They may be
-        looked at until `done`. Raises Overloaded."""
-
-    def done(self) -> None:
-        """The fetched chunks are copied."""
+    ) -> FetchedChunks:
+        """The leading chunks, at least one; each is told by `arrived` sooner or later. Raises
+        Overloaded."""
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """A chunk was wrong; True if its block was dropped, else it can be fetched again."""
@@ -161,20 +181,17 @@ class MappedRead:
         waits = 0
         while len(items):
             self._keep_lease()
-            part = items[:FETCHED_AT_ONCE]
+            part = items[: self._source.chunks_max]
             try:
-                offsets, status = self._source.fetch(
-                    self._mapped.hit.lease_id, part[:, 0], part[:, 1]
-                )
+                fetched = self._source.fetch(self._mapped.hit.lease_id, part[:, 0], part[:, 1])
             except Overloaded:
                 waits += 1
                 if waits > _WAITS_MAX:
                     raise
                 continue  # the store has waited for a buffer before it refused
             waits = 0
-            part = part[: len(offsets)]
-            right = self._copy_chunks(part, offsets, status == FetchStatus.OK)
-            self._source.done()
+            part = part[: len(fetched.offsets)]
+            right, status = self._take(part, fetched)
             gone = part[status == FetchStatus.GONE]
             if len(gone):
                 # Nothing was wrong with it: its lease outlived it. What is before it counts.
@@ -193,12 +210,28 @@ class MappedRead:
             items = items[items[:, 0] < self._first_gone]
         return self._first_gone
 
+    def _take(
+        self, part: NDArray[np.int32], fetched: FetchedChunks
+    ) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+        """Copy and verify chunks as they arrive; which are right, and what became of each."""
+        right = np.zeros(len(part), np.bool_)
+        left = len(part)
+        try:
+            while left:
+                items = fetched.arrived(_ARRIVAL_S)
+                there = items[fetched.status[items] == FetchStatus.OK]
+                right[there] = self._copy_chunks(part[there], fetched.offsets[there])
+                left -= len(items)
+        finally:
+            fetched.release()
+        return right, fetched.status
+
     def _right_before(self, block: int, part: NDArray[np.int32], right: NDArray[np.bool_]) -> int:
         """The first block that is not whole: chunks come in order, so that it is in this part."""
         return min(block, int(part[~right][:, 0].min()))
 
     def _copy_chunks(
-        self, part: NDArray[np.int32], offsets: NDArray[np.int64], there: NDArray[np.bool_]
+        self, part: NDArray[np.int32], offsets: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Copy and verify; which chunks are right."""
         right = np.zeros(len(part), np.bool_)
@@ -208,7 +241,7 @@ class MappedRead:
             (part[:, 1] < last, self._chunk_bytes),
             (part[:, 1] == last, last_bytes),
         ):
-            which = np.flatnonzero(group & there & (offsets >= 0))
+            which = np.flatnonzero(group & (offsets >= 0))
             if not len(which):
                 continue
             blocks, chunks = part[which, 0], part[which, 1]

@@ -38,7 +38,8 @@ class ReadBuffers:
         return f"<ReadBuffers {self.used_bytes} of {self.capacity_bytes} bytes in use>"
 
     def take(self, count: int, nbytes: int) -> NDArray[np.int64]:
-        """Offsets of up to `count` buffers of at least `nbytes` each (at most FRAME_BYTES)."""
+        """Offsets of up to `count` buffers of at least `nbytes` each (at most FRAME_BYTES), in
+        ascending order: what is read into neighbours can be read at once."""
         assert 0 < nbytes <= FRAME_BYTES, nbytes
         cut = FRAME_BYTES // (-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES)
         pieces = self._pieces.setdefault(cut, [])
@@ -49,6 +50,7 @@ class ReadBuffers:
             return _NOTHING
         taken = np.array(pieces[-count:], np.int64)
         del pieces[-count:]
+        taken.sort()
         self._count((taken - self._base) // FRAME_BYTES, [cut], 1)
         self.used_bytes += count * _piece_bytes(cut)
         return taken

@@ -2,7 +2,8 @@
 
 Single transfers, names and space stay with the inner device; a batch gets a ring of its own
 from a bounded pool, which keeps up to `depth` transfers in flight, and gives it back when its last
-item has ended. A batch that finds no ring free waits for one inside `wait`.
+item has ended. A batch that finds no ring free waits for one inside `wait`. Items of a batch of
+reads that follow each other in a file and in memory move as one transfer, and end one by one.
 
 Why a ring of our own and not PyPI's liburing (2026.3.30, measured in turn, 1 MiB reads at depth
 32): that one never lets go of the interpreter while it waits, so that another thread of ours woke
@@ -18,6 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -88,10 +90,12 @@ class RingProgress:
         """See BatchProgress."""
         if self.pending == 0:
             return _NOTHING
+        if self._ring is None and not self._failure:
+            began = time.monotonic()
+            self._start(timeout_s)
+            timeout_s -= time.monotonic() - began
         ring = self._ring
         if ring is None:
-            if not self._failure:
-                self._start(timeout_s)
             return self._fail_all() if self._failure else _NOTHING
         try:
             count = ring.wait(self._told, least, max(0.0, timeout_s))

@@ -33,7 +33,8 @@ class StoreConfig:
     io: str = IoMode.AUTO.value
     """`auto`, `io_uring` or `psync`: see io_mode.py."""
     io_depth: int = IO_DEPTH
-    """Transfers of one batch that are in flight on the SSD at once."""
+    """Transfers of one batch that are in flight on the SSD at once; reads of neighbours, up to
+    1 MiB together, count as one."""
     raw_device: str = ""
     """Block device, or file that stands for one, that holds the segments; "": files beside."""
     shared_arena: bool = False

@@ -62,7 +62,8 @@ class DaemonConfig:
     `disk_bytes`, `dram_bytes`: capacity of the SSD and the DRAM tier. `segment_bytes`: size of each
     preallocated file. `direct`: read and write them with O_DIRECT where the file system takes it.
     `io`: by what: auto (io_uring where it can be had), io_uring (or no start) or psync (threads).
-    `io_depth`: transfers of one batch that are in flight on the SSD at once.
+    `io_depth`: transfers of one batch that are in flight on the SSD at once; reads of neighbours,
+    up to 1 MiB together, count as one.
     `raw_device`: block device, or one large file, that holds the segments instead of files in the
     directory; it must be blank at first and is the store's from then on.
     `readers`: threads that read from the tiers for deliveries.

@@ -19,12 +19,10 @@ from dualpath.agent.config import AgentConfig
 from dualpath.agent.outcome import SaveResult
 from dualpath.agent.places import Places
 from dualpath.bench import serving
-from dualpath.bench.store.batch_reader import BatchReader
 from dualpath.client.blocking import BlockingKVClient
 from dualpath.client.local_store import LocalStore
 from dualpath.kvstore.block_copy import copy_blocks_hashed
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
-from dualpath.kvstore.fetched_batch import FetchedBatch
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.local_protocol import SUFFIX
 from dualpath.kvstore.namespace import Namespace
@@ -32,7 +30,6 @@ from dualpath.kvstore.store_api import InvalidationScope, SealStatus
 from dualpath.proto.v1 import store_pb2, store_pb2_grpc
 from dualpath.transfer.region import Region
 from harness import PIECE_BYTES, serve
-from numpy.typing import NDArray
 
 SPARE_BYTES = 512 << 20
 READ_BUFFERS_BYTES = 128 << 20
@@ -173,32 +170,11 @@ class Disk(Embedded):
         # What was just written is still in DRAM; what is opened again is not.
         self._store.close()
         self._store = BlockStore.open(self._folder / "data", self._config())
-        self._reader = BatchReader(self._store, self._layout, PIECE_BYTES, verify=False)
 
     def get(self, keys: list[str], places: list[memoryview]) -> None:
-        hit = self._store.lookup(
-            self._namespace_id, self._chain(keys).hashes, owner=_OWNER, lease_s=LEASE_S
-        )
-        target, count = memoryview(self.target), self._layout.chunk_count
-        chunk_bytes = self._layout.chunk_bytes
-
-        def visit(batch: FetchedBatch, first: int, items: NDArray[np.int32]) -> None:
-            block, chunk = np.divmod(items + first, count)
-            at = block.astype(np.int64) * self._block_bytes + chunk * chunk_bytes
-            nbytes = int(batch.nbytes[items[0]])
-            # Copied and hashed in one pass; so the store need not hash before.
-            arrived = copy_blocks_hashed(
-                target, at, batch.region.view, batch.offsets[items], nbytes, nbytes
-            )
-            if not np.array_equal(arrived[:, 0], hit.checksums[block, chunk]):
-                raise RuntimeError("a checksum is wrong")
-
-        try:
-            if hit.blocks != len(keys):
-                raise RuntimeError(f"{hit.blocks} of {len(keys)} blocks are there")
-            self._reader.read(hit.lease_id, hit.blocks, visit)
-        finally:
-            self._store.release(hit.lease_id, owner=_OWNER)
+        read = self._store.get_into(self._namespace_id, self._chain(keys).hashes, self.target.data)
+        if (read.blocks, read.fetched) != (len(keys), len(keys)):
+            raise RuntimeError(f"{read.blocks} of {len(keys)} blocks came, {read.fetched} from SSD")
 
 
 class Remote(Stored):
