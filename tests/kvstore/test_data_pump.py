@@ -65,7 +65,7 @@ class Rig:
 
 def write(rig: Rig, jobs: list[CommitJob]) -> list[tuple[int, int]]:
     """(segment, jobs) of each failure."""
-    pump = DataPump(rig.ssd.device, IoGate())
+    pump = DataPump(rig.ssd.device, IoGate(), threading.Condition())
     pump.start()
     one = DataWrite(rig.ssd, rig.memory, jobs)
     pump.begin(one)
@@ -143,7 +143,7 @@ def test_writes_follow_each_other_and_each_tells_its_own_failures(
     device = FaultDevice(MemoryDevice(), FaultPlan())
     rig = Rig(device)
     device.plan.unwritable.add(segment_name(2))
-    pump = DataPump(device, IoGate())
+    pump = DataPump(device, IoGate(), threading.Condition())
     writes = [
         DataWrite(rig.ssd, rig.memory, rig.jobs[start : start + 9]) for start in range(0, 90, 9)
     ]
@@ -151,7 +151,6 @@ def test_writes_follow_each_other_and_each_tells_its_own_failures(
     for one in writes:
         pump.begin(one)
     pump.start()
-    pump.await_begun(writes[-1])
     told: list[WriteFailure] = [failure for one in writes for failure in pump.finish(one)]
     pump.close()
     failed = {job.place for failure in told for job in failure.jobs}
@@ -176,7 +175,7 @@ class Blurting(MemoryDevice):
 def test_a_surprise_fails_its_part_and_the_pump_goes_on() -> None:
     device = Blurting()
     rig = Rig(device)
-    pump = DataPump(device, IoGate())
+    pump = DataPump(device, IoGate(), threading.Condition())
     pump.start()
     for failing, jobs in ((True, rig.jobs[:9]), (False, rig.jobs)):
         one = DataWrite(rig.ssd, rig.memory, jobs)
@@ -195,7 +194,7 @@ def test_a_write_waits_for_its_turn_beside_loads() -> None:
     turns.counted(SerialProgress(batch, read_one), np.array([BUSY_BYTES]), IoClass.LOAD)
     assert turns.try_save(64 << 20)  # from now on saves are in debt
     turns.end_save(64 << 20)
-    pump = DataPump(rig.ssd.device, turns)
+    pump = DataPump(rig.ssd.device, turns, threading.Condition())
     pump.start()
     one = DataWrite(rig.ssd, rig.memory, rig.jobs)
     pump.begin(one)

@@ -21,6 +21,7 @@ from dualpath.kvstore.store_health import HealthBoard, Trouble
 
 Content = Callable[[bytes, int], bytes]
 SIZE = 300_000
+WAIT_S = 20.0
 CONFIG = StoreConfig(
     disk_bytes=16 << 20,
     dram_bytes=2 << 20,
@@ -189,9 +190,11 @@ class Panicking:
 
 def test_an_index_that_has_panicked_is_opened_anew_and_nobody_notices(rig: Rig) -> None:
     rig.put(chain(2))
+    assert not rig.store._committer.await_told(WAIT_S)
     rig.store._index._env.close()
     rig.store._index._env = Panicking()  # type: ignore[assignment]
     assert rig.put(chain(4))[2:] == [SealStatus.SEALED] * 2
+    assert not rig.store._committer.await_told(WAIT_S)
     assert not rig.troubles
     assert rig.intact(chain(4)) == 4
 
@@ -206,6 +209,7 @@ def test_an_index_that_refuses_everything_leaves_a_store_that_serves(
         patch.setattr(index, "_env", Panicking())
         patch.setattr(index, "_open", Panicking)
         patch.setattr(index, "_read_sums", lambda: None)
+        assert rig.store._committer.await_told(0.3)
         assert rig.put(chain(3, 5000)) == [SealStatus.FAILED] * 3
         assert rig.troubles == {Trouble.INDEX}
         assert "PANIC" in rig.store.health().reason
@@ -226,13 +230,14 @@ def test_a_group_whose_commit_is_in_doubt_is_deleted_before_its_slots_are_used_a
     rig.put(chain(1))
     apply = rig.store._index.apply
 
-    def commit_and_fail(deletes: Any, puts: Any) -> None:
-        apply(deletes, puts)
+    def commit_and_fail(deletes: Any, puts: Any, reached: Any) -> None:
+        apply(deletes, puts, reached)
         if puts:
             raise OSError(errno.EIO, "the answer was lost")
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.store._index, "apply", commit_and_fail)
+        assert rig.store._committer.await_told(0.3)
         assert rig.put(chain(2, 7000)) == [SealStatus.FAILED] * 2
     rig.later(2)
     rig.store.close()

@@ -8,7 +8,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,22 +83,26 @@ def test_a_full_disk_fails_the_seal_and_the_store_serves_on(
         assert intact(store, space, chain(30), content) == good
 
 
-def test_an_index_that_refuses_fails_the_seal_and_recovers(
+def test_while_the_index_refuses_nothing_more_is_taken_and_what_was_stored_stays(
     tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with BlockStore.open(tmp_path, CONFIG) as store:
         space = store.open_namespace(namespace)
 
-        def refuse(deletes: Sequence[object], puts: Sequence[object]) -> None:
+        def refuse(*_what: object) -> None:
             raise IndexFailure(errno.ENOSPC, "no space for the index")
 
         with monkeypatch.context() as patch:
             patch.setattr(store._index, "apply", refuse)
-            assert put(store, space, chain(2), content) == [SealStatus.FAILED] * 2
-            assert intact(store, space, chain(2), content) == 0
-        assert put(store, space, chain(2), content) == [SealStatus.SEALED] * 2
+            assert put(store, space, chain(2), content) == [SealStatus.SEALED] * 2, "by headers"
+            assert "not taken" in store._committer.await_told(0.3)
+            assert put(store, space, chain(3, 7000), content) == [SealStatus.FAILED] * 3
+            assert intact(store, space, chain(3, 7000), content) == 0
+            assert intact(store, space, chain(2), content) == 2
+        assert put(store, space, chain(3, 7000), content) == [SealStatus.SEALED] * 3
     with BlockStore.open(tmp_path, CONFIG) as store:
         assert intact(store, namespace.id, chain(2), content) == 2
+        assert intact(store, namespace.id, chain(3, 7000), content) == 3
 
 
 def test_a_failed_write_back_drops_the_block_and_its_descendants(
@@ -225,9 +229,11 @@ def test_power_loss_keeps_what_was_acknowledged_and_serves_nothing_torn(
     store = BlockStore.open(path, CONFIG, device=device)
     apply, ensure = store._index.apply, device.note_write
 
-    def apply_or_die(deletes: list[tuple[bytes, int]], puts: list[tuple[bytes, bytes]]) -> None:
+    def apply_or_die(
+        deletes: list[tuple[bytes, int]], puts: list[tuple[bytes, bytes]], reached: int | None
+    ) -> None:
         cut.tick()
-        apply(deletes, puts)
+        apply(deletes, puts, reached)
 
     def write_or_die(name: str, file: object, offset: int, nbytes: int) -> None:
         cut.tick()

@@ -8,7 +8,6 @@ committer's thread.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,39 +22,23 @@ from dualpath.kvstore.block_events import BlockEvents
 from dualpath.kvstore.block_locator import BlockLocator
 from dualpath.kvstore.block_mapper import BlockMapper, check_mapped_lease_s
 from dualpath.kvstore.block_reader import BlockReader
-from dualpath.kvstore.block_table import BlockTable
-from dualpath.kvstore.block_writer import BlockWriter, OnExpired
-from dualpath.kvstore.catalog import Catalog
+from dualpath.kvstore.block_writer import OnExpired
 from dualpath.kvstore.checksum import Buffer
 from dualpath.kvstore.chunk_batch import ChunkBatch
 from dualpath.kvstore.chunk_check import ChunkCheck
 from dualpath.kvstore.chunk_fetcher import ChunkFetcher
 from dualpath.kvstore.clean_close import leave_snapshot
-from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device
-from dualpath.kvstore.device_choice import open_device
-from dualpath.kvstore.dram_tier import DramTier
-from dualpath.kvstore.durable_index import DurableIndex
-from dualpath.kvstore.expiry import Expiry
 from dualpath.kvstore.fetched_chunk import ArenaChunk
 from dualpath.kvstore.invalidator import Invalidator
-from dualpath.kvstore.layout import ALIGN_BYTES, KVLayout
+from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.lease_shares import ShareRule
-from dualpath.kvstore.lease_table import LeaseTable
 from dualpath.kvstore.mapped_read import ReadBlocks
-from dualpath.kvstore.mapping_table import MappingTable
-from dualpath.kvstore.media_troubles import MediaTroubles
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.read_ahead import start_read_ahead
-from dualpath.kvstore.recovery import Recovered, Recovery
-from dualpath.kvstore.reservation_table import ReservationTable
-from dualpath.kvstore.residency import Residency
-from dualpath.kvstore.retention import RetentionTable
-from dualpath.kvstore.ring_device import RingDevice
 from dualpath.kvstore.scrubber import Scrubber
-from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import (
     BlockPlaces,
     Invalidation,
@@ -72,7 +55,7 @@ from dualpath.kvstore.store_api import (
 )
 from dualpath.kvstore.store_config import StoreConfig
 from dualpath.kvstore.store_health import StoreHealth
-from dualpath.kvstore.store_state import StoreState
+from dualpath.kvstore.store_opening import StoreParts, open_parts
 from dualpath.transfer.region import Region
 from numpy.typing import ArrayLike, NDArray
 
@@ -84,35 +67,24 @@ _log = logging.getLogger(__name__)
 class BlockStore:
     """See `Store` for the contract of each method. Use `open`; also a context manager."""
 
-    def __init__(
-        self,
-        directory: DataDirectory,
-        index: DurableIndex,
-        state: StoreState,
-        writer: BlockWriter,
-        committer: Committer,
-        recovered: Recovered,
-    ) -> None:
-        self._directory = directory
-        self._index = index
-        self._state = state
+    def __init__(self, parts: StoreParts) -> None:
+        self._directory, self._index, self._state = parts.directory, parts.index, parts.state
+        state = self._state
         self._reader = BlockReader(state)
         self._mapper = BlockMapper(state)
         self._locator = BlockLocator(state)
         self._check = ChunkCheck(state)
         self._fetcher = ChunkFetcher(state, self._check)
         self._ahead = start_read_ahead(state, self._fetcher)
-        self._writer = writer
-        self._committer = committer
-        self._invalidator = Invalidator(state, writer, committer, index)
+        self._writer, self._committer = parts.writer, parts.committer
+        self._invalidator = Invalidator(state, self._writer, self._committer, self._index)
         self._closing = threading.Lock()
         self._scrubber = Scrubber(state)
         self._scrubbing = threading.Lock()
-        self._scrub = start_scrub(state, self._scrubber, self.scrub_step, directory.path)
-        self.recovered = recovered
+        self._scrub = start_scrub(state, self._scrubber, self.scrub_step, parts.directory.path)
+        self._own_device = parts.own_device
+        self.recovered = parts.recovered
         """What opening found."""
-        self.own_device: Device | None = None
-        """Closed with the store."""
 
     @classmethod
     def open(
@@ -132,7 +104,7 @@ class BlockStore:
         config = config or StoreConfig()
         directory = DataDirectory(path)
         try:
-            return _open(directory, config, device, clock)
+            return cls(open_parts(directory, config, device, clock))
         except BaseException:
             directory.close()
             raise
@@ -252,10 +224,18 @@ class BlockStore:
         return self._writer.seal(requests, owner=owner, durable=durable, writer=writer)
 
     def begin_seal(
-        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
+        self,
+        requests: Sequence[SealRequest],
+        *,
+        owner: str,
+        durable: bool,
+        writer: str = "",
+        more: bool = False,
     ) -> Callable[[], tuple[SealStatus, ...]]:
         """See Store."""
-        return self._writer.begin_seal(requests, owner=owner, durable=durable, writer=writer)
+        return self._writer.begin_seal(
+            requests, owner=owner, durable=durable, writer=writer, more=more
+        )
 
     def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
         """See Store."""
@@ -383,10 +363,11 @@ class BlockStore:
                 crc = leave_snapshot(self._directory, self._state, self._index, self._committer)
                 self._index.close()
                 self._state.ssd.close()
-                if self.own_device is not None:
-                    self.own_device.close()
+                if self._own_device is not None:
+                    self._own_device.close()
             try:
-                self._directory.mark_clean(crc)
+                if self._committer.settled:  # else headers have something to say
+                    self._directory.mark_clean(crc)
             except OSError as error:
                 _log.warning("the shutdown could not be marked clean: %s", error)
             self._directory.close()
@@ -405,96 +386,3 @@ class BlockStore:
     ) -> None:
         """Close."""
         self.close()
-
-
-def _device(directory: DataDirectory, config: StoreConfig) -> Device:
-    return open_device(
-        directory.segments_path,
-        io=config.io,
-        depth=config.io_depth,
-        direct=config.direct,
-        raw=config.raw_device,
-        owner=directory.store_id,
-    )
-
-
-def _open(
-    directory: DataDirectory,
-    config: StoreConfig,
-    device: Device | None,
-    clock: Callable[[], float],
-) -> BlockStore:
-    if device is not None:
-        return _open_on(device, directory, config, clock)
-    device = _device(directory, config)
-    try:
-        store = _open_on(device, directory, config, clock)
-    except BaseException:
-        device.close()
-        raise
-    store.own_device = device
-    return store
-
-
-def _open_on(
-    device: Device, directory: DataDirectory, config: StoreConfig, clock: Callable[[], float]
-) -> BlockStore:
-    table = BlockTable(rows_max=config.disk_bytes // ALIGN_BYTES)
-    catalog = Catalog(table, config.namespaces_max, config.removals_remembered_max)
-    ssd = SsdTier(device, config.disk_bytes, config.segment_bytes)
-    dram = DramTier.of(config)
-    if isinstance(device, RingDevice) and dram.memory.huge_bytes >= dram.region.nbytes:
-        # On small pages the kernel would keep a list as long as the arena, a ring.
-        device.register(dram.region.view)
-    events = BlockEvents(config.events_remembered_max)
-    committers: list[Committer] = []
-
-    def on_delete(key: bytes, generation: int, place: tuple[int, int], erase: bool) -> None:
-        # Tied late: the committer needs the writer, which needs the residency.
-        committers[0].delete(key, generation, place, erase=erase)
-
-    rows = (table, catalog, dram, ssd)
-    residency = Residency(
-        *rows, on_delete, events, policy=config.eviction, tenants=config.tenants, clock=clock
-    )
-    retention = RetentionTable(
-        directory.path, table, catalog, residency, config.retained_bytes_limit, config.disk_bytes
-    )
-    owner_bytes_max, bytes_max = config.mapped_limits
-    lock = threading.Lock()
-    state = StoreState(
-        config=config,
-        clock=clock,
-        table=table,
-        catalog=catalog,
-        dram=dram,
-        ssd=ssd,
-        residency=residency,
-        expiry=Expiry(table, catalog, residency, config.ttl_s, config.tenants),
-        retention=retention,
-        leases=LeaseTable(config.leases_max, first_id=secrets.randbits(48) + 1),
-        mappings=MappingTable(dram.guards, owner_bytes_max=owner_bytes_max, bytes_max=bytes_max),
-        reservations=ReservationTable(config.reservations_max, first_id=secrets.randbits(48) + 1),
-        events=events,
-        lock=lock,
-        room=threading.Condition(lock),
-    )
-    recovery = Recovery(directory, device, catalog)
-    try:
-        recovered = recovery.recover(ssd, residency)
-        directory.remove_namespaces(catalog.forget_excess())
-        directory.bring_up_to_date()
-        retention.load()
-    except BaseException:
-        recovery.close()
-        dram.close()
-        raise
-    state.generation = recovered.generation
-    troubles = MediaTroubles(state, recovered.troubles)
-    state.read_failed, state.rotten = troubles.read_failed, troubles.rotten
-    writer = BlockWriter(state, troubles)
-    committer = Committer(writer, troubles, ssd, recovery.index, directory, state.io, dram.region)
-    committers.append(committer)
-    writer.attach(committer)
-    committer.start()
-    return BlockStore(directory, recovery.index, state, writer, committer, recovered)

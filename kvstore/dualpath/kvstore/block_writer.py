@@ -61,8 +61,12 @@ class _Batch:
     """Sealings that a thread waits for; `waiting` counts those, and the thread until it has
     queued all of them."""
 
-    waiting: int
-    submitted_before: int
+    durable: bool
+    writer: str
+    last: _Sealing | None
+    """With this one it has brought all; None if more follows at once."""
+    waiting: int = 1
+    submitted_before: int = 0
     """Jobs of all batches that were queued before this one."""
     failed: bool = False
     done: threading.Event = field(default_factory=threading.Event)
@@ -123,6 +127,8 @@ class BlockWriter:
             refused = outcome.status in (ReserveStatus.FULL, ReserveStatus.QUOTA)
             if not refused or left <= 0 or not self._room_is_coming():
                 return outcome
+            if self._committer is not None:
+                self._committer.call()  # nothing more comes from here before there is room
             state.room.wait(left)
             state.check_open()
 
@@ -186,7 +192,13 @@ class BlockWriter:
         return self.begin_seal(requests, owner=owner, durable=durable, writer=writer)()
 
     def begin_seal(
-        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
+        self,
+        requests: Sequence[SealRequest],
+        *,
+        owner: str,
+        durable: bool,
+        writer: str = "",
+        more: bool = False,
     ) -> Callable[[], tuple[SealStatus, ...]]:
         """See Store."""
         if len(requests) > BATCH_BLOCKS_MAX:
@@ -195,7 +207,8 @@ class BlockWriter:
         for sealing in sealings:
             if sealing.status is None:
                 self._hash(sealing)
-        batch = self._enqueue(sealings, writer or owner, durable)
+        batch = _Batch(durable, writer or owner, None if more or not sealings else sealings[-1])
+        self._enqueue(sealings, batch)
 
         def statuses() -> tuple[SealStatus, ...]:
             if not batch.done.wait(self._state.config.commit_wait_s):
@@ -253,11 +266,11 @@ class BlockWriter:
         if given and given != sealing.checksums:
             sealing.status = SealStatus.CORRUPT
 
-    def _enqueue(self, sealings: Sequence[_Sealing], writer: str, durable: bool) -> _Batch:
+    def _enqueue(self, sealings: Sequence[_Sealing], batch: _Batch) -> None:
         """Publish or queue each block, in order. The batch is done when all are decided."""
         state = self._state
         with state.lock:
-            batch = _Batch(waiting=1, submitted_before=self._submitted)
+            batch.submitted_before = self._submitted
         for start in range(0, len(sealings), _SEALED_AT_ONCE):
             jobs: list[CommitJob] = []
             with state.lock:
@@ -265,19 +278,16 @@ class BlockWriter:
                     if sealing.status is SealStatus.CORRUPT:
                         self._give_up(sealing.row)
                     elif sealing.status is None:
-                        self._enqueue_one(sealing, writer, durable, batch, jobs)
+                        self._enqueue_one(sealing, batch, jobs)
                 self._submit(jobs)
                 state.room.notify_all()
         with state.lock:
             self._decided(batch)
-        return batch
 
-    def _enqueue_one(
-        self, sealing: _Sealing, writer: str, durable: bool, batch: _Batch, jobs: list[CommitJob]
-    ) -> None:
+    def _enqueue_one(self, sealing: _Sealing, batch: _Batch, jobs: list[CommitJob]) -> None:
         state, row = self._state, sealing.row
         self._await_parent(row, jobs)
-        if not durable:
+        if not batch.durable:
             self._await_write_back(row, jobs)
         parent = int(state.table.parent[row])
         if parent == GONE:
@@ -285,9 +295,9 @@ class BlockWriter:
             self._give_up(row)
             return
         state.generation += 1
-        jobs.append(self._job(sealing, writer))
+        jobs.append(self._job(sealing, batch))
         self._queued.add(row)
-        if not durable and (parent < 0 or state.table.state[parent] == RowState.PRESENT):
+        if not batch.durable and (parent < 0 or state.table.state[parent] == RowState.PRESENT):
             self._publish(jobs[-1], dirty=True)
             sealing.status = SealStatus.SEALED
         else:
@@ -361,7 +371,7 @@ class BlockWriter:
             self._submitted += len(jobs)
             jobs.clear()
 
-    def _job(self, sealing: _Sealing, writer: str) -> CommitJob:
+    def _job(self, sealing: _Sealing, batch: _Batch) -> CommitJob:
         state, table, row = self._state, self._state.table, sealing.row
         assert sealing.entry is not None
         parent = int(table.parent[row])
@@ -374,11 +384,14 @@ class BlockWriter:
             slot=int(table.slot[row]),
             generation=state.generation,
             checksums=sealing.checksums,
-            writer=writer,
+            writer=batch.writer,
             sealed_unix_s=time.time(),
         )
         at, nbytes = int(table.dram[row]), sealing.entry.layout.slot_bytes
-        return CommitJob(row, parent, record, sealing.entry.namespace, at, nbytes)
+        job = CommitJob(row, parent, record, sealing.entry.namespace, at, nbytes)
+        job.ends_put = batch.durable and sealing is batch.last
+        job.has_more = batch.durable and not job.ends_put
+        return job
 
     def _publish(self, job: CommitJob, *, dirty: bool) -> None:
         record = job.record

@@ -25,6 +25,10 @@ class CommitJob:
     """Why it could not be stored; "" while all is well."""
     sick: bool = False
     """It is the place that failed: another one may do."""
+    ends_put: bool = False
+    """Somebody waits for the blocks up to this one."""
+    has_more: bool = False
+    """Somebody waits for this and for more, which he is about to bring."""
 
     @property
     def place(self) -> tuple[int, int]:

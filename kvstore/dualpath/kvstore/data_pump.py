@@ -58,12 +58,12 @@ class DataWrite:
 
 
 class DataPump:
-    """See the module docstring. For one caller."""
+    """See the module docstring. For one caller, who may wait for other things with `changed`."""
 
-    def __init__(self, device: Device, gate: IoGate) -> None:
+    def __init__(self, device: Device, gate: IoGate, changed: threading.Condition) -> None:
         self._device = device
         self._gate = gate
-        self._changed = threading.Condition()
+        self._changed = changed
         self._queue: deque[DataWrite] = deque()
         self._under_way: deque[tuple[DataWrite, SlotItems, BatchProgress]] = deque()
         self._closing = False
@@ -79,11 +79,6 @@ class DataPump:
             if write.parts:
                 self._queue.append(write)
                 self._changed.notify_all()
-
-    def await_begun(self, write: DataWrite) -> None:
-        """Wait until none of its parts is left to begin: now another write may follow."""
-        with self._changed:
-            self._changed.wait_for(lambda: not write.parts)
 
     def finish(self, write: DataWrite) -> list[WriteFailure]:
         """Wait until the device has let go of its memory; what has failed. Idempotent."""
@@ -135,7 +130,6 @@ class DataPump:
             write.parts.popleft()
             if not write.parts:
                 self._queue.popleft()
-                self._changed.notify_all()
         return True
 
     def _drive(self) -> None:

@@ -21,7 +21,7 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import sync_directory
 from dualpath.transfer.errors import Corrupt, InvalidRequest
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 SUMMED_FORMAT = 2
 """From this format on META and CLEAN have a check and the index has sums."""
 RETAINED_NAME = "RETAINED"
@@ -83,7 +83,8 @@ def read_meta(root: Path) -> Meta:
             f"{path} is not that of a dualpath store; choose another directory, or restore META"
         )
     version = fields.get("format")
-    if ("check" in fields or version == SUMMED_FORMAT) and raw != _summed(fields):
+    summed = "check" in fields or version in range(SUMMED_FORMAT, STORE_FORMAT + 1)
+    if summed and raw != _summed(fields):
         raise Corrupt(
             f"{path}: its check does not match; restore it, or let `dualpath fsck --repair` make "
             "a new one"

@@ -4,8 +4,9 @@ Key: namespace id (16 bytes), then hash. Value: `BlockRecord.to_bytes`. Private 
 that holds the data directory's lock. Read once at opening; written by one thread. `apply` is one
 transaction: after it has returned its changes survive power loss, before that none of them is
 visible. The sums of all records (index_sums.py) change with each transaction and are checked
-whenever all records are read; an index that has none yet gets them then. After an error the
-environment is opened anew, because LMDB refuses everything after some. After an unclean stop
+whenever all records are read; an index that has none yet gets them then. They also say up to which
+generation of the store it tells everything: later blocks are known by their headers. After an error
+the environment is opened anew, because LMDB refuses everything after some. After an unclean stop
 `Probe` tries it in a child process first, because a damaged map can kill its reader.
 """
 
@@ -100,7 +101,7 @@ class DurableIndex:
             self._sums = found
             with contextlib.suppress(IndexFailure):  # the next transaction brings them along
                 self.apply([], [])
-        elif self._sums != found:
+        elif not self._sums.holds(found):
             raise Corrupt(
                 f"the index holds {found.records} records, not the {self._sums.records} that were "
                 "committed"
@@ -128,15 +129,24 @@ class DurableIndex:
         """Number of the last committed transaction."""
         return int(self._env.info()["last_txnid"])
 
+    @property
+    def generation(self) -> int | None:
+        """It tells of all blocks up to this generation; None: of all (up to format 2)."""
+        return None if self._sums is None else self._sums.generation
+
     def apply(
-        self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
+        self,
+        deletes: Sequence[tuple[bytes, int]],
+        puts: Sequence[tuple[bytes, bytes]],
+        generation: int | None = None,
     ) -> None:
         """Delete (key, generation) where the stored generation is that one, then put; durable on
-        return. Raises IndexFailure, having changed nothing."""
+        return. With `generation` it reaches so far then. Raises IndexFailure, having changed
+        nothing."""
         reopened = False
         while True:
             try:
-                self._apply(deletes, puts)
+                self._apply(deletes, puts, generation)
             except lmdb.MapFullError as error:
                 if self._map_bytes >= _MAP_BYTES_MAX:
                     raise IndexFailure(f"the index is full: {error}") from error
@@ -153,13 +163,18 @@ class DurableIndex:
                 return
 
     def _apply(
-        self, deletes: Sequence[tuple[bytes, int]], puts: Sequence[tuple[bytes, bytes]]
+        self,
+        deletes: Sequence[tuple[bytes, int]],
+        puts: Sequence[tuple[bytes, bytes]],
+        generation: int | None,
     ) -> None:
         sums = None if self._sums is None else self._sums.copy()
+        if sums is not None and generation is not None:
+            sums.generation = generation
         with self._turn, self._env.begin(write=True) as txn:
-            for key, generation in deletes:
+            for key, born in deletes:
                 value = txn.get(key)
-                if value is not None and _goes(value, generation):
+                if value is not None and _goes(value, born):
                     txn.delete(key)
                     if sums is not None:
                         sums.remove(value)
@@ -195,7 +210,7 @@ def _create(path: Path) -> None:
         lmdb.open(str(new), map_size=_MAP_BYTES_MIN, lock=False, subdir=False, mode=0o600) as env,
         env.begin(write=True) as txn,
     ):
-        txn.put(SUMS_KEY, IndexSums().to_bytes())
+        txn.put(SUMS_KEY, IndexSums(generation=0).to_bytes())
     new.rename(path / "data.mdb")
     sync_directory(path)
 

@@ -122,7 +122,9 @@ class _Put:
                 self._namespace_id, blocks, owner=self._owner, ttl_s=_TTL_S
             )
             taken = _until_full(reservations, room_comes=bool(self._parts))
-            sealed = self._fill_and_seal(reservations, data[start:end])
+            # Else it waits before it brings the next part.
+            more = end < len(hashes) and taken == len(blocks) and len(self._parts) < _PARTS_MAX
+            sealed = self._fill_and_seal(reservations, data[start:end], more)
             self._parts.append(partial(self._outcome, reservations, blocks, sealed, taken))
             self._await_parts(_PARTS_MAX if taken == len(blocks) else 0)
             start += taken
@@ -135,7 +137,7 @@ class _Put:
             self._statuses += self._parts.popleft()()
 
     def _fill_and_seal(
-        self, reservations: Sequence[Reservation], data: Sequence[Buffer]
+        self, reservations: Sequence[Reservation], data: Sequence[Buffer], more: bool
     ) -> Callable[[], tuple[SealStatus, ...]]:
         reserved = [(r, block) for r, block in zip(reservations, data, strict=True) if r.extent]
         ids = [reservation.reservation_id for reservation, _ in reserved]
@@ -154,7 +156,7 @@ class _Put:
                 for each, one in zip(ids, sums, strict=True)
             ]
             return self._store.begin_seal(
-                requests, owner=self._owner, durable=self._durable, writer=self._writer
+                requests, owner=self._owner, durable=self._durable, writer=self._writer, more=more
             )
         finally:
             # A block whose parent somebody is still writing was not sealed and stays reserved.

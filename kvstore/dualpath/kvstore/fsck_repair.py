@@ -252,6 +252,9 @@ class FsckRepair:
                 found[record.key] = record
                 brought += 1
         kept = _rooted(found)
+        reaches = self._fsck.state.generation
+        if device is not None or reaches is None:
+            reaches = max([0, *(record.generation for record in found.values())])
         new = self._path / "index.new"
         if new.exists():
             directory_format.set_aside(self._path, new)
@@ -261,6 +264,7 @@ class FsckRepair:
             for start in range(0, len(kept), _PUTS_MAX):
                 part = kept[start : start + _PUTS_MAX]
                 index.apply([], [(record.key, record.to_bytes()) for record in part])
+            index.apply([], [], reaches)
         finally:
             index.close()
         self._forget_clean()

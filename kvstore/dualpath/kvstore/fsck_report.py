@@ -51,6 +51,9 @@ class FsckCode(enum.Enum):
     """A segment without a superblock, as a crash may leave it; the next opening removes it."""
     NOT_CLEAN = "not_clean"
     """The last process did not shut down cleanly; the next opening reads the whole index."""
+    NEWER_BLOCK = "newer_block"
+    """A header that the index had not been told of when the last process ended; its data is not
+    checked here."""
     SET_ASIDE = "set_aside"
     """Something damaged was kept for a look later."""
     UNKNOWN_FILE = "unknown_file"
@@ -68,6 +71,7 @@ _NOTES = frozenset(
         FsckCode.RAW_TABLE_DAMAGED,
         FsckCode.BLANK_SEGMENT,
         FsckCode.NOT_CLEAN,
+        FsckCode.NEWER_BLOCK,
         FsckCode.SET_ASIDE,
         FsckCode.UNKNOWN_FILE,
     )

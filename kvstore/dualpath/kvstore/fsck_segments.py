@@ -48,12 +48,15 @@ class CheckedSegment:
 
 
 class SegmentCheck:
-    """See the module docstring."""
+    """See the module docstring. The index reaches up to `generation` (None: to the last)."""
 
-    def __init__(self, device: Device, report: FsckReport, progress: Progress) -> None:
+    def __init__(
+        self, device: Device, report: FsckReport, progress: Progress, generation: int | None
+    ) -> None:
         self._device = device
         self._report = report
         self._progress = progress
+        self._generation = generation
 
     def superblocks(self) -> Iterator[CheckedSegment]:
         """Look at every segment's first page."""
@@ -181,6 +184,9 @@ class SegmentCheck:
         if not whole:
             segment.bad_free_headers.append(slot)
             self._report.add(FsckCode.FREE_HEADER_DAMAGED, where, "the slot holds no block")
+        elif self._generation is not None and found.generation > self._generation:
+            text = "newer than the index; the next opening takes the block if it is whole"
+            self._report.add(FsckCode.NEWER_BLOCK, where, text)
 
     def _data(
         self, segment: CheckedSegment, file: DeviceFile, record: BlockRecord, layout: KVLayout

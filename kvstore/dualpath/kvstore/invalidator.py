@@ -56,8 +56,11 @@ class Invalidator:
             state.check_open()
             entry = state.catalog.entry(scope.namespace_id) if scope.namespace_id else None
         if scope.writer:
-            # What is not durable yet stands in no index: wait until it does.
+            # What was written a moment ago stands in no index yet.
             self._writer.flush()
+            trouble = self._committer.await_told(state.config.commit_wait_s)
+            if trouble:
+                raise Unavailable(f"not all blocks of a writer are known: {trouble}; try again")
         rows, generations, born_until = self._find(scope, entry, dry_run=dry_run)
         count = _Count()
         for start in range(0, len(rows), _DROPPED_AT_ONCE):
@@ -174,7 +177,7 @@ class Invalidator:
         SSD included. Raises Unavailable."""
         self._writer.flush()
         wait_s = self._state.config.commit_wait_s
-        trouble = self._committer.await_deletes(wait_s)
+        trouble = self._committer.await_told(wait_s)
         if trouble:
             raise Unavailable(
                 f"the blocks are hidden, but may be back after a crash: {trouble}; invalidate again"

@@ -148,7 +148,7 @@ class MediaTroubles:
         """See CommitTroubles."""
         with self._state.lock:
             if failure:
-                text = f"{failure}; nothing becomes durable, what is stored is served"
+                text = f"{failure}; nothing more becomes durable, what is stored is served"
                 self._state.health.note(Trouble.INDEX, text)
             else:
                 self._state.health.clear(Trouble.INDEX)

@@ -1,11 +1,11 @@
 """Opening: from the durable facts to rows in memory.
 
-The facts come from the snapshot of a clean close, else from the durable index, else (if that is
-lost or damaged) from the headers; then every block's bytes are verified, because a header alone
-may describe an evicted block. All three become `BlockColumns`, which are checked in one way: a
-block is taken only if its namespace is known, its segment's superblock is good and its geometry
-fits; of two blocks for one slot the later generation is taken. What does not hang below a root is
-dropped, so that presence is prefix-closed.
+The facts come from the snapshot of a clean close, else from the durable index and the headers of
+blocks that it was not told of, else (if the index is lost or damaged) from all headers. Whatever is
+found by its header is verified byte by byte (header_scan.py). All three become `BlockColumns`,
+which are checked in one way: a block is taken only if its namespace is known, its segment's
+superblock is good and its geometry fits; of two blocks for one slot the later generation is taken.
+What does not hang below a root is dropped, so that presence is prefix-closed.
 """
 
 from __future__ import annotations
@@ -16,26 +16,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from dualpath.kvstore import checksum
 from dualpath.kvstore.block_columns import BlockColumns
-from dualpath.kvstore.catalog import Catalog, NamespaceEntry
+from dualpath.kvstore.catalog import Catalog
 from dualpath.kvstore.data_directory import DataDirectory
-from dualpath.kvstore.device import Device, DeviceFile
+from dualpath.kvstore.device import Device
 from dualpath.kvstore.directory_format import ASIDE_NAME
 from dualpath.kvstore.durable_index import DurableIndex, Probe
+from dualpath.kvstore.header_scan import OpenSegment, scan_headers
 from dualpath.kvstore.heap import trim_heap
 from dualpath.kvstore.index_snapshot import SnapshotState, read_snapshot
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
-from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.record_columns import NamespaceShape, RecordColumns
 from dualpath.kvstore.residency import Residency
-from dualpath.kvstore.segment import (
-    SegmentGeometry,
-    is_blank,
-    page_buffer,
-    read_headers,
-    read_superblock,
-)
+from dualpath.kvstore.segment import is_blank, read_superblock
 from dualpath.kvstore.ssd_tier import SsdTier, segment_name, segment_number
 from dualpath.transfer.errors import Corrupt
 from numpy.typing import NDArray
@@ -43,12 +36,6 @@ from numpy.typing import NDArray
 _PUTS_MAX = 4096
 _DECODED_AT_ONCE = 1 << 13
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Found:
-    geometry: SegmentGeometry
-    file: DeviceFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +48,8 @@ class Recovered:
     rebuilt: bool
     """Whether the index was lost and made anew from the headers."""
     from_snapshot: bool = False
+    newer: int = 0
+    """Blocks that the index had not been told of before the crash."""
     troubles: tuple[str, ...] = ()
     """A sentence for each thing that was damaged or gone, for the operator."""
 
@@ -72,9 +61,10 @@ class Recovery:
         self._directory = directory
         self._device = device
         self._catalog = catalog
-        self._segments: dict[int, _Found] = {}
+        self._segments: dict[int, OpenSegment] = {}
         self._damaged: dict[int, int] = {}
         self._stale: list[tuple[bytes, int]] = []
+        self._newer: dict[bytes, bytes] = {}
         self._suspect = False
         self._unknown: set[bytes] = set()
         self._rebuilt = False
@@ -110,6 +100,8 @@ class Recovery:
                     raise Corrupt("the index cannot be walked by a child process")
                 self._index = DurableIndex(self._directory.index_path)
                 snapshot = self._from_clean_close()
+                if probe is not None and self._index.generation is not None:
+                    self._newer = self._by_headers(self._index.generation)
                 return self._from_index(self._index) if snapshot is None else snapshot
             except Corrupt as error:
                 _log.warning("%s; it is set aside and rebuilt from the headers", error)
@@ -118,9 +110,10 @@ class Recovery:
             if probe is not None:
                 probe.close()
         self._stale.clear()
+        self._newer.clear()
         self._unknown.clear()
         self._suspect, self._rebuilt = False, True
-        records = [(record.key, record.to_bytes()) for record in self._from_headers()]
+        records = list(self._by_headers().items())
         self._rewrite(records)
         _log.warning("the index was rebuilt from headers: %d blocks", len(records))
         troubles.append(f"{reason}; it was rebuilt from headers: {len(records)} blocks")
@@ -142,6 +135,8 @@ class Recovery:
         self._index = DurableIndex(self._directory.index_path)
         for start in range(0, len(records), _PUTS_MAX):
             self._index.apply([], records[start : start + _PUTS_MAX])
+        # Until here it says that it reaches nothing: a crash costs no block.
+        self._index.apply([], [], self._generation)
 
     def _load(self, found: BlockColumns, ssd: SsdTier, residency: Residency) -> Recovered:
         kept = found.rooted(self._fitting(found) & found.latest_of_slots())
@@ -151,17 +146,20 @@ class Recovery:
         columns = found if kept.all() else found.take(np.flatnonzero(kept))
         residency.restore(columns)
         self._adopt_segments(columns, ssd)
-        if self._suspect or not self._delete_stale():
+        if len(columns):
+            self._generation = max(self._generation, int(columns.generations.max()))
+        orphans = [key for key, _ in self._stale if self._newer.pop(key, None) is not None]
+        if self._suspect or not self._correct_index():
             # A page with a bad record may have bad neighbours that only a write would find.
             _log.warning("the index is damaged; it is set aside and written anew")
             self._rewrite(self._records_kept())
-        last = int(columns.generations.max()) if len(columns) else 0
         return Recovered(
-            generation=max(self._generation, last),
+            generation=self._generation,
             blocks=len(columns),
-            dropped=len(self._stale),
+            dropped=len(self._stale) - len(orphans),
             rebuilt=self._rebuilt,
             from_snapshot=self._from_snapshot,
+            newer=len(self._newer),
             troubles=tuple(self._directory.troubles),
         )
 
@@ -201,24 +199,28 @@ class Recovery:
             ssd.skip(number, nbytes)
 
     def _records_kept(self) -> list[tuple[bytes, bytes]]:
-        """What the index still tells of the blocks that were taken."""
-        stale = {key for key, _ in self._stale}
+        """What the index tells of the blocks that were taken, and those it was not told of."""
+        left_out = {key for key, _ in self._stale} | self._newer.keys()
         kept: list[tuple[bytes, bytes]] = []
         try:
             for key, value in self.index.records():
-                if key not in stale:
+                if key not in left_out:
                     kept.append((key, value))
         except Corrupt as error:
             _log.warning("%s; the blocks behind it are lost with the next crash", error)
-        return kept
+        return kept + list(self._newer.items())
 
-    def _delete_stale(self) -> bool:
-        """False if the index refuses. Must be done before any slot is written again."""
-        if not self._stale:
+    def _correct_index(self) -> bool:
+        """Have it tell what was taken, no more and no less; False if it refuses. Must be done
+        before any slot is written again."""
+        if self._newer:
+            _log.info("%d blocks are newer than the index", len(self._newer))
+        if self._stale:
+            _log.warning("%d records were damaged, orphaned or stale: dropped", len(self._stale))
+        elif not self._newer and self.index.generation is not None:
             return True
-        _log.warning("%d records were damaged, orphaned or stale: dropped", len(self._stale))
         try:
-            self.index.apply(self._stale, [])
+            self.index.apply(self._stale, list(self._newer.items()), self._generation)
         except OSError as error:
             _log.warning("%s", error)
             return False
@@ -261,7 +263,18 @@ class Recovery:
         return np.array([entry.index for entry in entries if entry is not None], np.int32)
 
     def _from_index(self, index: DurableIndex) -> BlockColumns:
-        return self._decoded(index.records())
+        # No generation that it has reached may be given out again.
+        self._generation = max(self._generation, index.generation or 0)
+        if not self._newer:
+            return self._decoded(index.records())
+        told = (entry for entry in index.records() if entry[0] not in self._newer)
+        return self._decoded(itertools.chain(told, self._newer.items()))
+
+    def _by_headers(self, newer_than: int = -1) -> dict[bytes, bytes]:
+        """Records by key of blocks that their headers tell of, verified."""
+        scanned = scan_headers(self._segments, self._catalog, newer_than)
+        self._generation = max(self._generation, scanned.generation)
+        return {key: record.to_bytes() for key, record in scanned.records.items()}
 
     def _decoded(self, records: Iterable[tuple[bytes, bytes]]) -> BlockColumns:
         decoder = RecordColumns(
@@ -320,7 +333,7 @@ class Recovery:
                 file.close()
                 self.close()
                 raise
-            self._segments[segment] = _Found(geometry, file)
+            self._segments[segment] = OpenSegment(geometry, file)
 
     def close(self) -> None:
         """Give everything back after a failure."""
@@ -329,41 +342,3 @@ class Recovery:
         for found in self._segments.values():
             found.file.close()
         self._segments.clear()
-
-    def _fits(self, record: BlockRecord) -> bool:
-        entry = self._catalog.find(record.namespace_id)
-        found = self._segments.get(record.segment)
-        return (
-            entry is not None
-            and found is not None
-            and entry.layout.block_bytes == record.length
-            and entry.layout.chunk_count == len(record.checksums)
-            and entry.layout.slot_bytes == found.geometry.slot_bytes
-            and record.slot < found.geometry.slots
-        )
-
-    def _from_headers(self) -> list[BlockRecord]:
-        """Records of all headers whose block's bytes verify; one a key, the latest."""
-        latest: dict[bytes, BlockRecord] = {}
-        for segment, found in self._segments.items():
-            for record in read_headers(found.file, found.geometry):
-                entry = self._catalog.find(record.namespace_id)
-                known = latest.get(record.key)
-                if (
-                    entry is not None
-                    and record.segment == segment
-                    and self._fits(record)
-                    and (known is None or known.generation < record.generation)
-                    and _verifies(record, found, entry)
-                ):
-                    latest[record.key] = record
-        return list(latest.values())
-
-
-def _verifies(record: BlockRecord, found: _Found, entry: NamespaceEntry) -> bool:
-    buffer = page_buffer(found.geometry.slot_bytes)
-    try:
-        found.file.read(found.geometry.slot_offset(record.slot), [buffer])
-    except OSError:
-        return False
-    return checksum.of_block(buffer, entry.layout) == record.checksums

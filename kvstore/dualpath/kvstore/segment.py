@@ -4,8 +4,9 @@
     4 KiB    header table: one 1 KiB header a slot, rounded up to 4 KiB
     ...      slots, each `slot_bytes` (a multiple of 4 KiB)
 
-Owns geometry and encodings and reads and writes them through a DeviceFile. A header is only as
-true as the index says: it stays behind when its block is evicted.
+Owns geometry and encodings and reads and writes them through a DeviceFile. A header stays behind
+when its block is evicted: up to the generation that the index reaches, only the index says whether
+it means anything.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
-from dualpath.kvstore.record import HEADER_BYTES, BlockRecord
+from dualpath.kvstore.record import HEADER_BYTES, RECORD_FIELDS, RECORD_MAGIC, BlockRecord
 from dualpath.transfer.errors import Corrupt, InvalidRequest
 
 SEGMENT_FORMAT = 1
 HEADERS_PER_PAGE = ALIGN_BYTES // HEADER_BYTES
 SLOTS_PER_SEGMENT_MAX = 1 << 20
 RUN_PAGES_MAX = 256
-"""Most header pages of one write."""
+"""Most header pages that are read or written at once."""
 
 _SUPERBLOCK = struct.Struct("<8sIIII")
 _MAGIC = b"dpsegmt\0"
@@ -181,21 +183,46 @@ def runs(numbers: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
         yield first, count
 
 
-def read_headers(file: DeviceFile, geometry: SegmentGeometry) -> Iterator[BlockRecord]:
-    """Yield the headers that decode, in order of slots; the others were never written or are
-    damaged. Unreadable pages are skipped."""
-    page = page_buffer()
-    for first in range(0, geometry.slots, HEADERS_PER_PAGE):
-        offset, _ = geometry.header_page(first)
-        try:
-            file.read(offset, [page])
-        except OSError:
-            continue
-        for slot in range(first, min(first + HEADERS_PER_PAGE, geometry.slots)):
-            inside = (slot - first) * HEADER_BYTES
+def read_headers(
+    file: DeviceFile, geometry: SegmentGeometry, newer_than: int = -1
+) -> Iterator[BlockRecord]:
+    """Yield the headers of a later generation that decode, in order of slots; the others were never
+    written or are damaged. Unreadable pages are skipped."""
+    pages = -(-geometry.slots // HEADERS_PER_PAGE)
+    buffer = page_buffer(min(pages, RUN_PAGES_MAX) * ALIGN_BYTES)
+    for first in range(0, pages, RUN_PAGES_MAX):
+        run = buffer[: min(RUN_PAGES_MAX, pages - first) * ALIGN_BYTES]
+        _read_pages(file, ALIGN_BYTES + first * ALIGN_BYTES, run)
+        for number in _newer(run, newer_than):
+            slot = first * HEADERS_PER_PAGE + number
+            header = run[number * HEADER_BYTES : (number + 1) * HEADER_BYTES]
             try:
-                record = BlockRecord.from_bytes(bytes(page[inside : inside + HEADER_BYTES]))
+                record = BlockRecord.from_bytes(bytes(header))
             except Corrupt:
                 continue
-            if record.slot == slot:
+            if record.slot == slot < geometry.slots:
                 yield record
+
+
+def _read_pages(file: DeviceFile, start: int, run: memoryview) -> None:
+    """Pages that cannot be read are zero."""
+    try:
+        file.read(start, [run])
+    except OSError:
+        for at in range(0, len(run), ALIGN_BYTES):
+            page = run[at : at + ALIGN_BYTES]
+            try:
+                file.read(start + at, [page])
+            except OSError:
+                page[:] = bytes(ALIGN_BYTES)
+
+
+def _newer(run: memoryview, newer_than: int) -> list[int]:
+    """Numbers of the headers that are worth decoding."""
+    table = np.frombuffer(run, np.uint8).reshape(-1, HEADER_BYTES)
+    fixed = np.ascontiguousarray(table[:, : RECORD_FIELDS.itemsize]).view(RECORD_FIELDS)[:, 0]
+    found = fixed["magic"] == np.void(RECORD_MAGIC)
+    if newer_than >= 0:
+        found &= fixed["generation"] > np.uint64(newer_than)
+    numbers: list[int] = np.flatnonzero(found).tolist()
+    return numbers

@@ -381,10 +381,17 @@ class Store(Protocol):
         commit. Raises Unavailable if the medium takes too long."""
 
     def begin_seal(
-        self, requests: Sequence[SealRequest], *, owner: str, durable: bool, writer: str = ""
+        self,
+        requests: Sequence[SealRequest],
+        *,
+        owner: str,
+        durable: bool,
+        writer: str = "",
+        more: bool = False,
     ) -> Callable[[], tuple[SealStatus, ...]]:
         """`seal` without its waiting: that is done by calling the answer, which may raise
-        Unavailable. Children of these blocks may be reserved and sealed meanwhile."""
+        Unavailable. Children of these blocks may be reserved and sealed meanwhile. With `more`
+        others follow at once that the caller waits for as well: one flush may do for all."""
 
     def abandon(self, reservation_ids: Sequence[int], *, owner: str) -> None:
         """(fast) Give reservations up; unknown ones are ignored."""

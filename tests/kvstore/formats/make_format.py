@@ -2,7 +2,8 @@
 
 Run once when the format changes, by the last version that writes the old one; commit the files:
     python tests/kvstore/formats/make_format.py
-`clean` was closed; `killed` is the same store as a kill -9 leaves it.
+`clean` was closed; `killed` is the same store as a kill -9 leaves it, before its index was told of
+any block.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from dualpath.kvstore import index_backlog
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.directory_format import STORE_FORMAT
@@ -80,6 +82,7 @@ def pack(directory: Path, target: Path) -> None:
 def main() -> None:
     """Make both archives beside this script."""
     here = Path(__file__).parent
+    index_backlog.LAG_S = float("inf")
     with tempfile.TemporaryDirectory() as temporary:
         data, killed = Path(temporary) / "data", Path(temporary) / "killed"
         with BlockStore.open(data, CONFIG) as store:

@@ -109,7 +109,7 @@ def _write_records(path: Path, namespace: Namespace, hashes: NDArray[np.uint8], 
     index = DurableIndex(path)
     try:
         for start in range(0, blocks, _PUTS):
-            index.apply([], records[start : start + _PUTS])
+            index.apply([], records[start : start + _PUTS], blocks)
     finally:
         index.close()
 
