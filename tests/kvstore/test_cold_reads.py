@@ -4,6 +4,7 @@ stays held."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.io_mode import IoMode
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.ring_device import RINGS_MAX
 from dualpath.kvstore.store_api import MissReason, SealStatus, Tier
-from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.errors import InvalidRequest, Overloaded
 
 Content = Callable[[bytes, int], bytes]
 CONFIG = StoreConfig(
@@ -99,13 +101,17 @@ def test_all_comes_whatever_the_buffers_and_wherever_it_goes(
         assert store.stats().read_bytes[Tier.SSD] > 0
 
 
+@pytest.mark.parametrize("buffers", [4 << 20, 32 << 20])
+@pytest.mark.parametrize("wrong", [(0,), (8, 11), (1, 3, 9)])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_byte_that_is_wrong_on_the_medium_ends_the_prefix_before_its_block(
-    tmp_path: Path, content: Content, name: str
+    tmp_path: Path, content: Content, name: str, wrong: tuple[int, ...], buffers: int
 ) -> None:
-    cold = Cold(tmp_path, LAYOUTS[name], content, CONFIG)
-    bad = len(cold.hashes) * 2 // 3
-    cold.flip(bad, cold.nbytes - 1)
+    config = replace(CONFIG, read_buffers_bytes=buffers)
+    cold = Cold(tmp_path, LAYOUTS[name], content, config)
+    for twelfth in wrong:
+        cold.flip(len(cold.hashes) * twelfth // 12, cold.nbytes - 1)
+    bad = len(cold.hashes) * wrong[0] // 12
     store, space = cold.open()
     with store:
         target = bytearray(len(cold.hashes) * cold.nbytes)
@@ -115,6 +121,41 @@ def test_a_byte_that_is_wrong_on_the_medium_ends_the_prefix_before_its_block(
         assert nothing_held(store)
         again = store.get_into(space, cold.hashes, target)
         assert again.blocks == bad
+
+
+def test_many_readers_at_once_share_rings_and_buffers(tmp_path: Path, content: Content) -> None:
+    config = replace(CONFIG, read_buffers_bytes=16 << 20, read_buffer_wait_s=30.0)
+    cold = Cold(tmp_path, LAYOUTS["several-chunks"], content, config)
+    store, space = cold.open()
+    expected = b"".join(cold.data)
+
+    def read(_: int) -> bool:
+        target = bytearray(len(expected))
+        return store.get_into(space, cold.hashes, target).blocks == len(cold.hashes) and (
+            target == expected
+        )
+
+    with store, ThreadPoolExecutor(2 * RINGS_MAX) as threads:
+        assert all(threads.map(read, range(3 * RINGS_MAX)))
+        assert nothing_held(store)
+
+
+def test_who_is_not_patient_is_told_at_once_that_there_is_no_buffer(
+    tmp_path: Path, content: Content
+) -> None:
+    config = replace(CONFIG, read_buffer_wait_s=1e6)
+    cold = Cold(tmp_path, LAYOUTS["several-chunks"], content, config)
+    store, space = cold.open()
+    with store:
+        hit = store.lookup(space, cold.hashes, owner="o", lease_s=60)
+        blocks = np.repeat(np.arange(hit.blocks), 4)
+        chunks = np.tile(np.arange(4), hit.blocks)
+        with store.fetch_batch(hit.lease_id, blocks, chunks) as batch:
+            assert len(batch) < len(blocks)
+            with pytest.raises(Overloaded, match="no read buffer"):
+                store.fetch_batch(hit.lease_id, blocks, chunks, patient=False)
+        store.release(hit.lease_id, owner="o")
+        assert nothing_held(store)
 
 
 def test_a_target_that_is_too_small_leaves_nothing_held(tmp_path: Path, content: Content) -> None:

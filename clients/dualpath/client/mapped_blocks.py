@@ -113,6 +113,7 @@ class _LocalChunks:
     """A ChunkSource over the local socket."""
 
     chunks_max = _CHUNKS_MAX
+    fetches_max = 1
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store
@@ -120,9 +121,14 @@ class _LocalChunks:
         self.renew = store.renew
 
     def fetch(
-        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+        self,
+        lease_id: int,
+        blocks: NDArray[np.int32],
+        chunks: NDArray[np.int32],
+        *,
+        patient: bool,
     ) -> _Brought:
-        """See ChunkSource."""
+        """See ChunkSource. The daemon waits as it likes."""
         return _Brought(self._store, *self._store.fetch(lease_id, blocks, chunks))
 
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -199,9 +198,12 @@ class BlockStore:
         *,
         verify: bool = False,
         wait: bool = True,
+        patient: bool = True,
     ) -> ChunkBatch:
         """See Store."""
-        return self._fetcher.fetch_batch(lease_id, blocks, chunks, verify=verify, wait=wait)
+        return self._fetcher.fetch_batch(
+            lease_id, blocks, chunks, verify=verify, wait=wait, patient=patient
+        )
 
     def locate(self, lease_id: int, blocks: NDArray[np.int32]) -> BlockPlaces:
         """See Store."""
@@ -378,11 +380,6 @@ class BlockStore:
         """Return self."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         """Close."""
         self.close()

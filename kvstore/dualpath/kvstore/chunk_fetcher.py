@@ -93,6 +93,7 @@ class ChunkFetcher:
         *,
         verify: bool = False,
         wait: bool = True,
+        patient: bool = True,
         kind: IoClass = IoClass.LOAD,
     ) -> ChunkBatch:
         """See Store; for whom the bytes are read, `kind`, is for the order of transfers."""
@@ -111,7 +112,8 @@ class ChunkFetcher:
             pinned, row_of = distinct_rows(rows)
             state.table.pins[pinned] += 1
             try:
-                parts = self._plan(rows, entry, of_chunk, pinned, row_of)
+                buffer_wait_s = state.config.read_buffer_wait_s if patient else 0.0
+                parts = self._plan(rows, entry, of_chunk, pinned, row_of, buffer_wait_s)
                 transfers = self._transfers(parts)
             except BaseException:
                 # Only the wait for the first buffer raises: there is nothing else to give back.
@@ -179,6 +181,7 @@ class ChunkFetcher:
         chunks: NDArray[np.int32],
         pinned: NDArray[np.int32],
         row_of: NDArray[np.int32],
+        buffer_wait_s: float,
     ) -> BatchParts:
         """Needs the lock; all rows are pinned. Raises Overloaded. Cuts the batch where the read
         buffers end."""
@@ -203,7 +206,7 @@ class ChunkFetcher:
         # Marked before the wait for a buffer, in which others plan too.
         self._mark(rows, bits, slotted)
         try:
-            buffers = self._take_buffers(reads, buffered)
+            buffers = self._take_buffers(reads, buffered, buffer_wait_s)
         except BaseException:
             self._unmark(rows, bits, slotted)
             raise
@@ -286,7 +289,9 @@ class ChunkFetcher:
         if slotted.any():
             np.bitwise_and.at(self._state.table.reading, rows[slotted], ~bits[slotted])
 
-    def _take_buffers(self, reads: ChunkReads, buffered: NDArray[np.bool_]) -> NDArray[np.int64]:
+    def _take_buffers(
+        self, reads: ChunkReads, buffered: NDArray[np.bool_], wait_s: float
+    ) -> NDArray[np.int64]:
         """The read buffer of each read, -1 where it goes to a slot; fewer than reads if there are
         no more. Waits only when not even the first item would be served."""
         pool = self._state.dram.buffers
@@ -305,18 +310,18 @@ class ChunkFetcher:
         beyond = buffers[served:]
         pool.give(beyond[beyond >= 0])
         if reads.first[served] == 0:
-            buffers[0] = self._await_buffer(int(reads.nbytes[0]))
+            buffers[0] = self._await_buffer(int(reads.nbytes[0]), wait_s)
             served = 1
         return buffers[:served]
 
-    def _await_buffer(self, nbytes: int) -> int:
+    def _await_buffer(self, nbytes: int, wait_s: float) -> int:
         state = self._state
-        deadline = time.monotonic() + state.config.read_buffer_wait_s
+        deadline = time.monotonic() + wait_s
         while not len(taken := state.dram.buffers.take(1, nbytes)):
             left = deadline - time.monotonic()
             if left <= 0 or not state.room.wait(left):
                 raise Overloaded(
-                    f"no read buffer within {state.config.read_buffer_wait_s} s; release fetched "
+                    f"no read buffer within {wait_s} s; release fetched "
                     "chunks or raise read_buffers_bytes",
                     retry_after_s=state.io.retry_after_s(),
                 )

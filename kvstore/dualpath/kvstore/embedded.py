@@ -273,17 +273,22 @@ class _StoreChunks:
     """A ChunkSource in the same process."""
 
     chunks_max = BATCH_ITEMS_MAX
-    """All of a part at once, as far as there are buffers."""
+    fetches_max = 3
 
     def __init__(self, store: Store, owner: str) -> None:
         self._store = store
         self._owner = owner
 
     def fetch(
-        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+        self,
+        lease_id: int,
+        blocks: NDArray[np.int32],
+        chunks: NDArray[np.int32],
+        *,
+        patient: bool,
     ) -> FetchedBatch:
         """See ChunkSource."""
-        return self._store.fetch_batch(lease_id, blocks, chunks, wait=False)
+        return self._store.fetch_batch(lease_id, blocks, chunks, wait=False, patient=patient)
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """See ChunkSource."""

@@ -10,6 +10,7 @@ reported and tried once more.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -23,8 +24,12 @@ from numpy.typing import NDArray
 
 MAPPED_BYTES = 64 << 20
 """What a reader has mapped at once; large enough that a round trip does not count."""
-_ARRIVAL_S = 60.0
-"""How long one arrival is waited for before it is asked for again; the source ends what is late."""
+_FIRST_BYTES = 4 << 20
+_GROWTH = 4
+"""The first fetch is so small that the device has work at once, each later one so much larger."""
+_ARRIVAL_S = 0.05
+"""How long the oldest fetch is waited for before the others are looked at; the source ends what is
+late."""
 _WAITS_MAX = 20
 """How often in a row a full pool of read buffers is waited for."""
 
@@ -64,11 +69,20 @@ class ChunkSource(Protocol):
     def chunks_max(self) -> int:
         """Most chunks of one `fetch`."""
 
+    @property
+    def fetches_max(self) -> int:
+        """Most fetches that are not released."""
+
     def fetch(
-        self, lease_id: int, blocks: NDArray[np.int32], chunks: NDArray[np.int32]
+        self,
+        lease_id: int,
+        blocks: NDArray[np.int32],
+        chunks: NDArray[np.int32],
+        *,
+        patient: bool,
     ) -> FetchedChunks:
         """The leading chunks, at least one; each is told by `arrived` sooner or later. Raises
-        Overloaded."""
+        Overloaded if there is no room for one; only if `patient` it waits for that."""
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """A chunk was wrong; True if its block was dropped, else it can be fetched again."""
@@ -97,6 +111,18 @@ def read_in_parts(
         done += part.blocks
         if done < end or end == blocks:
             return replace(part, blocks=done, fetched=fetched)
+
+
+class _UnderWay:
+    """Chunks of `part`, (block, chunk) each, that were asked for together."""
+
+    def __init__(self, part: NDArray[np.int32], fetched: FetchedChunks) -> None:
+        self.part = part
+        self.fetched = fetched
+        self.left = len(part)
+        """Chunks that have not been told."""
+        self.right = np.zeros(len(part), np.bool_)
+        """Those that are copied and verified."""
 
 
 class MappedRead:
@@ -130,7 +156,11 @@ class MappedRead:
         self._chunks = -(-mapped.nbytes // chunk_bytes)
         self._wrong = np.zeros((blocks, self._chunks), np.bool_)
         self._renewed_at = time.monotonic()
-        self._first_gone = blocks
+        self._first_gone = self._end = blocks
+        """Beyond `_end` nothing can count any more."""
+        self._tried_again = np.zeros((blocks, self._chunks), np.bool_)
+        self._under_way: deque[_UnderWay] = deque()
+        self._fetch_chunks = max(1, _FIRST_BYTES // min(chunk_bytes, mapped.nbytes))
 
     def run(self, *, verify: bool) -> ReadBlocks:
         """Do it. Raises LeaseExpired if the memory changed under an unverified copy, InvalidRequest
@@ -175,60 +205,82 @@ class MappedRead:
                 self._source.report_corrupt(mapped.hit.lease_id, block, chunk)
 
     def _fetch_all(self, wanted: NDArray[np.bool_]) -> int:
-        """Fetch and copy chunks in order; how many leading blocks are right in the end."""
+        """Fetch and copy chunks; how many leading blocks are right in the end."""
         items = np.argwhere(wanted).astype(np.int32)
-        tried_again = self._wrong.copy()
-        waits = 0
-        while len(items):
-            self._keep_lease()
-            part = items[: self._source.chunks_max]
+        self._tried_again |= self._wrong
+        under_way = self._under_way
+        try:
+            while len(items) or under_way:
+                self._keep_lease()
+                items = self._begin(items)
+                while under_way[0].left:
+                    # All of them: the oldest may wait for what another one has.
+                    came = [self._advance(one, 0.0) for one in under_way if one.left]
+                    if not any(came):
+                        self._advance(under_way[0], _ARRIVAL_S)
+                oldest = under_way.popleft()
+                oldest.fetched.release()
+                items = np.concatenate((self._settle(oldest), items))
+                items = items[items[:, 0] < self._end]
+        finally:
+            while under_way:
+                under_way.popleft().fetched.release()
+        return self._end
+
+    def _begin(self, items: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Ask for the leading items, by as many fetches as there may be: while the first one is
+        copied the device has others. Return those that are not asked for. Raises Overloaded."""
+        source, under_way, waits = self._source, self._under_way, 0
+        while len(items) and len(under_way) < source.fetches_max:
+            most = self._fetch_chunks if source.fetches_max > 1 else source.chunks_max
+            part = items[: min(most, source.chunks_max)]
             try:
-                fetched = self._source.fetch(self._mapped.hit.lease_id, part[:, 0], part[:, 1])
+                fetched = source.fetch(
+                    self._mapped.hit.lease_id, part[:, 0], part[:, 1], patient=not under_way
+                )
             except Overloaded:
+                if under_way:
+                    break  # room comes when these are copied
                 waits += 1
                 if waits > _WAITS_MAX:
                     raise
                 continue  # the store has waited for a buffer before it refused
-            waits = 0
             part = part[: len(fetched.offsets)]
-            right, status = self._take(part, fetched)
-            gone = part[status == FetchStatus.GONE]
-            if len(gone):
-                # Nothing was wrong with it: its lease outlived it. What is before it counts.
-                self._first_gone = min(self._first_gone, int(gone[:, 0].min()))
-            again = []
-            for block, chunk in part[~right].tolist():
-                if block >= self._first_gone:
-                    continue
-                dropped = self._source.report_corrupt(self._mapped.hit.lease_id, block, chunk)
-                if dropped or tried_again[block, chunk]:
-                    return self._right_before(block, part, right)
-                tried_again[block, chunk] = True
+            under_way.append(_UnderWay(part, fetched))
+            items = items[len(part) :]
+            self._fetch_chunks = min(self._fetch_chunks * _GROWTH, source.chunks_max)
+        return items
+
+    def _advance(self, one: _UnderWay, timeout_s: float) -> bool:
+        """Copy and verify chunks that have arrived; False if none has."""
+        fetched = one.fetched
+        items = fetched.arrived(timeout_s)
+        if not len(items):
+            return False
+        there = items[fetched.status[items] == FetchStatus.OK]
+        one.right[there] = self._copy_chunks(one.part[there], fetched.offsets[there])
+        one.left -= len(items)
+        return True
+
+    def _settle(self, one: _UnderWay) -> NDArray[np.int32]:
+        """All of it was told: what has to be tried again. Notes where the prefix ends."""
+        part, status = one.part, one.fetched.status
+        gone = part[status == FetchStatus.GONE]
+        if len(gone):
+            # Nothing was wrong with it: its lease outlived it. What is before it counts.
+            self._first_gone = min(self._first_gone, int(gone[:, 0].min()))
+            self._end = min(self._end, self._first_gone)
+        again = []
+        for block, chunk in part[~one.right].tolist():
+            if block >= self._end:
+                continue
+            dropped = self._source.report_corrupt(self._mapped.hit.lease_id, block, chunk)
+            if dropped or self._tried_again[block, chunk]:
+                self._end = block
+            else:
+                self._tried_again[block, chunk] = True
                 again.append((block, chunk))
-            rest = items[len(part) :]
-            items = np.concatenate((np.array(again, np.int32).reshape(-1, 2), rest))
-            items = items[items[:, 0] < self._first_gone]
-        return self._first_gone
-
-    def _take(
-        self, part: NDArray[np.int32], fetched: FetchedChunks
-    ) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
-        """Copy and verify chunks as they arrive; which are right, and what became of each."""
-        right = np.zeros(len(part), np.bool_)
-        left = len(part)
-        try:
-            while left:
-                items = fetched.arrived(_ARRIVAL_S)
-                there = items[fetched.status[items] == FetchStatus.OK]
-                right[there] = self._copy_chunks(part[there], fetched.offsets[there])
-                left -= len(items)
-        finally:
-            fetched.release()
-        return right, fetched.status
-
-    def _right_before(self, block: int, part: NDArray[np.int32], right: NDArray[np.bool_]) -> int:
-        """The first block that is not whole: chunks come in order, so that it is in this part."""
-        return min(block, int(part[~right][:, 0].min()))
+        return np.array(again, np.int32).reshape(-1, 2)
 
     def _copy_chunks(
         self, part: NDArray[np.int32], offsets: NDArray[np.int64]
