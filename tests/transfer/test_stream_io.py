@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -160,6 +161,20 @@ def test_a_receive_ends_with_its_time_its_peer_or_an_interrupt(
     theirs.close()
     assert receive(1000) == (10, 0, True, [])
     assert receive(1000) == (0, 0, True, [])
+
+
+def test_a_receive_that_waited_in_vain_leaves_a_socket_that_wakes_for_one_byte(
+    io: ModuleType, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    part, none = memoryview(bytearray(1 << 20)), memoryview(bytearray())
+    theirs.send(b"x" * 300)
+    assert io.receive(ours.fileno(), [part], 0, 1 << 20, none, GO, 1, True)[0] == 300
+    poll = select.poll()
+    poll.register(ours, select.POLLIN)
+    assert not poll.poll(0)
+    theirs.send(b"y")
+    assert poll.poll(0)
 
 
 def test_an_interrupt_stops_a_receive_that_is_under_way(

@@ -11,9 +11,11 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "../../kvstore/native/xxh3.h"
 
@@ -23,6 +25,8 @@
 #define STEP_BYTES (256 << 10)
 /* A receiver that waits is woken when so many bytes have come, or all that it still wants. */
 #define WAKE_BYTES (128 << 10)
+/* How long it looks for them before it sleeps: about what going to sleep and waking up costs. */
+#define SPIN_NS 50000
 
 typedef struct {
     Py_buffer *views;
@@ -77,16 +81,6 @@ static int await_socket(int fd, short events, int wait_ms) {
     return ready < 0 && errno == EINTR ? 1 : ready;
 }
 
-static int await_bytes(int fd, size_t wanted, int wait_ms) {
-    int least = wanted < WAKE_BYTES ? (int)wanted : WAKE_BYTES, one = 1;
-    setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least);
-    int ready = await_socket(fd, POLLIN, wait_ms);
-    int error = errno;
-    setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &one, sizeof one);
-    errno = error;
-    return ready;
-}
-
 typedef struct {
     Parts parts;
     Py_buffer behind, interrupt;
@@ -95,7 +89,42 @@ typedef struct {
     Py_ssize_t part; /* the first that is not complete */
     size_t inside;   /* its bytes that are in place */
     int hashed, ended, error;
+    int lowat;   /* what the socket wakes for, 0: not set by us */
+    int patient; /* whether to sleep at once where nothing is there */
 } Receipt;
+
+static void wake_for(Receipt *job, int fd, int least) {
+    if (job->lowat != least) {
+        setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least);
+        job->lowat = least;
+    }
+}
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Wait until enough is there to be worth a receive. Where bytes come as fast as they are taken the
+ * next ones are there before a sleep would have begun: look for them a moment, unless that was in
+ * vain before in this call. */
+static int await_bytes(Receipt *job, int fd, int wait_ms) {
+    size_t wanted = job->nbytes - job->received;
+    wake_for(job, fd, wanted < WAKE_BYTES ? (int)wanted : WAKE_BYTES);
+    if (!job->patient) {
+        int64_t until = now_ns() + SPIN_NS;
+        do {
+            int ready = await_socket(fd, POLLIN, 0);
+            if (ready != 0 || interrupted(job->interrupt.buf)) {
+                return ready ? ready : 1;
+            }
+            sched_yield();
+        } while (now_ns() < until);
+        job->patient = 1;
+    }
+    return await_socket(fd, POLLIN, wait_ms);
+}
 
 static int vectors(const Receipt *job, struct iovec *iov) {
     size_t left = job->nbytes - job->received, room = left < STEP_BYTES ? left : STEP_BYTES;
@@ -149,7 +178,7 @@ static void receive_all(Receipt *job, int fd, int wait_ms) {
             job->ended = 1;
             return;
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-            int ready = wait_ms ? await_bytes(fd, job->nbytes - job->received, wait_ms) : 0;
+            int ready = wait_ms ? await_bytes(job, fd, wait_ms) : 0;
             if (ready < 0) {
                 job->error = errno;
             }
@@ -214,6 +243,9 @@ static PyObject *receive(PyObject *module, PyObject *args) {
             } else {
                 Py_BEGIN_ALLOW_THREADS
                 receive_all(&job, fd, wait_ms);
+                if (job.lowat) {
+                    wake_for(&job, fd, 1);
+                }
                 Py_END_ALLOW_THREADS
                 if (job.error) {
                     errno = job.error;
