@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 
 import pytest
@@ -31,7 +31,7 @@ class _Told(Mailbox[LoadWindow]):
 
 
 @contextmanager
-def _armed() -> Iterator[tuple[LoadWindow, _Told]]:
+def _armed(sums: Sequence[int] = SUMS) -> Iterator[tuple[LoadWindow, _Told]]:
     with closing(asyncio.new_event_loop()) as loop:
         hub = MemoryHub()
         network = Network("n", lambda name, lost: MemoryTransport(name, lost, hub), loop)
@@ -41,7 +41,7 @@ def _armed() -> Iterator[tuple[LoadWindow, _Told]]:
         offsets = [NBYTES * index for index in range(COUNT)]
         targets = SliceTable.contiguous(offsets, [NBYTES] * COUNT)
         zeros = [0] * COUNT
-        window.arm(ArmedChunks(TAGS[0], range(COUNT), zeros, zeros, targets, SUMS), now=1.0)
+        window.arm(ArmedChunks(TAGS[0], range(COUNT), zeros, zeros, targets, sums), now=1.0)
         yield window, told
         window.close()
         network.transport.close()
@@ -81,3 +81,16 @@ def test_news_are_urgent_at_half_only_while_more_waits_and_always_at_the_end(hun
         window.take_landed(1.0)
         window._hashed([99], [1])
         assert not window.outstanding
+
+
+def test_what_lands_before_its_checksums_are_known_is_judged_when_they_come() -> None:
+    with _armed(sums=()) as (window, told):
+        assert window._hashed(TAGS[:2], [SUMS[0], 7]) == [True, True]
+        window.fence([TAGS[2]])
+        assert (window.take_landed(1.0).intact, told.urgent) == ([], [])
+        window.reveal(lambda armed: SUMS)
+        landed = window.take_landed(1.5)
+        assert (landed.intact, landed.corrupt) == ([0], [1])
+        assert window._hashed(TAGS[3:5], [SUMS[3], 7]) == [True, False]
+        landed = window.take_landed(2.0)
+        assert (landed.intact, landed.corrupt) == ([3], [4])

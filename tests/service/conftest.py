@@ -240,6 +240,7 @@ class Delivery:
         self.peer_id = ""
         self.landed: dict[int, Arrival] = {}
         self.progress: list[Any] = []
+        self.found: dict[int, Any] = {}
         self._next = 1
 
     def window(self) -> RegionDescriptor:
@@ -264,6 +265,7 @@ class Delivery:
         deadline_ms: int = 10_000,
         layout: KVLayout = LAYOUT,
         change: Callable[[Any], None] = lambda message: None,
+        lookup: Any = None,
     ) -> int:
         """Grant (block, chunk) pairs; block b lands at b * slot_bytes. Return the grant's id."""
         assert self.client.transport is not None
@@ -301,7 +303,7 @@ class Delivery:
         )
         change(message)
         await self.call.write(
-            store_pb2.DeliverRequest(lease_id=lease_id, ticket=ticket, grant=message)
+            store_pb2.DeliverRequest(lease_id=lease_id, ticket=ticket, grant=message, lookup=lookup)
         )
         return grant_id
 
@@ -318,6 +320,8 @@ class Delivery:
             while not done.issuperset(grant_ids):
                 response = await self.call.read()
                 assert response is not grpc.aio.EOF
+                if response.HasField("found"):
+                    self.found[response.found.grant_id] = response.found
                 for progress in response.progress:
                     self.progress.append(progress)
                     failed.update(zip(progress.failed_tag, progress.failure, strict=True))

@@ -127,6 +127,79 @@ def test_a_stream_without_a_session_ends_at_once(
     in_lab(body)
 
 
+def test_a_look_up_that_comes_with_a_grant_brings_what_it_finds_and_nothing_else(
+    in_lab: Any,
+) -> None:
+    async def body(lab: Any) -> None:
+        _, client, namespace_id, hashes = await _filled(lab)
+        asked = store_pb2.LookupRequest(
+            namespace_id=namespace_id,
+            hashes=b"".join(hashes) + bytes(32),
+            hash_bytes=32,
+            lease_ms=60_000,
+        )
+        async with client.deliver() as delivery:
+            window = delivery.window()
+            pairs = [(block, chunk) for chunk in range(2) for block in range(3)]
+            grant = await delivery.grant(pairs, window, lookup=asked)
+            outcome = await delivery.outcome(grant)
+            assert not outcome.failed
+            hit = delivery.found[grant].hit
+            assert (hit.blocks, hit.miss) == (2, store_pb2.MISS_REASON_ABSENT)
+            assert {(tag >> 6) & 3 for tag in delivery.landed} == {0, 1}
+            assert len(delivery.landed) == 4
+            # The lease is the attachment's, as any other.
+            again = await delivery.grant([(1, 2)], window, lease_id=hit.lease_id)
+            assert not (await delivery.outcome(again)).failed
+            # Only what is wrong with the grant itself is told as its failure.
+            wrong = await delivery.grant([(0, 0)], window, lookup=asked, change=_set("chunk", [9]))
+            outcome = await delivery.outcome(wrong)
+            assert set(outcome.failed.values()) == {common_pb2.CHUNK_FAILURE_INVALID}
+            assert delivery.found[wrong].hit.blocks == 2
+
+    in_lab(body)
+
+
+def test_a_look_up_that_is_refused_or_finds_nothing_delivers_nothing(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, namespace_id, hashes = await _filled(lab)
+        asked = store_pb2.LookupRequest(
+            namespace_id=namespace_id, hashes=bytes(32), hash_bytes=32, lease_ms=60_000
+        )
+        unknown = store_pb2.LookupRequest(
+            namespace_id=b"?" * 16, hashes=hashes[0], hash_bytes=32, lease_ms=60_000
+        )
+        wrong = store_pb2.LookupRequest(namespace_id=namespace_id, hashes=b"short", hash_bytes=32)
+        hit = await client.lookup(namespace_id, hashes)
+        async with client.deliver() as delivery:
+            window = delivery.window()
+            nothing = await delivery.grant([(0, 0)], window, lookup=asked)
+            foreign = await delivery.grant([(0, 1)], window, lookup=unknown)
+            refused = await delivery.grant([(0, 2)], window, lookup=wrong)
+            last = await delivery.grant([(1, 0)], window, lease_id=hit.lease_id)
+            assert not (await delivery.outcome(last)).failed
+            assert list(delivery.found) == [nothing, foreign, refused]
+            assert delivery.found[nothing].hit.blocks == 0
+            assert not delivery.found[refused].HasField("hit")
+            assert len(delivery.landed) == 1
+
+    in_lab(body)
+
+
+def test_a_look_up_without_a_grant_ends_its_stream(in_lab: Any) -> None:
+    async def body(lab: Any) -> None:
+        _, client, *_ = await _filled(lab)
+        async with client.deliver() as delivery:
+            await delivery.call.write(
+                store_pb2.DeliverRequest(lookup=store_pb2.LookupRequest(hash_bytes=32))
+            )
+            with pytest.raises(grpc.RpcError, match="lookup: it needs a grant") as caught:
+                await delivery.call.read()
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    in_lab(body)
+
+
 def test_a_new_stream_of_an_attachment_replaces_the_old_one(in_lab: Any) -> None:
     async def body(lab: Any) -> None:
         _, client, namespace_id, hashes = await _filled(lab)

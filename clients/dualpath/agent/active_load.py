@@ -10,15 +10,19 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+from dualpath.agent.first_look import FirstLook
 from dualpath.agent.load_progress import LoadProgress
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate
 from dualpath.agent.load_window import ArmedChunks, LoadWindow
 from dualpath.agent.outcome import LoadResult, LoadStarted, MissReason
 from dualpath.agent.regions import EngineRegion
 from dualpath.kvstore.layout import KVLayout
+from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.dispatcher import Grant
+from dualpath.transfer.errors import DualPathError
 from dualpath.transfer.slice_table import SliceTable
 from numpy.typing import NDArray
 
@@ -52,6 +56,8 @@ class ActiveLoad:
         """By path: the relay's attachment at the daemon, and the ticket made out to it."""
         self.held: list[Grant] = []
         """Grants that wait for a ticket or a new lease."""
+        self.looking: FirstLook | None = None
+        """While what is stored is only assumed, and there is no lease."""
         self.refreshing: asyncio.Task[None] | None = None
         self.delegating: asyncio.Task[None] | None = None
         self.reports: list[asyncio.Task[None]] = []
@@ -74,13 +80,34 @@ class ActiveLoad:
 
     def begin(self, hit: LoadStarted, lease_id: int, checksums: NDArray[np.uint64]) -> None:
         """The lookup found something: `checksums` has one a chunk, block after block."""
+        self._spread(hit.hit_blocks)
+        self._know(hit, lease_id, checksums)
+
+    def assume(self, look: FirstLook) -> None:
+        """Begin as if every block were stored, until `found` says what is."""
+        self.looking = look
+        self._spread(len(self.spec.hashes))
+
+    def found(self, answer: store_pb2.LookupResponse, now: float) -> None:
+        """What the look-up of an assumed load has found. Raises DualPathError for a bad answer."""
+        check_found(answer, self.spec, self.layout)
+        hit = LoadStarted(answer.blocks, MissReason.of_proto(answer.miss), answer.detail)
+        self._know(hit, answer.lease_id, np.frombuffer(answer.checksums, "<u8"))
+        self.tiers = answer.tiers
+        self.lookup_s = now - self.started_at
+        self.looking = None
+
+    def _spread(self, blocks: int) -> None:
+        """The load is of so many blocks."""
+        self.progress = LoadProgress(self.layout, blocks)
+        self._span = self.spec.places.span(self.layout, blocks)
+        self._bases = np.array(self.spec.places.base_bytes[:blocks], np.int64)
+
+    def _know(self, hit: LoadStarted, lease_id: int, checksums: NDArray[np.uint64]) -> None:
         self.hit = hit
         self.lease_id = lease_id
         self.checksums = checksums
         self.miss, self.detail = hit.miss, hit.detail
-        self.progress = LoadProgress(self.layout, hit.hit_blocks)
-        self._span = self.spec.places.span(self.layout, hit.hit_blocks)
-        self._bases = np.array(self.spec.places.base_bytes[: hit.hit_blocks], np.int64)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -101,8 +128,17 @@ class ActiveLoad:
         )
         first_tag = self._next_tag
         self._next_tag += len(indices)
-        sums = self.checksums[blocks * len(self._sizes) + chunks].tolist()
-        return ArmedChunks(first_tag, indices, blocks.tolist(), chunks.tolist(), targets, sums)
+        armed = ArmedChunks(first_tag, indices, blocks.tolist(), chunks.tolist(), targets, ())
+        return armed if self.looking else replace(armed, checksums=self.checksums_of(armed))
+
+    def checksums_of(self, armed: ArmedChunks) -> list[int]:
+        """What chunks must hash to; 0 for those of blocks that were not found."""
+        at = np.array(armed.blocks, np.int64) * len(self._sizes) + armed.chunks
+        count = len(self.checksums)
+        if at.max() < count:
+            sums: list[int] = self.checksums[at].tolist()
+            return sums
+        return [int(self.checksums[each]) if each < count else 0 for each in at]
 
     def verified(self, indices: Sequence[int], path: str) -> int:
         """Chunks are in place and intact; how many bytes that is."""
@@ -153,3 +189,14 @@ class ActiveLoad:
         )
         self.changed()
         return self.result
+
+
+def check_found(answer: store_pb2.LookupResponse, spec: LoadSpec, layout: KVLayout) -> None:
+    """Raise DualPathError for an answer that does not fit the request."""
+    if len(answer.checksums) != 8 * answer.blocks * layout.chunk_count or answer.blocks > len(
+        spec.hashes
+    ):
+        raise DualPathError(
+            f"the daemon answered {answer.blocks} of {len(spec.hashes)} blocks with "
+            f"{len(answer.checksums)} bytes of checksums"
+        )

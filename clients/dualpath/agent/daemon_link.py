@@ -2,7 +2,8 @@
 
 Owns the attachment, the Deliver stream with its grants, and the unary calls. Guarantees that
 every grant handed to `deliver` ends: by a progress message with `done`, or by `on_lost` of the
-link, after which none of its chunks will land. Does not retry calls; a lost session is made
+link, after which none of its chunks will land; and that every look-up handed to `look_up_first` is
+answered once, at the loss of the link at the latest. Does not retry calls; a lost session is made
 again by itself, and leases of the old one are gone with it.
 """
 
@@ -12,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc.aio
 from dualpath.agent.mounted_reads import MountedReads
@@ -35,6 +36,10 @@ from dualpath.transfer.errors import (
 )
 
 SWALLOWED_S = 0.5
+LOOKUPS_MAX = 32
+"""Most look-ups on the stream at once; the daemon lets fewer answers wait than twice that."""
+OnFound: TypeAlias = Callable[[store_pb2.LookupResponse | None], None]
+"""Told what a look-up has found; None if it was refused or the link was lost."""
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +71,7 @@ class DaemonLink:
         self._on_change = on_change
         self._timeout_s = timeout_s
         self._grants = OpenGrants()
+        self._lookups: dict[int, OnFound] = {}  # by the grant that each came with
         self._stub: Any = None
         self.link: SteadyLink[store_pb2.DeliverRequest, store_pb2.DeliverResponse] = SteadyLink(
             f"daemon {address}",
@@ -131,6 +137,11 @@ class DaemonLink:
 
     def on_response(self, response: store_pb2.DeliverResponse) -> None:
         """Hand progress to the grants."""
+        if response.HasField("found"):
+            found = response.found
+            on_found = self._lookups.pop(found.grant_id, None)
+            if on_found is not None:
+                on_found(found.hit if found.HasField("hit") else None)
         for progress in response.progress:
             self._grants.tell(progress)
 
@@ -138,6 +149,9 @@ class DaemonLink:
         """All grants are over."""
         self.peer_id = ""
         self._grants.clear()
+        lookups, self._lookups = self._lookups, {}
+        for on_found in lookups.values():
+            on_found(None)
         if self.mounted is not None:
             self.mounted.forget_leases()
         self._on_change(self)
@@ -184,6 +198,32 @@ class DaemonLink:
             ask=partial(self._ask, lease_id, ticket),
         )
         return grant.grant_id
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether `look_up_first` may be called now."""
+        attached = self.link.attached
+        return (
+            self.up
+            and attached is not None
+            and attached.looks_up
+            and len(self._lookups) < LOOKUPS_MAX
+            and (self.mounted is None or bool(self.mounted.off))
+        )
+
+    def look_up_first(
+        self,
+        lookup: store_pb2.LookupRequest,
+        grant: common_pb2.ChunkGrant,
+        on_progress: OnProgress,
+        on_found: OnFound,
+    ) -> int:
+        """Ask for chunks under the lease that a look-up gives, in one message with it; the daemon
+        leaves out what it does not find. Returns the grant's id. Raises PathDown."""
+        grant.grant_id = self._grants.next_id
+        self.link.send(store_pb2.DeliverRequest(lookup=lookup, grant=grant))
+        self._lookups[grant.grant_id] = on_found
+        return self._grants.add(on_progress)
 
     def _ask(
         self, lease_id: int, ticket: bytes, grant: common_pb2.ChunkGrant, on_progress: OnProgress
@@ -241,14 +281,8 @@ class DaemonLink:
         self, namespace_id: bytes, hashes: Sequence[bytes], *, lease_s: float, timeout_s: float
     ) -> store_pb2.LookupResponse:
         """Longest prefix; with a lease of our attachment if `lease_s` > 0."""
-        packed = PackedHashes.of(hashes)
-        request = store_pb2.LookupRequest(
-            namespace_id=namespace_id,
-            hashes=bytes(packed.data),
-            hash_bytes=packed.hash_bytes,
-            lease_ms=round(lease_s * 1000),
-            session=self.session,
-        )
+        request = lookup_message(namespace_id, hashes, lease_s)
+        request.session = self.session
         answer = await self._call("Lookup", request, timeout_s)
         assert isinstance(answer, store_pb2.LookupResponse)
         return answer
@@ -343,3 +377,16 @@ class DaemonLink:
             await self._call("Abandon", request)
         except DualPathError as error:
             log.info("reservations were not abandoned: %s", error)
+
+
+def lookup_message(
+    namespace_id: bytes, hashes: Sequence[bytes], lease_s: float
+) -> store_pb2.LookupRequest:
+    """A look-up of a chain, without a session."""
+    packed = PackedHashes.of(hashes)
+    return store_pb2.LookupRequest(
+        namespace_id=namespace_id,
+        hashes=bytes(packed.data),
+        hash_bytes=packed.hash_bytes,
+        lease_ms=round(lease_s * 1000),
+    )

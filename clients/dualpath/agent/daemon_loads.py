@@ -15,6 +15,7 @@ from functools import partial
 
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.first_looks import FirstLooks
 from dualpath.agent.load_refresh import LoadRefresh
 from dualpath.agent.load_routes import LoadRoutes
 from dualpath.agent.load_window import LoadWindow
@@ -77,6 +78,7 @@ class DaemonLoads:
         self._again = False
         self._refresh = LoadRefresh(daemon, by_path, lease_s)
         self.dispatcher = Dispatcher(config)
+        self.first_looks = FirstLooks(self, self._routes, self._refresh, loop, lease_s)
         now = loop.time()
         self.dispatcher.add_path(DIRECT_PATH, PathKind.DIRECT, now, storage_limit_bytes_per_s)
         self.dispatcher.set_up(DIRECT_PATH, daemon.up, now)
@@ -108,9 +110,9 @@ class DaemonLoads:
                 self.dispatcher.set_up(name, False, now)
         if not self.daemon.up:
             for load in self.loads.values():
-                if load.refreshing is None:
+                if load.refreshing is None and load.looking is None:
                     load.events["lease_expired"] += 1  # leases end with the session
-                    self._refresh.renew(load, self._sendable, self._cut)
+                    self._refresh.renew(load, self.sendable, self.cut)
         if not any(wanted.values()):
             self._watch_stranded()
         self.pump()
@@ -167,7 +169,7 @@ class DaemonLoads:
         )
         load.entry.on_gone[load] = partial(self._memory_gone, load)
         placed = self.dispatcher.paths_of(spec.load_id)
-        self._refresh.delegate(load, placed, self._sendable, self._refused)
+        self._refresh.delegate(load, placed, self.sendable, self._refused)
         self.pump()
 
     def end(
@@ -195,7 +197,8 @@ class DaemonLoads:
             state.name.lower(): count for state, count in self.dispatcher.progress(load_id).items()
         }
         paths = {view.name: view.up for view in self.views()}
-        waits = "lease" if load.refreshing else "tickets" if load.delegating else "nothing"
+        lease = load.refreshing or load.looking
+        waits = "lease" if lease else "tickets" if load.delegating else "nothing"
         return (
             f"load {load_id} (chunks {chunks}, {len(load.held)} grants held for {waits}, "
             f"placed on {self.dispatcher.paths_of(load_id)}, paths up {paths})"
@@ -206,28 +209,34 @@ class DaemonLoads:
 
     def _finish(self, load: ActiveLoad) -> LoadResult:
         load_id = load.spec.load_id
-        for window in load.windows.values():
-            window.close()
-            landed = not window.outstanding
-            self._routes.cancel(load, window.path, window.grant_ids, landed=landed)
         extra = {
             name: count
             for name, count in self.dispatcher.events(load_id).items()
             if name.startswith("fallback")
         }
-        self.dispatcher.remove_load(load_id)
-        del self.loads[load_id]
-        load.entry.on_gone.pop(load, None)
-        if load.deadline_timer is not None:
-            load.deadline_timer.cancel()
+        self.remove(load)
         if load.refreshing is not None:
             load.refreshing.cancel()
         self._refresh.release(load)
         result = load.finish(self._loop.time(), extra)
+        if load.looking is not None:
+            load.looking.end(begun=True)
         self._loop.call_soon(self.pump)
         return result
 
-    def _cut(self, load: ActiveLoad, block: int, reason: str, detail: str) -> None:
+    def remove(self, load: ActiveLoad) -> None:
+        """Fence a load and forget it."""
+        for window in load.windows.values():
+            window.close()
+            landed = not window.outstanding
+            self._routes.cancel(load, window.path, window.grant_ids, landed=landed)
+        self.dispatcher.remove_load(load.spec.load_id)
+        del self.loads[load.spec.load_id]
+        load.entry.on_gone.pop(load, None)
+        if load.deadline_timer is not None:
+            load.deadline_timer.cancel()
+
+    def cut(self, load: ActiveLoad, block: int, reason: str, detail: str) -> None:
         """The prefix ends before `block`."""
         if block >= load.progress.blocks_valid:
             return
@@ -320,9 +329,12 @@ class DaemonLoads:
         load = self.loads.get(grant.load_id)
         if load is None:
             return
-        if not self._refresh.ready(load, grant.path):
+        if load.looking is not None and not load.looking.sent:
+            grant, rest = load.looking.split(grant, load.progress.chunk_nbytes)
+            load.held += [] if rest is None else [rest]
+        elif not self._refresh.ready(load, grant.path):
             load.held.append(grant)
-            self._refresh.delegate(load, (grant.path,), self._sendable, self._refused)
+            self._refresh.delegate(load, (grant.path,), self.sendable, self._refused)
             return
         for first in range(0, len(grant.chunks), GRANT_CHUNKS_MAX):
             try:
@@ -370,7 +382,7 @@ class DaemonLoads:
             )
         return window
 
-    def _sendable(self, load: ActiveLoad) -> None:
+    def sendable(self, load: ActiveLoad) -> None:
         """Tickets or a new lease came: send what waited for them."""
         held, load.held = load.held, []
         inflight = self.dispatcher.inflight(load.spec.load_id)
@@ -442,7 +454,7 @@ class DaemonLoads:
             self.dispatcher.failed(load_id, index, path, "cancelled", now)
             if load.refreshing is None:
                 load.refreshes += 1
-                self._refresh.renew(load, self._sendable, self._cut)
+                self._refresh.renew(load, self.sendable, self.cut)
             return
         # A broken connection is the path's fault: it pauses, and the chunk keeps its attempts.
         blamed = "overloaded" if reason == "peer_lost" else reason
@@ -451,11 +463,11 @@ class DaemonLoads:
         block, chunk = load.progress.chunk_ref(index)
         if reason == "corrupt":
             self._refresh.report_corrupt(load, block, chunk)
-        self._cut(load, block, reason, f"block {block}, chunk {chunk}: {detail}")
+        self.cut(load, block, reason, f"block {block}, chunk {chunk}: {detail}")
 
     async def renew_leases(self, lease_s: float) -> None:
         """Extend the leases of all running loads, in one call."""
-        by_lease = {load.lease_id: load for load in self.loads.values()}
+        by_lease = {load.lease_id: load for load in self.loads.values() if load.lease_id}
         if not by_lease or not self.daemon.up:
             return
         try:
@@ -467,7 +479,7 @@ class DaemonLoads:
             load = by_lease[lease_id]
             if self.loads.get(load.spec.load_id) is load and load.refreshing is None:
                 load.events["lease_expired"] += 1
-                self._refresh.renew(load, self._sendable, self._cut)
+                self._refresh.renew(load, self.sendable, self.cut)
 
     def self_relay_lost(self) -> None:
         """Our own compute connection broke: what went through it goes again."""

@@ -47,7 +47,7 @@ class LoadRefresh:
 
     def ready(self, load: ActiveLoad, path: str) -> bool:
         """Whether grants of this load may be sent on a path now."""
-        if load.refreshing is not None:
+        if load.refreshing is not None or load.looking is not None:
             return False
         relay = self._relays.get(path)
         if relay is None:
@@ -60,7 +60,7 @@ class LoadRefresh:
     ) -> None:
         """Get tickets for those of `paths` that lack one; one call at a time a load."""
         missing = [path for path in paths if path in self._relays and not self.ready(load, path)]
-        if missing and load.delegating is None and load.refreshing is None:
+        if missing and load.delegating is None and load.lease_id and load.refreshing is None:
             load.delegating = self._start(
                 self._delegate(load, missing, on_ready, on_refused), f"tickets {load.spec.load_id}"
             )

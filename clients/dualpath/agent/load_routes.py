@@ -62,6 +62,11 @@ class LoadRoutes:
             return self.relays[path].submit(self.daemon.address, ticket, grant, on_progress)
         if load.entry.behind_compute_link:
             return self._self_relay.submit(self.daemon, load.lease_id, grant, on_progress)
+        if load.looking is not None:
+            look = load.looking
+            grant_id = self.daemon.look_up_first(look.request, grant, on_progress, look.on_found)
+            look.sent = True
+            return grant_id
         return self.daemon.deliver(grant, on_progress, lease_id=load.lease_id)
 
     def cancel(

@@ -2,14 +2,16 @@
 
 Owns the armed tags, the check of each arrival against the daemon's checksum (on the transport's
 thread) and the fence. Guarantees that a verdict is delivered at most once a tag, that bytes with
-a wrong checksum never count, and that after `close` nothing more lands in the memory.
+a wrong checksum never count, and that after `close` nothing more lands in the memory. What lands
+while the checksums are on their way is judged when they come.
 """
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -24,7 +26,7 @@ from dualpath.transfer.transport import Arrival
 @dataclass(frozen=True, slots=True)
 class ArmedChunks:
     """Chunks that may land, with the tags `first_tag`, ... : `indices` in their load, where, and
-    what each must hash to."""
+    what each must hash to; no `checksums` if that is not known yet."""
 
     first_tag: int
     indices: Sequence[int]
@@ -73,6 +75,11 @@ class LoadWindow:
         self._view = region.view
         self._arrivals = arrivals
         self._checksums: dict[int, int] = {}
+        self._unknown: list[ArmedChunks] = []
+        """What was armed before its checksums were known."""
+        self._early: list[tuple[Sequence[int], Sequence[int]]] | None = None
+        """(tags, digests) of what has landed since then; None while all checksums are known."""
+        self._early_lock = threading.Lock()  # guards `_early`
         # Of each grant its first tag and when it was armed, in that order.
         self._first_tags: list[int] = []
         self._armed_at: list[float] = []
@@ -89,11 +96,27 @@ class LoadWindow:
     def arm(self, armed: ArmedChunks, now: float) -> None:
         """Let these chunks land."""
         tags = armed.tags
-        self._checksums.update(zip(tags, armed.checksums, strict=True))
+        if armed.checksums:
+            self._checksums.update(zip(tags, armed.checksums, strict=True))
+        else:
+            self._unknown.append(armed)
+            with self._early_lock:
+                self._early = self._early or []
         self._network.transport.arm_table(self.descriptor, armed.first_tag, armed.targets)
         self.outstanding.update(zip(tags, armed.indices, strict=True))
         self._first_tags.append(armed.first_tag)
         self._armed_at.append(now)
+
+    def reveal(self, checksums_of: Callable[[ArmedChunks], Sequence[int]]) -> None:
+        """The checksums of what was armed without them are known now, or why else it may not
+        count: fence that afterwards. Judges what has landed."""
+        unknown, self._unknown = self._unknown, []
+        for armed in unknown:
+            self._checksums.update(zip(armed.tags, checksums_of(armed), strict=True))
+        with self._early_lock:
+            early, self._early = self._early or [], None
+        for tags, digests in early:
+            self._hashed(tags, digests)
 
     def take_landed(self, now: float) -> Landed:
         """Take what has landed since the last time, but for chunks that were given up before."""
@@ -151,6 +174,11 @@ class LoadWindow:
 
     def _hashed(self, tags: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
         """Bytes have landed that hash to `digests`. On a thread of the transport."""
+        if self._early is not None:
+            with self._early_lock:
+                if self._early is not None:
+                    self._early.append((tags, digests))
+                    return [True] * len(tags)
         wanted = list(map(self._checksums.pop, tags, repeat(None)))
         if wanted == list(digests):
             taken = [True] * len(tags)

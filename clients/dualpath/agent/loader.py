@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import numpy as np
-from dualpath.agent.active_load import ActiveLoad
+from dualpath.agent.active_load import ActiveLoad, check_found
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.daemon_loads import DaemonLoads
@@ -122,7 +122,7 @@ class Loader:
         loads: DaemonLoads | None = None
         try:
             try:
-                loads = await self._start(load)
+                load, loads = await self._start(load)
             finally:
                 self._starting.pop(spec.load_id, None)
             yield LoadUpdate(started=load.hit)
@@ -183,12 +183,15 @@ class Loader:
         self._starting[spec.load_id] = load
         return load
 
-    async def _start(self, load: ActiveLoad) -> DaemonLoads | None:
-        """Look up and hand the load over; None if it is over already."""
+    async def _start(self, load: ActiveLoad) -> tuple[ActiveLoad, DaemonLoads | None]:
+        """Look up and hand the load over, or one in its place; no loads if it is over already."""
         try:
             if self.active > self._config.loads_max:
                 raise Overloaded(f"{self.active - 1} loads are running", retry_after_s=0.1)
             try:
+                loads, load = await self._looked_first(load)
+                if loads is not None:
+                    return load, loads
                 daemon, answer = await self._looked_up(load)
             except Unavailable:
                 # The session may have ended on the way; with a new one the prefix is not lost.
@@ -196,36 +199,64 @@ class Loader:
         except DualPathError as error:
             load.events[_event_of(error)] += 1
             self._miss(load, _miss_of(error), str(error))
-            return None
+            return load, None
         load.lookup_s = self._loop.time() - load.started_at
         if answer.blocks == 0:
             self._miss(load, MissReason.of_proto(answer.miss), answer.detail)
-            return None
-        return await self._begin(load, daemon, answer)
+            return load, None
+        return load, await self._begin(load, daemon, answer)
+
+    async def _looked_first(self, load: ActiveLoad) -> tuple[DaemonLoads | None, ActiveLoad]:
+        """Let the look-up go with the first grant, if that may be; None if it did not, and a load
+        that has not begun."""
+        spec = load.spec
+        address = daemon_for(spec.namespace_id, spec.hashes[0], tuple(self._daemons))
+        loads = self._loads[address]
+        if not loads.first_looks.may_begin(load):
+            return None, load
+        fresh = ActiveLoad(spec, load.layout, load.entry, load.started_at)
+        answered = loads.first_looks.begin(load, spec.policy or self._config.policy)
+        if answered is None:
+            self._starting[spec.load_id] = fresh
+            return None, fresh
+        self._starting.pop(spec.load_id, None)
+        try:
+            async with asyncio.timeout(self._lookup_left_s(load)):
+                begun = await answered
+        except TimeoutError:
+            raise DeadlineExceeded(f"look-up at daemon {address}: no answer in time") from None
+        finally:
+            if load.looking is not None and load.result is None:
+                loads.first_looks.withdraw(load)
+        if begun:
+            return loads, load
+        self._starting[spec.load_id] = fresh
+        return None, fresh
 
     async def _looked_up(self, load: ActiveLoad) -> tuple[DaemonLink, store_pb2.LookupResponse]:
         """The daemon of a load, and what it holds of the prefix; within the time for that."""
         spec = load.spec
-        until = load.started_at + min(self._config.lookup_timeout_s, spec.deadline_s)
-        left_s = max(0.001, until - self._loop.time())
+        left_s = self._lookup_left_s(load)
         daemon = await self._daemon(spec.namespace_id, spec.hashes[0], left_s)
-        left_s = max(0.001, until - self._loop.time())
         answer = await daemon.lookup(
-            spec.namespace_id, spec.hashes, lease_s=self._config.lease_s, timeout_s=left_s
+            spec.namespace_id,
+            spec.hashes,
+            lease_s=self._config.lease_s,
+            timeout_s=self._lookup_left_s(load),
         )
         return daemon, answer
+
+    def _lookup_left_s(self, load: ActiveLoad) -> float:
+        """Time that is left to look up."""
+        until = load.started_at + min(self._config.lookup_timeout_s, load.spec.deadline_s)
+        return max(0.001, until - self._loop.time())
 
     async def _begin(
         self, load: ActiveLoad, daemon: DaemonLink, answer: store_pb2.LookupResponse
     ) -> DaemonLoads | None:
-        chunks = answer.blocks * load.layout.chunk_count
         hit = LoadStarted(answer.blocks, MissReason.of_proto(answer.miss), answer.detail)
         try:
-            if len(answer.checksums) != 8 * chunks or answer.blocks > len(load.spec.hashes):
-                raise DualPathError(
-                    f"daemon {daemon.address} answered {answer.blocks} blocks with "
-                    f"{len(answer.checksums)} bytes of checksums"
-                )
+            check_found(answer, load.spec, load.layout)
             if load.entry.behind_compute_link:
                 await self._self_relay.ensure()
             if load.entry.gone or load.aborted:

@@ -196,7 +196,6 @@ class SteadyLink(Generic[RequestT, ResponseT]):
                 log.exception("link to %s failed", self.label)
                 self._note("internal error")
             if was_up:
-                # Most losses are short: who asks meanwhile waits for the first new attempt.
                 self._begin_attempt()
                 pause_s = PAUSE_S_MIN
             elif not self._closing:
@@ -274,8 +273,8 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if self.state is LinkState.UP:
-                self.state = LinkState.DOWN
+            # Most losses are short: who asks from now on waits for the first new attempt.
+            self._begin_attempt()
             self._risen.clear()
             for task in tasks:
                 task.cancel()

@@ -107,6 +107,13 @@ class SliceTable:
             self.sizes[chosen],
         )
 
+    def chosen(self, indices: Sequence[int]) -> SliceTable:
+        """The parts with these indices, at least one, in that order."""
+        bases, skips, sizes = (
+            [each[index] for index in indices] for each in (self.bases, self.skips, self.sizes)
+        )
+        return SliceTable(self.stride, self.count, self.length, bases, skips, sizes)
+
     def fields(self) -> Iterator[Fields]:
         """The fields of each part's Slices; of one slice those of `Slices.contiguous`, so that the
         same bytes have the same fields."""

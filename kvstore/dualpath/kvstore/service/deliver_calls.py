@@ -1,6 +1,7 @@
 """The calls that take blocks out over the data plane: attach, and the Deliver stream.
 
 Owns the meeting of one stream with the delivery engine: grants and cancels in, progress out. A
+look-up may come with its first grant, which spares a load a round trip before its first byte. A
 grant that is wrong in itself fails alone, with its reason; a broken stream (unknown session, an
 id used twice, reports left unread) ends. An attachment has one stream: a new one replaces it.
 When a stream ends, what it granted is dropped.
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 from dualpath.kvstore.service.attachments import Attachment, Attachments, check_alive
 from dualpath.kvstore.service.auth import Caller
 from dualpath.kvstore.service.deliver import DeliveryEngine
-from dualpath.kvstore.service.delivery_queue import GRANT_CHUNKS_MAX, ChunkFailure
+from dualpath.kvstore.service.delivery_queue import GRANT_CHUNKS_MAX, ChunkFailure, GrantedChunks
 from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.lease_owners import LeaseOwners
 from dualpath.kvstore.service.messages import checked_session, grant_of, progress_message
@@ -35,6 +38,10 @@ from dualpath.transfer.errors import (
 
 FIRST_MESSAGE_S_MAX = 10.0
 CANCELS_MAX = 4096
+FOUND_MAX = 64
+"""Most answers to look-ups of one stream that wait to be read."""
+LookUp: TypeAlias = Callable[[store_pb2.LookupRequest, str, str], store_pb2.LookupResponse]
+"""Of a request, an owner and a principal."""
 DONE_PAUSE_S = 0.005
 """Grants that are done are reported together: their receiver knows of the chunks already."""
 # What refuses a grant alone, most specific first. While the daemon stops, another path serves.
@@ -58,6 +65,7 @@ class DeliverCalls:
         owners: LeaseOwners,
         mint: TicketMint,
         gate: Gate,
+        look_up: LookUp,
         server_id: str,
         clock: Callable[[], float],
     ) -> None:
@@ -66,6 +74,7 @@ class DeliverCalls:
         self._owners = owners
         self._mint = mint
         self._gate = gate
+        self._look_up = look_up
         self._server_id = server_id
         self._clock = clock
         self._streams: dict[str, _Stream] = {}
@@ -88,6 +97,7 @@ class DeliverCalls:
             transport=attachment.plane.transport.name,
             address=attachment.plane.address,
             invitation=invitation,
+            looks_up=True,
         )
 
     async def deliver(
@@ -132,8 +142,11 @@ class DeliverCalls:
         """The stream of `peer` ended."""
         self._streams.pop(peer, None)
 
-    def take(self, peer: str, principal: str, request: store_pb2.DeliverRequest) -> None:
-        """Act on one message of `peer`. Raises what ends its stream."""
+    def take(
+        self, peer: str, principal: str, request: store_pb2.DeliverRequest
+    ) -> store_pb2.Found | None:
+        """Act on one message of `peer`; the answer to its look-up, if it has one. Raises what
+        ends its stream."""
         if len(request.cancel_grant_id) > CANCELS_MAX:
             raise InvalidRequest(
                 f"cancel_grant_id: {len(request.cancel_grant_id)}; {CANCELS_MAX} at most"
@@ -141,16 +154,46 @@ class DeliverCalls:
         for grant_id in request.cancel_grant_id:
             self._engine.cancel(peer, grant_id)
         if not request.HasField("grant"):
-            return
+            if request.HasField("lookup"):
+                raise InvalidRequest("lookup: it needs a grant on this stream; or call Lookup")
+            return None
         message = request.grant
         if len(message.tag) > GRANT_CHUNKS_MAX:
             # Not even refused chunk by chunk: the report would be as long.
             raise InvalidRequest(
                 f"grant {message.grant_id}: {len(message.tag)} chunks; {GRANT_CHUNKS_MAX} at most"
             )
+        if not request.HasField("lookup"):
+            self._deliver(peer, principal, request)
+            return None
         try:
-            lease_id = self.lease_of(peer, request.lease_id, request.ticket)
+            hit = self._look_up(request.lookup, peer, principal)
+        except DualPathError:
+            return store_pb2.Found(grant_id=message.grant_id)
+        if hit.lease_id:
+            self._deliver(peer, principal, request, hit)
+        return store_pb2.Found(grant_id=message.grant_id, hit=hit)
+
+    def _deliver(
+        self,
+        peer: str,
+        principal: str,
+        request: store_pb2.DeliverRequest,
+        hit: store_pb2.LookupResponse | None = None,
+    ) -> None:
+        """Queue a message's grant, or report why not; of what was `hit` just now if given."""
+        message = request.grant
+        try:
+            if hit is None:
+                lease_id = self.lease_of(peer, request.lease_id, request.ticket)
+            else:
+                lease_id = hit.lease_id
             grant = grant_of(message, lease_id, now=self._clock())
+            if hit is not None and grant.granted is not None:
+                found = _of_blocks_below(grant.granted, hit.blocks)
+                if found is None:
+                    return
+                grant = replace(grant, granted=found)
             self._gate.quotas.check(
                 principal,
                 "queue_bytes",
@@ -192,6 +235,19 @@ def _refusal_of(error: DualPathError) -> ChunkFailure | None:
     return None
 
 
+def _of_blocks_below(granted: GrantedChunks, limit: int) -> GrantedChunks | None:
+    """The chunks of blocks [0, limit); None if there are none."""
+    if max(granted.blocks) < limit:
+        return granted
+    kept = [index for index, block in enumerate(granted.blocks) if block < limit]
+    if not kept:
+        return None
+    blocks, chunks, tags = (
+        [each[index] for index in kept] for each in (granted.blocks, granted.chunks, granted.tags)
+    )
+    return GrantedChunks(blocks, chunks, tags, granted.targets.chosen(kept))
+
+
 class _Stream:
     """One Deliver stream: lives in the event loop, woken by the engine's threads."""
 
@@ -201,6 +257,7 @@ class _Stream:
         self._ended = False
         self.wake = asyncio.Event()
         self._telling = False
+        self._found: deque[store_pb2.Found] = deque()
         self._stopped: Unavailable | None = None
         self.reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -215,7 +272,14 @@ class _Stream:
 
     def take(self, request: store_pb2.DeliverRequest) -> None:
         """Act on one message."""
-        self._calls.take(self._attachment.peer_id, self._attachment.principal, request)
+        if request.HasField("lookup") and len(self._found) >= FOUND_MAX:
+            raise Overloaded(
+                f"{FOUND_MAX} answers to look-ups wait: read the stream", retry_after_s=1.0
+            )
+        found = self._calls.take(self._attachment.peer_id, self._attachment.principal, request)
+        if found is not None:
+            self._found.append(found)
+            self.wake.set()
 
     async def read(self, requests: AsyncIterator[store_pb2.DeliverRequest]) -> None:
         """Act on all messages to come; returns at the client's half-close."""
@@ -230,7 +294,12 @@ class _Stream:
         while True:
             await self.wake.wait()
             self.wake.clear()
-            while not self._ended and (taken := engine.reports(peer)):
+            while not self._ended:
+                if self._found:
+                    yield store_pb2.DeliverResponse(found=self._found.popleft())
+                    continue
+                if not (taken := engine.reports(peer)):
+                    break
                 queue_bytes = engine.pending_bytes
                 yield store_pb2.DeliverResponse(
                     progress=[progress_message(each, queue_bytes) for each in taken]

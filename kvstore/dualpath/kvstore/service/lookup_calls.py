@@ -74,13 +74,18 @@ class LookupCalls:
         self, request: store_pb2.LookupRequest, caller: Caller
     ) -> store_pb2.LookupResponse:
         """See store.proto."""
-        gate, principal = self._gate, caller.principal
+        return self.look_up(request, self.owner_of(request.session, caller), caller.principal)
+
+    def look_up(
+        self, request: store_pb2.LookupRequest, owner: str, principal: str
+    ) -> store_pb2.LookupResponse:
+        """The answer to a look-up in the name of `owner`; its session is not looked at."""
+        gate = self._gate
         namespace_id = checked_namespace_id(request.namespace_id)
         hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
         checked_batch("hashes", len(hashes))
         checked_checksums(len(hashes), self._store.layout(namespace_id))
         lease_s = lease_s_of(request.lease_ms, zero=True)
-        owner = self.owner_of(request.session, caller)
         gate.admit_lookup(principal, namespace_id, leased=lease_s > 0)
         hit = self._store.lookup_packed(
             namespace_id, hashes.data, hashes.hash_bytes, owner=owner, lease_s=lease_s

@@ -94,6 +94,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
             owners=self._owners,
             mint=mint,
             gate=gate,
+            look_up=self._lookups.look_up,
             server_id=self.server_id,
             clock=clock,
         )

@@ -173,6 +173,7 @@ class AttachResponse(google.protobuf.message.Message):
     TRANSPORT_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     INVITATION_FIELD_NUMBER: builtins.int
+    LOOKS_UP_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """16 secret bytes that authenticate this attachment on later calls"""
     peer_id: builtins.str
@@ -185,6 +186,8 @@ class AttachResponse(google.protobuf.message.Message):
     """where to dial"""
     invitation: builtins.bytes
     """secret, single use, 30 s"""
+    looks_up: builtins.bool
+    """of a daemon: Deliver takes look-ups"""
     def __init__(
         self,
         *,
@@ -194,8 +197,9 @@ class AttachResponse(google.protobuf.message.Message):
         transport: builtins.str = ...,
         address: builtins.str = ...,
         invitation: builtins.bytes = ...,
+        looks_up: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "invitation", b"invitation", "peer_id", b"peer_id", "server_id", b"server_id", "session", b"session", "transport", b"transport"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "invitation", b"invitation", "looks_up", b"looks_up", "peer_id", b"peer_id", "server_id", b"server_id", "session", b"session", "transport", b"transport"]) -> None: ...
 
 global___AttachResponse = AttachResponse
 

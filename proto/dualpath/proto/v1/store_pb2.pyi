@@ -609,6 +609,7 @@ class DeliverRequest(google.protobuf.message.Message):
     TICKET_FIELD_NUMBER: builtins.int
     GRANT_FIELD_NUMBER: builtins.int
     CANCEL_GRANT_ID_FIELD_NUMBER: builtins.int
+    LOOKUP_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     lease_id: builtins.int
     """own lease, or"""
@@ -618,6 +619,14 @@ class DeliverRequest(google.protobuf.message.Message):
     def grant(self) -> dualpath.proto.v1.common_pb2.ChunkGrant: ...
     @property
     def cancel_grant_id(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def lookup(self) -> global___LookupRequest:
+        """Look up first, as Lookup would for this attachment; `found` answers. `grant`, which must be
+        there, is then under the lease that this gives, without its chunks of blocks that were not
+        found. Only where AttachResponse.looks_up; at most 64 answers wait to be read.
+        without session
+        """
+
     def __init__(
         self,
         *,
@@ -626,9 +635,10 @@ class DeliverRequest(google.protobuf.message.Message):
         ticket: builtins.bytes = ...,
         grant: dualpath.proto.v1.common_pb2.ChunkGrant | None = ...,
         cancel_grant_id: collections.abc.Iterable[builtins.int] | None = ...,
+        lookup: global___LookupRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["grant", b"grant"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel_grant_id", b"cancel_grant_id", "grant", b"grant", "lease_id", b"lease_id", "session", b"session", "ticket", b"ticket"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["grant", b"grant", "lookup", b"lookup"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel_grant_id", b"cancel_grant_id", "grant", b"grant", "lease_id", b"lease_id", "lookup", b"lookup", "session", b"session", "ticket", b"ticket"]) -> None: ...
 
 global___DeliverRequest = DeliverRequest
 
@@ -638,19 +648,49 @@ class DeliverResponse(google.protobuf.message.Message):
 
     PEER_ID_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
+    FOUND_FIELD_NUMBER: builtins.int
     peer_id: builtins.str
     """in the first answer"""
     @property
     def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[dualpath.proto.v1.common_pb2.GrantProgress]: ...
+    @property
+    def found(self) -> global___Found: ...
     def __init__(
         self,
         *,
         peer_id: builtins.str = ...,
         progress: collections.abc.Iterable[dualpath.proto.v1.common_pb2.GrantProgress] | None = ...,
+        found: global___Found | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["peer_id", b"peer_id", "progress", b"progress"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["found", b"found"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["found", b"found", "peer_id", b"peer_id", "progress", b"progress"]) -> None: ...
 
 global___DeliverResponse = DeliverResponse
+
+@typing.final
+class Found(google.protobuf.message.Message):
+    """Comes before any progress of its grant."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GRANT_ID_FIELD_NUMBER: builtins.int
+    HIT_FIELD_NUMBER: builtins.int
+    grant_id: builtins.int
+    """with which the look-up came"""
+    @property
+    def hit(self) -> global___LookupResponse:
+        """absent: refused, and nothing is delivered. Lookup tells the reason."""
+
+    def __init__(
+        self,
+        *,
+        grant_id: builtins.int = ...,
+        hit: global___LookupResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["hit", b"hit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["grant_id", b"grant_id", "hit", b"hit"]) -> None: ...
+
+global___Found = Found
 
 @typing.final
 class ReadRequest(google.protobuf.message.Message):
