@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import math
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from dualpath.kvstore import index_backlog
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
+from dualpath.kvstore.block_table import GONE
+from dualpath.kvstore.block_writer import BlockWriter
 from dualpath.kvstore.chain import chain_hashes, parents_of
+from dualpath.kvstore.commit_job import CommitJob
 from dualpath.kvstore.directory_format import read_clean
 from dualpath.kvstore.durable_index import IndexFailure
 from dualpath.kvstore.fsck import Fsck
@@ -243,3 +248,46 @@ def test_fsck_tells_of_newer_blocks_and_a_repair_keeps_them(rig: Rig) -> None:
             assert FsckRepair(fsck).run().problems == 0
         with BlockStore.open(directory, CONFIG) as store:
             assert rig.intact(store, chain(4)) == served
+
+
+def test_what_is_invalidated_after_its_header_was_written_does_not_come_back(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers are written before it is decided whether their blocks are still wanted."""
+    rig.stored(chain(1))
+    reached, released = threading.Event(), threading.Event()
+    admit = BlockWriter.admit
+
+    def slow_admit(writer: BlockWriter, jobs: Sequence[CommitJob]) -> None:
+        assert all(job.encoded for job in jobs), "the headers are written"
+        reached.set()
+        assert released.wait(WAIT_S)
+        admit(writer, jobs)
+
+    monkeypatch.setattr(BlockWriter, "admit", slow_admit)
+    later = chain(3, 8000)
+    putting = threading.Thread(target=rig.put, args=(later,))
+    putting.start()
+    assert reached.wait(WAIT_S)
+    scope = InvalidationScope(rig.space, later[0])
+    invalidating = threading.Thread(target=rig.store.invalidate, args=(scope,))
+    invalidating.start()
+    table, pending = rig.store._state.table, rig.store._state.catalog.entry(rig.space).pending
+    row = pending[later[0]]
+    assert until(lambda: int(table.parent[row]) == GONE)
+    released.set()
+    for thread in (putting, invalidating):
+        thread.join(WAIT_S)
+    path = rig.crashed()
+    (path / "index" / "data.mdb").unlink()
+    with BlockStore.open(path, CONFIG) as store:
+        assert store.recovered.blocks == 1
+        assert rig.intact(store, chain(1)) == 1
+
+
+def until(is_so: Callable[[], bool]) -> bool:
+    """Whether it becomes so in time."""
+    deadline = time.monotonic() + WAIT_S
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return is_so()

@@ -24,14 +24,14 @@ HELD_BYTES = 32 << 20
 
 @dataclass(slots=True)
 class CommitGroup:
-    """Jobs in order of their generations; the data of the first `begun` is on its way."""
+    """Jobs in order of their generations; the first `begun` are on their way."""
 
     jobs: list[CommitJob] = field(default_factory=list)
     nbytes: int = 0
     writes: list[DataWrite] = field(default_factory=list)
     begun: int = 0
     in_turn: bool = False
-    """Something is in the way of its data: no more of it is written before its turn."""
+    """Something is in the way: no more of it is written before its turn."""
 
     @property
     def is_closed(self) -> bool:

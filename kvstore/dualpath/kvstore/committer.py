@@ -1,12 +1,12 @@
 """The one thread that makes blocks durable, in groups.
 
-Order of a group: (deletes of whatever its slots held before, if not committed yet) -> data ->
-headers -> fdatasync of each segment -> `settle`, which acknowledges. From then on the headers speak
-for it; the index is told of several groups at once, soon (`index_backlog`). So what the index names
-is always whole on the medium, and a slot is written again only after the delete of its former block
-has committed. While a group is on its way through headers and sync, the data of the next one is
-already being written: it goes to slots that nothing refers to yet. Groups are written and settled
-in the order of their blocks' generations.
+Order of a group: (deletes of whatever its slots held before, if not committed yet) -> data, and
+headers beside it -> fdatasync of each segment -> `settle`, which acknowledges. From then on the
+headers speak for it; the index is told of several groups at once, soon (`index_backlog`). So what
+the index names is always whole on the medium, and a slot is written again only after the delete of
+its former block has committed; a header whose data is not whole is none. While a group is synced,
+the next one is already being written: it goes to slots that nothing refers to yet. Groups are
+settled in the order of their blocks' generations.
 
 Does not decide what is visible: the host does, in `admit` and `settle`, under its own lock.
 """
@@ -234,10 +234,11 @@ class Committer:
         return self._troubles.relocate(sick) if sick else []
 
     def _write(self, group: CommitGroup, *, more: bool) -> None:
-        """Data, headers, sync; with `more` the next group's data follows this one's."""
+        """Data and headers, sync; with `more` the next group follows this one."""
         left = group.jobs[group.begun :]
-        self._prepare(left)
-        self._begin_data(group, left)
+        self._make_segments(left)
+        self._begin(group, left)
+        self._save_namespaces(group.jobs)
         if group.jobs:
             self._tell()  # while the device has data to write
         if more:
@@ -245,10 +246,9 @@ class Committer:
         for write in group.writes:
             for failure in self._pump.finish(write):
                 self._sicken(failure, "data")
-        for step in (self._write_headers, self._sync):
-            if more:
-                self._extend(self._ahead)
-            step(group.jobs)
+        if more:
+            self._extend(self._ahead)
+        self._sync(group.jobs)
 
     def _extend_until(self, group: CommitGroup) -> None:
         """Let the next group's data follow while this one's is written."""
@@ -266,31 +266,37 @@ class Committer:
                     return
             self._extend(self._ahead)
 
-    def _begin_data(self, group: CommitGroup, jobs: Sequence[CommitJob]) -> None:
+    def _begin(self, group: CommitGroup, jobs: Sequence[CommitJob]) -> None:
+        """Put data on its way, and write headers meanwhile."""
         wanted = [job for job in jobs if not job.failure]
+        group.begun = len(group.jobs)
         if wanted:
             write = DataWrite(self._ssd, self._arena.view, wanted)
             group.writes.append(write)
             self._pump.begin(write)
-        group.begun = len(group.jobs)
+            self._write_headers(wanted)
 
-    def _prepare(self, group: Sequence[CommitJob]) -> None:
-        """Make sure of the jobs' namespaces and segment files."""
+    def _make_segments(self, group: Sequence[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():
-            try:
-                for job in jobs:
-                    self._save_namespace(job.namespace)
-            except OSError as error:
-                _fail(jobs, f"namespace: {error}")
-                continue
             try:
                 self._ssd.ensure(segment)
             except OSError as error:
                 self._sicken(WriteFailure(segment, jobs, error), "space")
 
+    def _save_namespaces(self, group: Sequence[CommitJob]) -> None:
+        """Once a namespace: without its file its blocks would be dropped at the next opening."""
+        for namespace in {job.namespace for job in group if not job.failure} - self._saved:
+            try:
+                self._directory.save_namespace(namespace)
+            except OSError as error:
+                jobs = [job for job in group if job.namespace == namespace]
+                _fail(jobs, f"namespace: {error}")
+            else:
+                self._saved.add(namespace)
+
     def _extend(self, group: CommitGroup) -> None:
-        """Take what is queued, and begin to write its data if nothing is in the way: all that may
-        go wrong is left to the group's turn."""
+        """Take what is queued, and begin to write it if nothing is in the way: all that may go
+        wrong with that is left to the group's turn."""
         with self._wake:
             new = group.take(self._jobs)
         if not new or group.in_turn:
@@ -301,21 +307,13 @@ class Committer:
             return
         try:
             for job in jobs:
-                self._save_namespace(job.namespace)
                 self._ssd.ensure(job.record.segment)
         except OSError:
             return
         group.in_turn = False
-        self._begin_data(group, jobs)
+        self._begin(group, jobs)
 
-    def _save_namespace(self, namespace: Namespace) -> None:
-        """Once a namespace: without its file its blocks would be dropped at the next opening."""
-        if namespace not in self._saved:
-            self._directory.save_namespace(namespace)
-            self._saved.add(namespace)
-
-    def _write_headers(self, group: Sequence[CommitJob]) -> None:
-        jobs = [job for job in group if not job.failure]
+    def _write_headers(self, jobs: Sequence[CommitJob]) -> None:
         for job in jobs:
             job.encoded = job.record.to_bytes()
         for failure in self._headers.write(jobs):
@@ -342,6 +340,10 @@ class Committer:
 
     def _record(self, group: list[CommitJob]) -> None:
         """From here on the group is durable; while the index refuses, only if that takes it."""
+        for job in group:
+            if job.failure and job.encoded and not job.sick:
+                # It was dropped after its header had been written, which must not bring it back.
+                self.delete(job.record.key, job.record.generation, job.place, erase=True)
         if not self._backlog.refused:
             self._backlog.add(group)
             return
