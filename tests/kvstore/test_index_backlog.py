@@ -8,7 +8,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dualpath.kvstore import index_backlog
@@ -18,13 +20,17 @@ from dualpath.kvstore.block_writer import BlockWriter
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.commit_job import CommitJob
 from dualpath.kvstore.directory_format import read_clean
-from dualpath.kvstore.durable_index import IndexFailure
+from dualpath.kvstore.durable_index import DurableIndex, IndexFailure
+from dualpath.kvstore.fd_file import FdFile
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_repair import FsckRepair
 from dualpath.kvstore.fsck_report import FsckCode
+from dualpath.kvstore.header_writer import HeaderWriter
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.segment import SegmentGeometry, decode_superblock
+from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import InvalidationScope, ReserveStatus, SealStatus
+from dualpath.transfer.errors import Unavailable
 
 Content = Callable[[bytes, int], bytes]
 SIZE = 300_000
@@ -291,3 +297,192 @@ def until(is_so: Callable[[], bool]) -> bool:
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.001)
     return is_so()
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next flush of a segment fails."""
+    sync, left = SsdTier.sync, [OSError(errno.EIO, "a bad moment")]
+
+    def failing(ssd: SsdTier, segment: int) -> None:
+        if left:
+            raise left.pop()
+        sync(ssd, segment)
+
+    monkeypatch.setattr(SsdTier, "sync", failing)
+
+
+@pytest.mark.parametrize("segments", [1, 4])
+@pytest.mark.parametrize("index_lost", [False, True])
+def test_what_failed_once_and_is_invalidated_does_not_come_back(
+    tmp_path: Path,
+    namespace: Namespace,
+    content: Content,
+    monkeypatch: pytest.MonkeyPatch,
+    segments: int,
+    index_lost: bool,
+) -> None:
+    """With another segment the blocks find another place; else they are given up."""
+    monkeypatch.setattr(index_backlog, "LAG_S", math.inf)
+    config = replace(CONFIG, disk_bytes=segments * CONFIG.segment_bytes)
+    with BlockStore.open(tmp_path / "data", config) as store:
+        space = store.open_namespace(namespace)
+        data = [content(h, SIZE) for h in chain(4)]
+        fail_once(monkeypatch)
+        statuses = set(store.put(space, chain(4), parents_of(chain(4)), data))
+        assert statuses == {SealStatus.SEALED if segments > 1 else SealStatus.FAILED}
+        store.invalidate(InvalidationScope(space))
+        path = Path(shutil.copytree(tmp_path / "data", tmp_path / "copy"))
+    if index_lost:
+        (path / "index" / "data.mdb").unlink()
+    with BlockStore.open(path, config) as store:
+        assert store.recovered.blocks == 0
+
+
+def test_one_failed_flush_costs_no_other_block(
+    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, disk_bytes=4 << 20, segment_bytes=4 << 20)
+    with BlockStore.open(tmp_path, config) as store:
+        space = store.open_namespace(namespace)
+
+        def put(first: int, blocks: int) -> list[object]:
+            hashes = chain(blocks, first)
+            data = [content(h, SIZE) for h in hashes]
+            return list(store.put(space, hashes, parents_of(hashes), data))
+
+        for turn in range(20):
+            put(10_000 * turn, 1)
+        before = store.stats().blocks
+        fail_once(monkeypatch)
+        assert put(900_000, 1) == [SealStatus.FAILED]
+        assert store.stats().blocks >= before - 1, "only who made way for it has left"
+        for turn in range(30):
+            assert put(1_000_000 + 10_000 * turn, 1) == [SealStatus.SEALED], "all may leave again"
+
+
+def test_an_opening_flushes_what_it_found_before_the_index_tells_of_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process wrote may be in a cache only."""
+    rig.stored(chain(3))
+    path, sick = rig.crashed(), rig.crashed()
+    done: list[str] = []
+    sync, apply = FdFile.sync, DurableIndex.apply
+
+    def noting_sync(file: FdFile) -> None:
+        done.append("flush")
+        sync(file)
+
+    def noting_apply(index: DurableIndex, deletes: Any, puts: Any, reached: Any = None) -> None:
+        done.extend(["told"] * bool(puts))
+        apply(index, deletes, puts, reached)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FdFile, "sync", noting_sync)
+        patch.setattr(DurableIndex, "apply", noting_apply)
+        with BlockStore.open(path, CONFIG) as store:
+            assert store.recovered.newer == 3
+    assert "flush" in done[: done.index("told")]
+
+    def failing(_file: FdFile) -> None:
+        raise OSError(errno.EIO, "the cache could not be written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FdFile, "sync", failing)
+        with BlockStore.open(sick, CONFIG) as store:
+            assert (store.recovered.newer, store.recovered.blocks) == (0, 0)
+
+
+@pytest.mark.parametrize("where", ["headers", "data", "segment", "index", "settle"])
+def test_a_surprise_fails_a_put_and_the_store_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    kind, name = {
+        "headers": (HeaderWriter, "write"),
+        "data": (SsdTier, "locate"),
+        "segment": (SsdTier, "ensure"),
+        "index": (DurableIndex, "apply"),
+        "settle": (BlockWriter, "settle"),
+    }[where]
+    rig.stored(chain(1))
+    whole, left = getattr(kind, name), [MemoryError("out of the blue")]
+
+    def surprising(*what: Any) -> Any:
+        if left:
+            raise left.pop()
+        return whole(*what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, surprising)
+        patch.setattr(index_backlog, "LAG_JOBS", 1)
+        rig.put(chain(2, 4000))
+        rig.told()
+        assert not left, "it happened"
+    rig.stored(chain(3, 8000))
+    with BlockStore.open(rig.crashed(), CONFIG) as store:
+        assert rig.intact(store, chain(1)) == 1
+        assert rig.intact(store, chain(3, 8000)) == 3
+        assert rig.intact(store, chain(2, 4000)) == rig.intact(rig.store, chain(2, 4000))
+    rig.store.close()
+    assert read_clean(rig.root / "data") is not None
+
+
+def test_headers_that_could_not_be_erased_are_tried_again_and_told(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.stored(chain(3))
+
+    def failing(*_what: object) -> None:
+        raise OSError(errno.EIO, "a bad moment")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SsdTier, "erase_headers", failing)
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="could not be erased"):
+                rig.store.invalidate(InvalidationScope(rig.space))
+    assert rig.store.invalidate(InvalidationScope(rig.space)).blocks == 0
+    path = rig.crashed()
+    (path / "index" / "data.mdb").unlink()
+    with BlockStore.open(path, CONFIG) as store:
+        assert store.recovered.blocks == 0
+
+
+def test_an_older_index_reaches_beyond_all_headers_once_it_is_brought_up_to_date(
+    rig: Rig,
+) -> None:
+    """Those of blocks that left long ago have the highest generations."""
+    rig.stored(chain(1))
+    rig.stored(chain(4, 7000))
+    rig.told()
+    path = rig.crashed()
+    index = DurableIndex(path / "index")
+    assert index._sums is not None
+    index._sums.generation = None
+    left = chain(4, 7000)
+    index.apply([(rig.space + each, -1) for each in left], [])
+    index.close()
+    with BlockStore.open(path, CONFIG) as store:
+        assert rig.intact(store, left) == 0
+        space, block = store.open_namespace(rig.namespace), chain(1, 9000)
+        store.put(space, block, parents_of(block), [rig.content(block[0], SIZE)])
+        killed = Path(shutil.copytree(path, rig.root / "killed"))
+    with BlockStore.open(killed, CONFIG) as store:
+        assert rig.intact(store, left) == 0, "nobody stored them again"
+        assert rig.intact(store, block) == 1
+
+
+def test_a_moved_block_is_acknowledged_once_the_index_knows_where_it_is(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first place has a whole header, too, of the same generation, that was never flushed."""
+    rig.stored(chain(1))
+    fail_once(monkeypatch)
+    rig.stored(chain(4, 4000))
+    path = rig.crashed()
+    with BlockStore.open(path, CONFIG) as store:
+        assert store.recovered.newer == 0
+        for block in chain(4, 4000):
+            assert place_of(store, rig.namespace, block) == place_of(
+                rig.store, rig.namespace, block
+            )
+        assert rig.intact(store, chain(4, 4000)) == 4

@@ -30,6 +30,8 @@ class CommitGroup:
     nbytes: int = 0
     writes: list[DataWrite] = field(default_factory=list)
     begun: int = 0
+    recorded: bool = False
+    """It is durable: whatever happens now, that stays."""
     in_turn: bool = False
     """Something is in the way: no more of it is written before its turn."""
 

@@ -38,6 +38,7 @@ _IDLE_S = 1.0
 """How often the host may do its chores when nothing else happens."""
 _HOLD_S = 0.01
 """How long a group is held open for what somebody is about to bring."""
+_SURPRISE = "internal error"
 _log = logging.getLogger(__name__)
 
 
@@ -100,7 +101,10 @@ class Committer:
         self._jobs: deque[CommitJob] = deque()
         self._saved: set[Namespace] = set()
         self._closing = False
+        self._retired: list[int] = []
+        """Segments whose files go once the index names nothing in them."""
         self._called = False
+        self._finished = False
         self._thread = threading.Thread(target=self._run, name="dualpath-committer", daemon=True)
 
     def start(self) -> None:
@@ -141,27 +145,40 @@ class Committer:
             self._closing = True
             self._wake.notify_all()
         self._thread.join(wait_s)
-        return not self._thread.is_alive()
+        return self._finished and not self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
-            group, closing = self._next()
-            try:
-                self._host.chores()
-                self._commit(group)
-                if not group.jobs:
-                    self._tell(now=closing)
-            except Exception:  # noqa: BLE001
-                # The thread must outlive any surprise, and waiters must hear of it.
-                _log.exception("a group commit failed unexpectedly")
-                for write in group.writes:
-                    self._pump.finish(write)  # until then the device reads their memory
-                for job in group.jobs:
-                    job.failure = job.failure or "internal error"
-                self._host.settle(group.jobs)
-            if closing and not group.jobs:
-                self._pump.close()
-                return
+        try:
+            while not self._turn():
+                pass
+            self._finished = True
+        finally:
+            self._pump.close()
+
+    def _turn(self) -> bool:
+        """One group; true when nothing is left to do for ever."""
+        group, closing = self._next()
+        try:
+            self._extend(group)
+            self._host.chores()
+            self._commit(group)
+            if not group.jobs:
+                self._tell(now=closing)
+        except Exception:  # noqa: BLE001
+            # The thread must outlive any surprise, and waiters must hear of it.
+            _log.exception("a group commit failed unexpectedly")
+            self._give_up(group)
+        return closing and not group.jobs
+
+    def _give_up(self, group: CommitGroup) -> None:
+        """After a surprise: fail what is not durable yet."""
+        for write in group.writes:
+            self._pump.finish(write)  # until then the device reads their memory
+        if not group.recorded:
+            for job in group.jobs:
+                job.failure = job.failure or _SURPRISE
+            self._erase_failed(group.jobs)
+        self._host.settle(group.jobs)
 
     def _next(self) -> tuple[CommitGroup, bool]:
         group, self._ahead = self._ahead, CommitGroup()
@@ -169,9 +186,7 @@ class Committer:
             if not (group.jobs or self._jobs or self._closing or self._called):
                 self._wake.wait(min(_IDLE_S, self._backlog.seconds_left()))
             self._called = False
-            closing = self._closing
-        self._extend(group)
-        return group, closing
+            return group, self._closing
 
     def _tell(self, *, now: bool = False) -> None:
         """Tell the index, if it is time."""
@@ -192,9 +207,14 @@ class Committer:
         moved = self._relocated(jobs)
         if moved:
             self._clear_ground(moved)
-            self._write(CommitGroup(moved), more=False)
+            again = CommitGroup(moved)
+            try:
+                self._write(again, more=False)
+            finally:
+                group.writes += again.writes
         _fail_orphans(jobs)
-        self._record(jobs)
+        self._record(jobs, at_once=bool(moved))
+        group.recorded = True
         if jobs:
             self._host.settle(jobs)
 
@@ -212,10 +232,12 @@ class Committer:
     def _clear_ground(self, group: list[CommitJob]) -> None:
         """Commit deletes first where this group would write over a block that the index names,
         or where files are to go."""
-        retired = self._host.retired_segments()
+        self._retired += self._host.retired_segments()
         blocked = self._blocked(group)
-        if (blocked or retired) and self._backlog.tell():
+        if (blocked or self._retired) and self._backlog.tell():
             _fail(blocked, "the delete of the slot's former block failed")
+            return
+        retired, self._retired = self._retired, []
         for segment in retired:
             # Numbers are never used again, so a file that stays behind is only space.
             try:
@@ -231,7 +253,13 @@ class Committer:
     def _relocated(self, group: list[CommitJob]) -> list[CommitJob]:
         """What failed because of its place and got another one."""
         sick = [job for job in group if job.sick]
-        return self._troubles.relocate(sick) if sick else []
+        former = {job.row: job.place for job in sick if job.encoded}
+        moved = self._troubles.relocate(sick) if sick else []
+        for job in moved:
+            if job.row in former:
+                # Nobody will know that there is a copy, with a good header.
+                self._backlog.erase(former[job.row])
+        return moved
 
     def _write(self, group: CommitGroup, *, more: bool) -> None:
         """Data and headers, sync; with `more` the next group follows this one."""
@@ -270,11 +298,17 @@ class Committer:
         """Put data on its way, and write headers meanwhile."""
         wanted = [job for job in jobs if not job.failure]
         group.begun = len(group.jobs)
-        if wanted:
+        if not wanted:
+            return
+        try:
             write = DataWrite(self._ssd, self._arena.view, wanted)
             group.writes.append(write)
             self._pump.begin(write)
             self._write_headers(wanted)
+        except Exception:
+            # Whoever's turn it is: these are not written.
+            _fail(wanted, _SURPRISE)
+            raise
 
     def _make_segments(self, group: Sequence[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():
@@ -318,6 +352,7 @@ class Committer:
             job.encoded = job.record.to_bytes()
         for failure in self._headers.write(jobs):
             self._sicken(failure, "header")
+        self._backlog.overwritten(jobs)
 
     def _sync(self, group: Sequence[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():
@@ -338,13 +373,18 @@ class Committer:
         else:
             self._troubles.write_failed(failure.segment, why)
 
-    def _record(self, group: list[CommitJob]) -> None:
-        """From here on the group is durable; while the index refuses, only if that takes it."""
+    def _erase_failed(self, group: Sequence[CommitJob]) -> None:
         for job in group:
-            if job.failure and job.encoded and not job.sick:
-                # It was dropped after its header had been written, which must not bring it back.
+            if job.failure and job.encoded:
+                # Its header may be on the medium, and must not bring it back.
                 self.delete(job.record.key, job.record.generation, job.place, erase=True)
-        if not self._backlog.refused:
+
+    def _record(self, group: list[CommitJob], *, at_once: bool) -> None:
+        """From here on the group is durable; with `at_once` and while the index refuses, only if
+        that takes it: a moved block has two whole headers, and only the index knows which is good.
+        """
+        self._erase_failed(group)
+        if not (at_once or self._backlog.refused):
             self._backlog.add(group)
             return
         jobs = [job for job in group if not job.failure]

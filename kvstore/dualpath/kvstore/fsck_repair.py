@@ -29,6 +29,7 @@ from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import (
     SegmentGeometry,
     erase_headers,
+    highest_generation,
     page_buffer,
     read_headers,
     write_headers,
@@ -254,7 +255,7 @@ class FsckRepair:
         kept = _rooted(found)
         reaches = self._fsck.state.generation
         if device is not None or reaches is None:
-            reaches = max([0, *(record.generation for record in found.values())])
+            reaches = self._highest_generation(device)
         new = self._path / "index.new"
         if new.exists():
             directory_format.set_aside(self._path, new)
@@ -292,6 +293,22 @@ class FsckRepair:
             record = BlockRecord.from_bytes(raw)
             yield record.key, record
 
+    def _highest_generation(self, device: Device | None) -> int:
+        """No header that is there now is newer than the new index."""
+        if device is None:
+            found: list[int] = []
+            self._with_device(lambda opened: found.append(self._highest_generation(opened)))
+            return max([0, *found])
+        highest = 0
+        for segment in self._fsck.state.segments.values():
+            if segment.geometry is not None:
+                file = device.open(segment.name)
+                try:
+                    highest = max(highest, highest_generation(file, segment.geometry))
+                finally:
+                    file.close()
+        return highest
+
     def _from_headers(self, device: Device, known: dict[bytes, BlockRecord]) -> list[BlockRecord]:
         """Blocks whose header and data are whole, that are not known, in slots that are free."""
         taken = {(record.segment, record.slot) for record in known.values()}
@@ -301,6 +318,7 @@ class FsckRepair:
                 continue
             file = device.open(segment.name)
             try:
+                file.sync()  # what is read is on the medium then, and may be counted on
                 for record in read_headers(file, segment.geometry):
                     layout = self._fsck.state.layouts.get(record.namespace_id)
                     other = latest.get(record.key)

@@ -1,11 +1,13 @@
 """Finding blocks by their headers: those that the index was not told of, or all if it is lost.
 
 A header alone may describe a block that was evicted, or one whose data never reached the medium, so
-every byte is verified. Of several blocks of one key the latest is taken.
+every byte is verified. After a killed process that was perhaps read from a cache, so segments are
+flushed before anybody counts on what was found. Of several blocks of one key the latest is taken.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +16,8 @@ from dualpath.kvstore.catalog import Catalog, NamespaceEntry
 from dualpath.kvstore.device import DeviceFile
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import SegmentGeometry, page_buffer, read_headers
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class ScannedHeaders:
 def scan_headers(
     segments: Mapping[int, OpenSegment], catalog: Catalog, newer_than: int = -1
 ) -> ScannedHeaders:
-    """Blocks of a later generation, by key, whose every byte verifies."""
+    """Blocks of a later generation, by key, whose every byte verifies; durable on return."""
     latest: dict[bytes, BlockRecord] = {}
     generation = -1
     for number, segment in segments.items():
@@ -53,7 +57,21 @@ def scan_headers(
                 and _verifies(record, segment, entry, buffer)
             ):
                 latest[record.key] = record
-    return ScannedHeaders(latest, generation)
+    return ScannedHeaders(_flushed(latest, segments), generation)
+
+
+def _flushed(
+    records: dict[bytes, BlockRecord], segments: Mapping[int, OpenSegment]
+) -> dict[bytes, BlockRecord]:
+    """Flush the segments of these blocks; without those of segments that refuse."""
+    bad = set()
+    for number in sorted({record.segment for record in records.values()}):
+        try:
+            segments[number].file.sync()
+        except OSError as error:
+            _log.warning("segment %d cannot be flushed, its newest blocks go: %s", number, error)
+            bad.add(number)
+    return {key: record for key, record in records.items() if record.segment not in bad}
 
 
 def _fits(record: BlockRecord, geometry: SegmentGeometry, entry: NamespaceEntry) -> bool:

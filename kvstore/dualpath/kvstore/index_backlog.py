@@ -62,7 +62,8 @@ class IndexBacklog:
         # What was ever added, and what of it is told.
         self._added = 0
         self._told = 0
-        self._erase_troubles = 0
+        # Places whose headers should be blank and could not be written.
+        self._unerased: set[tuple[int, int]] = set()
         self.refused = False
         """Whether the last transaction was refused."""
 
@@ -77,16 +78,25 @@ class IndexBacklog:
             self._add(1)
             self._wake.notify_all()
 
+    def erase(self, place: tuple[int, int]) -> None:
+        """A header at `place` must go before that is written again; no record tells of it."""
+        self.delete(b"", 0, place, erase=True)
+
     def await_told(self, wait_s: float) -> str:
-        """Wait until the index knows all that was added so far. Why that may not last, else ""."""
+        """Wait until the index knows all that was added so far, and headers that could not be
+        erased have been tried again. Why that may not last, else ""."""
         with self._wake:
-            wanted, troubles = self._added, self._erase_troubles
+            if self._unerased:
+                self._add(1)
+            wanted = self._added
             if self._told < wanted:
                 self._due_at = -math.inf
                 self._wake.notify_all()
             if not self._wake.wait_for(lambda: self._told >= wanted, wait_s):
                 return f"the index has not taken what it was told within {wait_s:g} s"
-            return "a header could not be erased" if self._erase_troubles > troubles else ""
+            if self._unerased:
+                return f"{len(self._unerased)} headers could not be erased"
+            return ""
 
     @property
     def is_empty(self) -> bool:
@@ -107,13 +117,14 @@ class IndexBacklog:
     # The thread that writes
 
     def add(self, group: Sequence[CommitJob]) -> None:
-        """A group is over: what did not fail is durable. Groups come in order of generations."""
+        """A group is over: what did not fail is durable. Groups come in order of generations. Of
+        one that failed as a whole, too, the index is told: headers that it left are void then."""
         stored = [job for job in group if not job.failure]
         with self._wake:
             self._puts += stored
             self._put_bytes += sum(job.nbytes for job in stored)
             self._reached = max([self._reached, *(job.record.generation for job in group)])
-            self._add(len(stored))
+            self._add(len(group))
             if len(self._puts) >= LAG_JOBS or self._put_bytes >= LAG_BYTES:
                 self._due_at = -math.inf
 
@@ -122,16 +133,23 @@ class IndexBacklog:
         if count and self._due_at == math.inf:
             self._due_at = time.monotonic() + LAG_S
 
+    def overwritten(self, group: Sequence[CommitJob]) -> None:
+        """Their headers have taken the place of former ones."""
+        with self._wake:
+            if self._unerased:
+                self._unerased -= {job.place for job in group if not job.failure}
+
     def tell(self, group: Sequence[CommitJob] = ()) -> str:
         """One transaction of all there is, and of a group that is durable only if it commits.
         Return why it was refused, or ""; then all but the group is kept for the next one."""
         with self._wake:
             deletes, self._deletes = self._deletes, []
             self._due_at = math.inf
-        if not (deletes or self._puts or group):
-            return ""
+            upto = self._added
+            if self._told == upto and not group:
+                return ""
         self._erase(deletes)
-        gone = {(delete.key, delete.generation) for delete in deletes}
+        gone = {(delete.key, delete.generation) for delete in deletes if delete.key}
         new = [job for job in group if not job.failure]
         kept = [job for job in self._puts if (job.record.key, job.record.generation) not in gone]
         reached = max([self._reached, *(job.record.generation for job in group)])
@@ -151,7 +169,7 @@ class IndexBacklog:
             raise
         self._answered("")
         self._reached = reached
-        self._forget(deletes)
+        self._forget(deletes, upto)
         return ""
 
     def _refuse(self, deletes: list[_Delete]) -> None:
@@ -161,13 +179,13 @@ class IndexBacklog:
             if self._told < self._added:
                 self._due_at = time.monotonic() + _RETRY_S
 
-    def _forget(self, deletes: list[_Delete]) -> None:
+    def _forget(self, deletes: list[_Delete], upto: int) -> None:
         """These deletes and all puts are told."""
         with self._wake:
             self.refused = False
             later = {delete.place for delete in self._deletes}
             self._held -= {delete.place for delete in deletes} - later
-            self._told += len(deletes) + len(self._puts)
+            self._told = upto
             self._puts.clear()
             self._put_bytes = 0
             self._wake.notify_all()
@@ -175,15 +193,17 @@ class IndexBacklog:
     def _erase(self, deletes: Sequence[_Delete]) -> None:
         """Blank the headers of what was invalidated, before the index forgets it: should one of
         the two be lost, the other still says that the block is gone, or that it must go again."""
+        with self._wake:
+            places = self._unerased | {delete.place for delete in deletes if delete.erase}
         segments: dict[int, list[int]] = {}
-        for delete in deletes:
-            if delete.erase:
-                segment, slot = delete.place
-                segments.setdefault(segment, []).append(slot)
+        for segment, slot in places:
+            segments.setdefault(segment, []).append(slot)
+        left: set[tuple[int, int]] = set()
         for segment, slots in segments.items():
             try:
                 self._ssd.erase_headers(segment, slots)
             except OSError as error:
                 _log.warning("%d headers of segment %d stay: %s", len(slots), segment, error)
-                with self._wake:
-                    self._erase_troubles += 1
+                left |= {(segment, slot) for slot in slots}
+        with self._wake:
+            self._unerased = left

@@ -1,10 +1,11 @@
 """Invalidation: blocks that must not be used any more leave, by namespace, prefix or writer.
 
 Guarantees, once it has answered: no lookup finds them, and they do not come back after a crash, not
-even if the index is lost and rebuilt from the headers of the segments. Who reads a block already
-keeps its memory as it is until he releases it. Descendants leave with their ancestors. Blocks that
-are sealed while it runs may or may not go; those of a namespace or prefix that were reserved before
-can not be sealed any more. Holds the store's lock for a few blocks at a time.
+even if the index is lost and rebuilt from headers, unless they had been evicted before. Who reads a
+block already keeps its memory as it is until he releases it. Descendants leave with their
+ancestors. Blocks that are sealed while it runs may or may not go; those of a namespace or prefix
+that were reserved before can not be sealed any more. Holds the store's lock for a few blocks at a
+time.
 """
 
 from __future__ import annotations

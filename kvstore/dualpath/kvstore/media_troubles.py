@@ -96,6 +96,13 @@ class MediaTroubles:
         )
         self._show_segments()
 
+    def _resume(self, segment: int) -> None:
+        """Its slots are given out again, and its blocks may make way."""
+        state = self._state
+        state.ssd.resume(segment)
+        rows = np.flatnonzero(state.table.segment == segment)
+        state.residency.settle_all(rows[state.table.state[rows] == RowState.PRESENT])
+
     def _show_segments(self) -> None:
         out = self._state.breaker.out
         if out:
@@ -122,7 +129,7 @@ class MediaTroubles:
                     job.failure, job.sick = "", False
                     moved.append(job)
             for segment in sick - set(state.breaker.out):
-                state.ssd.resume(segment)
+                self._resume(segment)
             state.room.notify_all()
         if moved:
             _log.warning("%d blocks are written elsewhere", len(moved))
@@ -171,7 +178,7 @@ class MediaTroubles:
         for segment in due:
             if state.ssd.has(segment):
                 _log.warning("segment %d is tried again", segment)
-                state.ssd.resume(segment)
+                self._resume(segment)
             else:
                 state.breaker.forget(segment)
         if due:

@@ -28,7 +28,7 @@ from dualpath.kvstore.index_snapshot import SnapshotState, read_snapshot
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.record_columns import NamespaceShape, RecordColumns
 from dualpath.kvstore.residency import Residency
-from dualpath.kvstore.segment import is_blank, read_superblock
+from dualpath.kvstore.segment import highest_generation, is_blank, read_superblock
 from dualpath.kvstore.ssd_tier import SsdTier, segment_name, segment_number
 from dualpath.transfer.errors import Corrupt
 from numpy.typing import NDArray
@@ -263,8 +263,12 @@ class Recovery:
         return np.array([entry.index for entry in entries if entry is not None], np.int32)
 
     def _from_index(self, index: DurableIndex) -> BlockColumns:
-        # No generation that it has reached may be given out again.
-        self._generation = max(self._generation, index.generation or 0)
+        # No generation that it has reached may be given out again, nor one of any header.
+        reached = index.generation
+        if reached is None:
+            found = self._segments.values()
+            reached = max([0, *(highest_generation(each.file, each.geometry) for each in found)])
+        self._generation = max(self._generation, reached)
         if not self._newer:
             return self._decoded(index.records())
         told = (entry for entry in index.records() if entry[0] not in self._newer)

@@ -21,6 +21,7 @@ import numpy as np
 from dualpath.kvstore.device import ALIGN_BYTES, DeviceFile
 from dualpath.kvstore.record import HEADER_BYTES, RECORD_FIELDS, RECORD_MAGIC, BlockRecord
 from dualpath.transfer.errors import Corrupt, InvalidRequest
+from numpy.typing import NDArray
 
 SEGMENT_FORMAT = 1
 HEADERS_PER_PAGE = ALIGN_BYTES // HEADER_BYTES
@@ -188,20 +189,35 @@ def read_headers(
 ) -> Iterator[BlockRecord]:
     """Yield the headers of a later generation that decode, in order of slots; the others were never
     written or are damaged. Unreadable pages are skipped."""
+    for first, run in _header_runs(file, geometry):
+        for number in _newer(run, newer_than):
+            record = _decoded(run, number)
+            if record is not None and record.slot == first + number < geometry.slots:
+                yield record
+
+
+def highest_generation(file: DeviceFile, geometry: SegmentGeometry) -> int:
+    """Of all whole headers, whatever they are worth; -1 if there is none."""
+    highest = -1
+    for _, run in _header_runs(file, geometry):
+        numbers = _newer(run, highest)
+        generations = _fixed_parts(run)["generation"][numbers]
+        for at in np.argsort(generations)[::-1].tolist():
+            record = _decoded(run, numbers[at])
+            if record is not None:
+                highest = record.generation
+                break
+    return highest
+
+
+def _header_runs(file: DeviceFile, geometry: SegmentGeometry) -> Iterator[tuple[int, memoryview]]:
+    """(first slot, pages of headers from there on), in memory that is used again."""
     pages = -(-geometry.slots // HEADERS_PER_PAGE)
     buffer = page_buffer(min(pages, RUN_PAGES_MAX) * ALIGN_BYTES)
     for first in range(0, pages, RUN_PAGES_MAX):
         run = buffer[: min(RUN_PAGES_MAX, pages - first) * ALIGN_BYTES]
         _read_pages(file, ALIGN_BYTES + first * ALIGN_BYTES, run)
-        for number in _newer(run, newer_than):
-            slot = first * HEADERS_PER_PAGE + number
-            header = run[number * HEADER_BYTES : (number + 1) * HEADER_BYTES]
-            try:
-                record = BlockRecord.from_bytes(bytes(header))
-            except Corrupt:
-                continue
-            if record.slot == slot < geometry.slots:
-                yield record
+        yield first * HEADERS_PER_PAGE, run
 
 
 def _read_pages(file: DeviceFile, start: int, run: memoryview) -> None:
@@ -217,12 +233,25 @@ def _read_pages(file: DeviceFile, start: int, run: memoryview) -> None:
                 page[:] = bytes(ALIGN_BYTES)
 
 
+def _fixed_parts(run: memoryview) -> NDArray[np.void]:
+    table = np.frombuffer(run, np.uint8).reshape(-1, HEADER_BYTES)
+    return np.ascontiguousarray(table[:, : RECORD_FIELDS.itemsize]).view(RECORD_FIELDS)[:, 0]
+
+
 def _newer(run: memoryview, newer_than: int) -> list[int]:
     """Numbers of the headers that are worth decoding."""
-    table = np.frombuffer(run, np.uint8).reshape(-1, HEADER_BYTES)
-    fixed = np.ascontiguousarray(table[:, : RECORD_FIELDS.itemsize]).view(RECORD_FIELDS)[:, 0]
+    fixed = _fixed_parts(run)
     found = fixed["magic"] == np.void(RECORD_MAGIC)
     if newer_than >= 0:
         found &= fixed["generation"] > np.uint64(newer_than)
     numbers: list[int] = np.flatnonzero(found).tolist()
     return numbers
+
+
+def _decoded(run: memoryview, number: int) -> BlockRecord | None:
+    try:
+        return BlockRecord.from_bytes(
+            bytes(run[number * HEADER_BYTES : (number + 1) * HEADER_BYTES])
+        )
+    except Corrupt:
+        return None

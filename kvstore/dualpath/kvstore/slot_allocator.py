@@ -57,6 +57,8 @@ class SlotAllocator:
         self._extents: dict[int, _Extent] = {}
         self._open: dict[int, dict[int, None]] = {}
         self._empty: dict[int, None] = {}
+        self.closed: set[int] = set()
+        """Extents that give out no slots."""
         self.used_bytes = 0
 
     def __repr__(self) -> str:
@@ -79,18 +81,21 @@ class SlotAllocator:
         gone = self._extents.pop(extent)
         assert gone.free == gone.slots, extent
         del self._empty[extent]
+        self.closed.discard(extent)
         self._open.get(gone.slot_bytes, {}).pop(extent, None)
 
     def close(self, extent: int) -> None:
         """Give out no further slots of an extent."""
         closed = self._extents[extent]
         closed.closed = True
+        self.closed.add(extent)
         self._open.get(closed.slot_bytes, {}).pop(extent, None)
 
     def reopen(self, extent: int) -> None:
         """Give out slots of an extent again. Idempotent."""
         opened = self._extents[extent]
         opened.closed = False
+        self.closed.discard(extent)
         if opened.free:
             self._open.setdefault(opened.slot_bytes, {})[extent] = None
 

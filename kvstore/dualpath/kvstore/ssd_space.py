@@ -1,9 +1,10 @@
 """Places on SSD: who may leave for a new block, so that presence stays prefix-closed.
 
 Owns the order of eviction and the tenants' use of the disk. Only a leaf makes way: not leased, not
-pinned, written back, with no child; one under retention only when nothing else may. A size class
-that finds neither a free slot nor a victim of its own gets a segment of others': the coldest one
-that can be emptied. Decides only; its owner evicts. Needs the store's lock; does no I/O.
+pinned, written back, with no child, in a slot that is given out again; one under retention only
+when nothing else may. A size class that finds neither a free slot nor a victim of its own gets a
+segment of others': the coldest one that can be emptied. Decides only; its owner evicts. Needs the
+store's lock; does no I/O.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ class SsdSpace:
             or table.leases[row]
             or table.pins[row]
             or table.dirty[row]
+            or (self._tier.suspended and int(table.segment[row]) in self._tier.suspended)
         ):
             return Verdict.STAY
         retained = table.retain_until[row]
@@ -208,6 +210,8 @@ class SsdSpace:
         table = self._table
         blocked: NDArray[np.bool_] = (table.state[rows] != RowState.PRESENT) | table.dirty[rows]
         blocked |= (table.leases[rows] > 0) | (table.pins[rows] > 0)
+        if self._tier.suspended:
+            blocked |= np.isin(table.segment[rows], list(self._tier.suspended))
         if not spare:
             blocked |= table.retain_until[rows] > self._now_s()
         if len(givers) < len(self.shares.buckets()):

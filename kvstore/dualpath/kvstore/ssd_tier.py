@@ -9,7 +9,7 @@ their files go through `take_retired`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
 import numpy as np
 from dualpath.kvstore import segment as segments
@@ -126,6 +126,11 @@ class SsdTier:
         """Undo `suspend`. Idempotent."""
         if segment in self._geometry and segment not in self._unmade:
             self._allocator.reopen(segment)
+
+    @property
+    def suspended(self) -> Set[int]:
+        """Segments that give out no slots: who leaves them makes no room."""
+        return self._allocator.closed
 
     def restore_budget(self) -> None:
         """Try to use all of the budget again."""

@@ -116,8 +116,10 @@ class _Engine:
             deadline_s=_DEADLINE_S,
         )
         if durable:
+            # What existed is durable only if the call says so as a whole.
             good = [
-                sealed is SealStatus.SEALED or reserved is ReserveStatus.EXISTS
+                sealed is SealStatus.SEALED
+                or (reserved is ReserveStatus.EXISTS and not result.reason)
                 for reserved, sealed in zip(result.reserved, result.sealed, strict=True)
             ]
             kept = [(space + h).hex() for h, fine in zip(hashes, good, strict=True) if fine]
