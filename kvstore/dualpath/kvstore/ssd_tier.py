@@ -109,13 +109,17 @@ class SsdTier:
         return retired
 
     def shrink(self, segment: int) -> None:
-        """The file system has no space for this segment: make do with the others from now on, so
-        that blocks are evicted instead of refused; until `restore_budget`."""
-        if segment in self._geometry:
-            self._allocator.close(segment)
-            self._unmade.add(segment)
-            least = self._allocated_bytes - self._geometry[segment].file_bytes
-            self.capacity_bytes = min(self.capacity_bytes, least)
+        """The file system has no space for this segment, nor for others that have no file yet: make
+        do with the rest from now on, so that blocks are evicted instead of refused; until
+        `restore_budget`."""
+        if segment not in self._geometry:
+            return
+        without = {number for number in self._geometry if number not in self._files} | {segment}
+        for number in without:
+            self._allocator.close(number)
+        self._unmade |= without
+        least = self._allocated_bytes - sum(self._geometry[n].file_bytes for n in without)
+        self.capacity_bytes = min(self.capacity_bytes, least)
 
     def suspend(self, segment: int) -> None:
         """Give out no slots of a segment for now. Idempotent."""
