@@ -116,6 +116,8 @@ NOWHERE = "127.0.0.1:1"
         (["get", "--key", "k", "--daemon", NOWHERE], 2, "invalid"),
         (["put", "file", "--key", "k", "--daemon", NOWHERE], 1, "daemon_unavailable"),
         (["put", "no-file", "--key", "k"], 2, "invalid"),
+        (["lookup", "--key", "no\udcffUTF-8", "--daemon", NOWHERE], 2, "invalid"),
+        (["lookup", "--key", "k", "--token", "x\ny", "--daemon", NOWHERE], 2, "invalid"),
         (["retain", "--key", "k", "--for", "1d", "--daemon", NOWHERE], 1, "unavailable"),
         (["events", NOWHERE], 1, "unavailable"),
         (["invalidate", NOWHERE, "--writer", "w"], 1, "unavailable"),

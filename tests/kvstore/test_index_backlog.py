@@ -29,7 +29,7 @@ from dualpath.kvstore.header_writer import HeaderWriter
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.segment import SegmentGeometry, decode_superblock
 from dualpath.kvstore.ssd_tier import SsdTier
-from dualpath.kvstore.store_api import InvalidationScope, ReserveStatus, SealStatus
+from dualpath.kvstore.store_api import InvalidationScope, MissReason, ReserveStatus, SealStatus
 from dualpath.transfer.errors import Unavailable
 
 Content = Callable[[bytes, int], bytes]
@@ -486,3 +486,25 @@ def test_a_moved_block_is_acknowledged_once_the_index_knows_where_it_is(
                 rig.store, rig.namespace, block
             )
         assert rig.intact(store, chain(4, 4000)) == 4
+
+
+def test_an_older_record_of_a_newer_orphan_does_not_come_back(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block under two parents: the index tells of the first, a header of the second."""
+    rig.stored(chain(1))
+    block, parent = chain(1)[0], chain(1, 5000)[0]
+    rig.told()
+    state = rig.store._state
+    with state.lock:
+        state.residency.drop(
+            state.catalog.row_of(state.catalog.entry(rig.space), block), MissReason.EVICTED
+        )
+    rig.stored([parent])
+    data = [rig.content(block, SIZE)]
+    assert list(rig.store.put(rig.space, [block], [parent], data)) == [SealStatus.SEALED]
+    path = rig.crashed()
+    flip(path, place_of(rig.store, rig.namespace, parent))
+    with BlockStore.open(path, CONFIG) as store:
+        assert store.recovered.blocks == 0
+        assert not list(store._index.records())

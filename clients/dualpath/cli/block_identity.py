@@ -143,4 +143,10 @@ def identity_of(args: argparse.Namespace) -> BlockIdentity:
     tokens = parse_tokens(args.tokens) if args.tokens is not None else ()
     if args.tokens is None and not args.key:
         raise InvalidRequest("--key is empty")
+    try:
+        (args.key or "").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"--key {args.key!r} is no UTF-8: name the blocks otherwise"
+        ) from error
     return BlockIdentity(namespace, args.raw, args.key or "", tokens)

@@ -47,6 +47,10 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
             raise InvalidRequest(f"deadline_s must be positive, not {self.deadline_s}")
+        if not (self.token.isascii() and self.token.isprintable()):
+            raise InvalidRequest(
+                "token: only printable ASCII can be sent; is there a newline, of a file perhaps?"
+            )
         _ = self.tls  # raises what does not go together
 
     @property

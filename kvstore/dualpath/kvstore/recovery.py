@@ -148,7 +148,9 @@ class Recovery:
         self._adopt_segments(columns, ssd)
         if len(columns):
             self._generation = max(self._generation, int(columns.generations.max()))
-        orphans = [key for key, _ in self._stale if self._newer.pop(key, None) is not None]
+        orphans = {key for key, _ in self._stale if self._newer.pop(key, None) is not None}
+        # An older record of such a key was passed over, so it must go as well.
+        self._stale = [(key, -1 if key in orphans else born) for key, born in self._stale]
         if self._suspect or not self._correct_index():
             # A page with a bad record may have bad neighbours that only a write would find.
             _log.warning("the index is damaged; it is set aside and written anew")
