@@ -12,7 +12,7 @@ from dualpath.kvstore.directory_format import RETAINED_NAME
 from dualpath.kvstore.housekeeping import Housekeeping
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
-from dualpath.kvstore.retention import PREFIXES_MAX, RETENTION_S_MAX
+from dualpath.kvstore.retention import PREFIXES_MAX, RETENTION_S_MAX, _End
 from dualpath.kvstore.store_api import MissReason, ReserveStatus, SealStatus
 from dualpath.kvstore.tenant_limits import TenantLimits
 from dualpath.transfer.errors import InvalidRequest, Overloaded
@@ -291,10 +291,25 @@ def test_the_number_of_retained_prefixes_is_bounded(keep: type) -> None:
     keeper = keep()
     hashes = keeper.put(1, 2)
     state = keeper.store._state
-    state.retention._prefixes.update({(b"n", b"%d" % at): 1e12 for at in range(PREFIXES_MAX)})
+    for at in range(PREFIXES_MAX):
+        state.retention._prefixes[b"n", b"%d" % at] = _End(10**9, 1e12)
     with pytest.raises(Overloaded, match="let some go first"):
         keeper.store.retain(keeper.space(), hashes, retain_s=5)
     state.retention._prefixes.clear()
+
+
+def test_a_wall_clock_that_is_set_back_keeps_no_retention_alive(keep: type) -> None:
+    keeper = keep()
+    hashes = keeper.put(1, 2)
+    retention = keeper.store._state.retention
+    retention._wall_clock = lambda: 2e9
+    assert keeper.store.retain(keeper.space(), hashes, retain_s=100) == 2
+    retention._wall_clock = lambda: 2e9 - 86400
+    keeper.later(101)
+    with keeper.store._state.lock:
+        retention.expire()
+    assert not retention._prefixes
+    assert retention.retained_bytes == 0
 
 
 # Quotas

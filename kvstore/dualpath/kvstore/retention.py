@@ -7,7 +7,8 @@ how much is. Renewed by asking again; a later end wins.
 
 Owns which prefixes are retained, by their deepest hash, and the column `retain_until`. That list is
 durable within about a second (`RETAINED`), with ends in wall-clock time, so that a retention
-survives a restart. Needs the store's lock, but for `save`.
+survives a restart; while the store is open, ends are on its own clock, which nobody sets. Needs the
+store's lock, but for `save`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,14 @@ from numpy.typing import NDArray
 RETENTION_S_MAX = 90 * 86400.0
 PREFIXES_MAX = 4096
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """When a prefix is retained no longer: `at_s` on the store's clock, and by the wall clock."""
+
+    at_s: int
+    unix_s: float
 
 
 class RetentionTable:
@@ -52,7 +62,7 @@ class RetentionTable:
         self._budget_bytes = budget_bytes
         self._capacity_bytes = capacity_bytes
         self._wall_clock = wall_clock
-        self._prefixes: dict[tuple[bytes, bytes], float] = {}
+        self._prefixes: dict[tuple[bytes, bytes], _End] = {}
         self._changed = False
         self._first_end_s = math.inf
 
@@ -104,8 +114,7 @@ class RetentionTable:
         self._residency.settle_all(ended.astype(np.int32))
         left = table.retain_until[table.retain_until > 0]
         self._first_end_s = int(left.min()) if len(left) else math.inf
-        now = self._wall_clock()
-        for key in [key for key, until in self._prefixes.items() if until <= now]:
+        for key in [key for key, end in self._prefixes.items() if end.at_s <= now_s]:
             del self._prefixes[key]
             self._changed = True
 
@@ -114,7 +123,7 @@ class RetentionTable:
         if not self._changed:
             return None
         self._changed = False
-        return tuple(RetainedPrefix(*key, until) for key, until in self._prefixes.items())
+        return tuple(RetainedPrefix(*key, end.unix_s) for key, end in self._prefixes.items())
 
     def save(self, prefixes: Sequence[RetainedPrefix]) -> None:
         """Make it durable; without the lock. A failure is logged: a retention is no promise."""
@@ -136,9 +145,10 @@ class RetentionTable:
             table.retain_until[rows] = np.maximum(table.retain_until[rows], until)
             self._first_end_s = min(self._first_end_s, until)
             key = entry.id, table.hash_of(int(rows[-1]))
-            ends = self._wall_clock() + retain_s
-            self._prefixes[key] = max(ends, self._prefixes.get(key, 0.0))
-            self._changed = True
+            known = self._prefixes.get(key)
+            if known is None or known.at_s < until:
+                self._prefixes[key] = _End(until, self._wall_clock() + retain_s)
+                self._changed = True
         return fit
 
     def _room(self, entry: NamespaceEntry) -> int:
@@ -155,17 +165,16 @@ class RetentionTable:
 
     def _release(self, entry: NamespaceEntry, rows: NDArray[np.int32]) -> None:
         """Let the prefix go, but for what a longer or shorter one holds as well."""
-        table, now = self._table, self._wall_clock()
+        table = self._table
         if self._prefixes.pop((entry.id, table.hash_of(int(rows[-1]))), None) is None:
             return
         self._changed = True
         table.retain_until[rows] = 0
-        for (namespace_id, block_hash), until in self._prefixes.items():
+        for (namespace_id, block_hash), end in self._prefixes.items():
             row = self._catalog.row_of(entry, block_hash) if namespace_id == entry.id else NO_ROW
-            if row != NO_ROW and until > now:
+            if row != NO_ROW and end.at_s > self._residency.now_s():
                 path = self._path(row)
-                end_s = self._residency.now_s() + math.ceil(until - now)
-                table.retain_until[path] = np.maximum(table.retain_until[path], end_s)
+                table.retain_until[path] = np.maximum(table.retain_until[path], end.at_s)
         self._residency.settle_all(rows)
 
     def _retained(self) -> NDArray[np.int64]:
