@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from dualpath.kvstore.durable_index import IndexFailure
 from dualpath.kvstore.fault_device import FaultDevice, FaultFile, FaultPlan
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import TIERS, MissReason, ReserveStatus, SealStatus, Tier
-from dualpath.transfer.errors import Corrupt
+from dualpath.transfer.errors import Corrupt, Unavailable
 
 Content = Callable[[bytes, int], bytes]
 SIZE = 300_000
@@ -345,3 +346,31 @@ def test_a_disk_smaller_than_the_budget_evicts_until_it_has_space_again(
         assert intact(store, space, chain(30), content) == 30
     with BlockStore.open(tmp_path, CONFIG, device=device) as store:
         assert intact(store, space, chain(30), content) == 30
+
+
+def test_a_close_that_has_to_wait_too_long_gives_everything_back_later(
+    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    sync = FaultFile.sync
+
+    def slow_sync(file: FaultFile) -> None:
+        assert gate.wait(20)
+        sync(file)
+
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    store = BlockStore.open(tmp_path, replace(CONFIG, commit_wait_s=0.2), device=device)
+    space = store.open_namespace(namespace)
+    put(store, space, chain(1, 999), content)
+    with monkeypatch.context() as patch:
+        patch.setattr(FaultFile, "sync", slow_sync)
+        put(store, space, chain(2), content, durable=False)
+        store.close()
+        with pytest.raises(Unavailable, match="in use"):
+            BlockStore.open(tmp_path, CONFIG, device=device)
+        gate.set()
+        (late,) = [each for each in threading.enumerate() if each.name == "dualpath-close"]
+        late.join(20)
+    with BlockStore.open(tmp_path, CONFIG, device=device) as again:
+        assert intact(again, space, chain(2), content) == 2
+        assert again.recovered.from_snapshot

@@ -356,25 +356,34 @@ class BlockStore:
                 self._scrub.stop(self._state.config.commit_wait_s)
             if self._ahead is not None:
                 self._ahead.stop(self._state.config.commit_wait_s)
-            finished = self._committer.close(self._state.config.commit_wait_s)
-            if not finished:
-                # The thread still writes: leave everything to it and to the next recovery.
-                _log.error("the SSD tier did not finish in time; the shutdown is not clean")
+            if self._committer.close(self._state.config.commit_wait_s):
+                self._let_go()
                 return
-            with self._scrubbing:
-                crc = leave_snapshot(self._directory, self._state, self._index, self._committer)
-                self._index.close()
-                self._state.ssd.close()
-                if self._own_device is not None:
-                    self._own_device.close()
-            try:
-                if self._committer.settled:  # else headers have something to say
-                    self._directory.mark_clean(crc)
-            except OSError as error:
-                _log.warning("the shutdown could not be marked clean: %s", error)
-            self._directory.close()
-            if not self._state.dram.close():
-                _log.warning("views of the arena are still held; it is unmapped with the last one")
+            # The thread still writes: everything is given back when it has ended.
+            _log.error("the SSD tier did not finish in time; the store is closed once it has")
+            late = threading.Thread(target=self._close_late, name="dualpath-close", daemon=True)
+            late.start()
+
+    def _close_late(self) -> None:
+        if self._committer.close(threading.TIMEOUT_MAX):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """The rest of `close`; nobody writes any more."""
+        with self._scrubbing:
+            crc = leave_snapshot(self._directory, self._state, self._index, self._committer)
+            self._index.close()
+            self._state.ssd.close()
+            if self._own_device is not None:
+                self._own_device.close()
+        try:
+            if self._committer.settled:  # else headers have something to say
+                self._directory.mark_clean(crc)
+        except OSError as error:
+            _log.warning("the shutdown could not be marked clean: %s", error)
+        self._directory.close()
+        if not self._state.dram.close():
+            _log.warning("views of the arena are still held; it is unmapped with the last one")
 
     def __enter__(self) -> Self:
         """Return self."""
