@@ -76,7 +76,9 @@ class BlockStore:
         self._fetcher = ChunkFetcher(state, self._check)
         self._ahead = start_read_ahead(state, self._fetcher)
         self._writer, self._committer = parts.writer, parts.committer
-        self._invalidator = Invalidator(state, self._writer, self._committer, self._index)
+        self._invalidator = Invalidator(
+            state, self._writer, self._committer, self._index, parts.cuts
+        )
         self._closing = threading.Lock()
         self._scrubber = Scrubber(state)
         self._scrubbing = threading.Lock()

@@ -1,4 +1,5 @@
-"""The small files of a data directory, as values: META, CLEAN, RETAINED, namespaces; putting aside.
+"""The small files of a data directory, as values: META, CLEAN, RETAINED, INVALIDATED, namespaces;
+putting aside.
 
 Owns their formats and versions (docs/disk-format.md). Every file is written whole, synced and
 renamed into place, and carries a check over all of its bytes, so that a flipped one is found. Knows
@@ -25,6 +26,7 @@ STORE_FORMAT = 3
 SUMMED_FORMAT = 2
 """From this format on META and CLEAN have a check and the index has sums."""
 RETAINED_NAME = "RETAINED"
+INVALIDATED_NAME = "INVALIDATED"
 ASIDE_NAME = "damaged"
 ASIDE_MAX = 4
 """How many things of one name recoveries keep; repairs by a person keep all."""
@@ -65,6 +67,16 @@ class RetainedPrefix:
     namespace_id: bytes
     hash: bytes
     until_unix_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One of INVALIDATED: blocks of a scope up to a generation (invalidation_cuts.py)."""
+
+    namespace_id: bytes
+    writer: str
+    hash: bytes
+    generation: int
 
 
 def read_meta(root: Path) -> Meta:
@@ -138,23 +150,44 @@ def write_clean(root: Path, stamp: CleanStamp) -> None:
 
 def read_retained(root: Path) -> tuple[RetainedPrefix, ...]:
     """None at all if there is no file. Raises Corrupt."""
-    path = root / RETAINED_NAME
+    return tuple(
+        RetainedPrefix(bytes.fromhex(namespace_id), bytes.fromhex(block_hash), float(until))
+        for namespace_id, block_hash, until in _read_rows(root / RETAINED_NAME, "prefixes")
+    )
+
+
+def read_cuts(root: Path) -> tuple[Cut, ...]:
+    """None at all if there is no file. Raises Corrupt."""
+    return tuple(
+        Cut(bytes.fromhex(namespace_id), writer, bytes.fromhex(block_hash), generation)
+        for namespace_id, writer, block_hash, generation in _read_rows(
+            root / INVALIDATED_NAME, "cuts"
+        )
+    )
+
+
+def write_cuts(root: Path, cuts: Iterable[Cut]) -> None:
+    """Durably. Raises OSError."""
+    rows = [[cut.namespace_id.hex(), cut.writer, cut.hash.hex(), cut.generation] for cut in cuts]
+    write_durably(root / INVALIDATED_NAME, _summed({"cuts": rows}))
+
+
+def _read_rows(path: Path, name: str) -> list[Any]:
+    """The one list of a file. Its check makes sure that we wrote it. Raises Corrupt."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        return ()
+        return []
     except IsADirectoryError as error:
         raise Corrupt(f"{path} is a directory") from error
     try:
         fields = json.loads(raw)
         if raw != _summed(fields):
             raise Corrupt(f"{path}: its check does not match")
-        return tuple(
-            RetainedPrefix(bytes.fromhex(namespace_id), bytes.fromhex(block_hash), float(until))
-            for namespace_id, block_hash, until in fields["prefixes"]
-        )
+        rows = fields[name]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Corrupt(f"{path} makes no sense: {error}") from error
+    return list(rows)
 
 
 def write_retained(root: Path, prefixes: Iterable[RetainedPrefix]) -> None:

@@ -18,7 +18,12 @@ from typing import Self
 
 from dualpath.kvstore import directory_format
 from dualpath.kvstore.device import Device
-from dualpath.kvstore.directory_format import ASIDE_NAME, RETAINED_NAME, SUMMED_FORMAT
+from dualpath.kvstore.directory_format import (
+    ASIDE_NAME,
+    INVALIDATED_NAME,
+    RETAINED_NAME,
+    SUMMED_FORMAT,
+)
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment, SegmentCheck
 from dualpath.kvstore.index_dump import IndexDump
@@ -47,6 +52,7 @@ _KNOWN = frozenset(
         "LOCK",
         "META",
         RAW_MARKER,
+        INVALIDATED_NAME,
         RETAINED_NAME,
         "SCRUB",
         "index",
@@ -126,7 +132,7 @@ class Fsck:
         self._check_namespaces()
         self._check_clean()
         self._check_snapshot()
-        self._check_retained()
+        self._check_lists()
         self._check_index()
         self._check_segments()
         return self.report
@@ -184,11 +190,15 @@ class Fsck:
             )
         self._snapshot_crc = stamp.snapshot_crc
 
-    def _check_retained(self) -> None:
+    def _check_lists(self) -> None:
         try:
             directory_format.read_retained(self.path)
         except Corrupt as error:
             self.report.add(FsckCode.RETAINED_DAMAGED, RETAINED_NAME, str(error))
+        try:
+            directory_format.read_cuts(self.path)
+        except Corrupt as error:
+            self.report.add(FsckCode.INVALIDATED_DAMAGED, INVALIDATED_NAME, str(error))
 
     def _check_snapshot(self) -> None:
         path = self.path / SNAPSHOT_NAME

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 
 from dualpath.kvstore import checksum, directory_format
 from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
-from dualpath.kvstore.directory_format import RETAINED_NAME, Meta
+from dualpath.kvstore.directory_format import ASIDE_NAME, INVALIDATED_NAME, RETAINED_NAME, Meta
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, store_id_of
+from dualpath.kvstore.invalidation_cuts import InvalidationCuts
 from dualpath.kvstore.namespace_files import NamespaceFiles
 from dualpath.kvstore.psync_device import sync_directory
 from dualpath.kvstore.raw_device import owner_of
@@ -66,6 +67,7 @@ class FsckRepair:
         self._repair_namespaces()
         self._repair_retained()
         self._with_device(self._repair_segments)
+        self._repair_cuts()
         # What can be served is known only now.
         report = self._fsck.check()
         if asks_headers or report.has(*_INDEX_CODES):
@@ -124,6 +126,14 @@ class FsckRepair:
         if self._fsck.report.has(FsckCode.RETAINED_DAMAGED):
             kept = directory_format.set_aside(self._path, self._path / RETAINED_NAME)
             self._did(f"{RETAINED_NAME} is put aside as {kept}: retentions are forgotten")
+
+    def _repair_cuts(self) -> None:
+        if self._fsck.report.has(FsckCode.INVALIDATED_DAMAGED):
+            InvalidationCuts(self._path).replace_damaged(self._highest_generation(None))
+            self._did(
+                f"{INVALIDATED_NAME} is written anew, the old one is in {ASIDE_NAME}: no block "
+                "that is there now will be taken from its header"
+            )
 
     def _repair_namespaces(self) -> None:
         for bad in self._fsck.state.bad_namespace_files:
@@ -334,7 +344,7 @@ class FsckRepair:
                         latest[record.key] = record
             finally:
                 file.close()
-        return list(latest.values())
+        return list(InvalidationCuts(self._path).left(latest).values())
 
 
 def _rooted(records: dict[bytes, BlockRecord]) -> list[BlockRecord]:

@@ -40,6 +40,8 @@ class FsckCode(enum.Enum):
     """The bytes of a stored block do not have its checksums."""
     SNAPSHOT_DAMAGED = "snapshot_damaged"
     RETAINED_DAMAGED = "retained_damaged"
+    INVALIDATED_DAMAGED = "invalidated_damaged"
+    """Nobody knows any more what was invalidated: headers alone are not trusted."""
 
     PADDING = "padding"
     """Bytes that must be zero and mean nothing are not zero."""

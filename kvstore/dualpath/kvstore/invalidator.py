@@ -1,15 +1,15 @@
 """Invalidation: blocks that must not be used any more leave, by namespace, prefix or writer.
 
 Guarantees, once it has answered: no lookup finds them, and they do not come back after a crash, not
-even if the index is lost and rebuilt from headers, unless they had been evicted before. Who reads a
-block already keeps its memory as it is until he releases it. Descendants leave with their
-ancestors. Blocks that are sealed while it runs may or may not go; those of a namespace or prefix
-that were reserved before can not be sealed any more. Holds the store's lock for a few blocks at a
-time.
+even if the index is lost and rebuilt from headers. Who reads a block already keeps its memory as it
+is until he releases it. Descendants leave with their ancestors. Blocks that are sealed while it
+runs may or may not go; those of a namespace or prefix that were reserved before can not be sealed
+any more. Holds the store's lock for a few blocks at a time.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from dualpath.kvstore.block_writer import BlockWriter
 from dualpath.kvstore.catalog import NamespaceEntry
 from dualpath.kvstore.committer import Committer
 from dualpath.kvstore.durable_index import DurableIndex
+from dualpath.kvstore.invalidation_cuts import InvalidationCuts
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.record import BlockRecord, recorded_writer
 from dualpath.kvstore.store_api import Invalidation, InvalidationScope, MissReason
@@ -43,12 +44,19 @@ class Invalidator:
     """See the module docstring."""
 
     def __init__(
-        self, state: StoreState, writer: BlockWriter, committer: Committer, index: DurableIndex
+        self,
+        state: StoreState,
+        writer: BlockWriter,
+        committer: Committer,
+        index: DurableIndex,
+        cuts: InvalidationCuts,
     ) -> None:
         self._state = state
         self._writer = writer
         self._committer = committer
         self._index = index
+        self._cuts = cuts
+        self._cutting = threading.Lock()
 
     def run(self, scope: InvalidationScope, *, dry_run: bool) -> Invalidation:
         """See Store.invalidate."""
@@ -73,7 +81,10 @@ class Invalidator:
                     self._take(row, generation, born_until, count, dry_run=dry_run)
                 state.room.notify_all()
         if not dry_run:
+            with state.lock:
+                generation = state.generation
             self._await_durable()
+            self._cut(scope, generation)
         return Invalidation(count.blocks, count.nbytes, count.leased_blocks)
 
     def _find(
@@ -183,6 +194,18 @@ class Invalidator:
             raise Unavailable(
                 f"the blocks are hidden, but may be back after a crash: {trouble}; invalidate again"
             )
+
+    def _cut(self, scope: InvalidationScope, generation: int) -> None:
+        """Blocks that had left before must not come back by their headers either. The index tells
+        of all up to this generation by now."""
+        try:
+            with self._cutting:
+                self._cuts.add(scope, generation)
+        except OSError as error:
+            raise Unavailable(
+                f"the blocks are gone, but could be back if the index were lost: {error}; "
+                "invalidate again"
+            ) from error
 
 
 def _with_descendants(

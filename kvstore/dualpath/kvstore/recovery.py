@@ -25,6 +25,7 @@ from dualpath.kvstore.durable_index import DurableIndex, Probe
 from dualpath.kvstore.header_scan import OpenSegment, scan_headers
 from dualpath.kvstore.heap import trim_heap
 from dualpath.kvstore.index_snapshot import SnapshotState, read_snapshot
+from dualpath.kvstore.invalidation_cuts import InvalidationCuts
 from dualpath.kvstore.namespace import NAMESPACE_ID_BYTES
 from dualpath.kvstore.record_columns import NamespaceShape, RecordColumns
 from dualpath.kvstore.residency import Residency
@@ -64,6 +65,8 @@ class Recovery:
         self._segments: dict[int, OpenSegment] = {}
         self._damaged: dict[int, int] = {}
         self._stale: list[tuple[bytes, int]] = []
+        self.cuts = InvalidationCuts(directory.path)
+        """What was invalidated; told of more from then on."""
         self._newer: dict[bytes, bytes] = {}
         self._suspect = False
         self._unknown: set[bytes] = set()
@@ -80,7 +83,12 @@ class Recovery:
 
     def recover(self, ssd: SsdTier, residency: Residency) -> Recovered:
         """Bring what is stored into memory; delete from the index what cannot be used."""
+        if self.cuts.damage:
+            self._directory.troubles.append(
+                f"{self.cuts.damage}: nobody knows what was invalidated, so headers are not trusted"
+            )
         recovered = self._load(self._read(), ssd, residency)
+        self.cuts.replace_damaged(recovered.generation)
         # The columns are free now; they were as large as all that the store keeps of them.
         trim_heap()
         return recovered
@@ -280,7 +288,9 @@ class Recovery:
         """Records by key of blocks that their headers tell of, verified."""
         scanned = scan_headers(self._segments, self._catalog, newer_than)
         self._generation = max(self._generation, scanned.generation)
-        return {key: record.to_bytes() for key, record in scanned.records.items()}
+        # Whoever is newer than the index is newer than all that was invalidated.
+        found = scanned.records if newer_than >= 0 else self.cuts.left(scanned.records)
+        return {key: record.to_bytes() for key, record in found.items()}
 
     def _decoded(self, records: Iterable[tuple[bytes, bytes]]) -> BlockColumns:
         decoder = RecordColumns(

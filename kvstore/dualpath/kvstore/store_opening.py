@@ -22,6 +22,7 @@ from dualpath.kvstore.device_choice import open_device
 from dualpath.kvstore.dram_tier import DramTier
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.expiry import Expiry
+from dualpath.kvstore.invalidation_cuts import InvalidationCuts
 from dualpath.kvstore.layout import ALIGN_BYTES
 from dualpath.kvstore.lease_table import LeaseTable
 from dualpath.kvstore.mapping_table import MappingTable
@@ -46,6 +47,7 @@ class StoreParts:
     writer: BlockWriter
     committer: Committer
     recovered: Recovered
+    cuts: InvalidationCuts
     own_device: Device | None
 
 
@@ -142,4 +144,6 @@ def _open_on(
     committers.append(committer)
     writer.attach(committer)
     committer.start()
-    return StoreParts(directory, recovery.index, state, writer, committer, recovered, own_device)
+    return StoreParts(
+        directory, recovery.index, state, writer, committer, recovered, recovery.cuts, own_device
+    )
