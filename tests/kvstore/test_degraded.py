@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,30 @@ def test_a_group_whose_commit_is_in_doubt_is_deleted_before_its_slots_are_used_a
     with BlockStore.open(tmp_path, CONFIG, device=rig.device) as store:
         assert store.get(namespace.id, chain(2, 7000)) == []
         assert store.recovered.dropped == 0
+
+
+def test_one_failed_flush_costs_no_other_block(
+    tmp_path: Path, namespace: Namespace, content: Content
+) -> None:
+    """There is one segment, so there is no other place; nor is there one in it."""
+    device = FaultDevice(MemoryDevice(), FaultPlan())
+    config = replace(CONFIG, disk_bytes=4 << 20, segment_bytes=4 << 20)
+    with BlockStore.open(tmp_path, config, device=device) as store:
+        space = store.open_namespace(namespace)
+
+        def put(first: int) -> object:
+            (block,) = chain(1, first)
+            return store.put(space, [block], [b""], [content(block, SIZE)])[0]
+
+        for turn in range(20):
+            put(10_000 * turn)
+        before = store.stats().blocks
+        device.plan.sync_error = 1.0
+        assert put(900_000) is SealStatus.FAILED
+        device.plan.sync_error = 0.0
+        assert store.stats().blocks >= before - 1, "only who made way for it has left"
+        for turn in range(30):
+            assert put(1_000_000 + 10_000 * turn) is SealStatus.SEALED, "all may leave again"
 
 
 def test_the_breaker_opens_after_some_failures_within_its_window_only() -> None:

@@ -338,28 +338,6 @@ def test_what_failed_once_and_is_invalidated_does_not_come_back(
         assert store.recovered.blocks == 0
 
 
-def test_one_failed_flush_costs_no_other_block(
-    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(CONFIG, disk_bytes=4 << 20, segment_bytes=4 << 20)
-    with BlockStore.open(tmp_path, config) as store:
-        space = store.open_namespace(namespace)
-
-        def put(first: int, blocks: int) -> list[object]:
-            hashes = chain(blocks, first)
-            data = [content(h, SIZE) for h in hashes]
-            return list(store.put(space, hashes, parents_of(hashes), data))
-
-        for turn in range(20):
-            put(10_000 * turn, 1)
-        before = store.stats().blocks
-        fail_once(monkeypatch)
-        assert put(900_000, 1) == [SealStatus.FAILED]
-        assert store.stats().blocks >= before - 1, "only who made way for it has left"
-        for turn in range(30):
-            assert put(1_000_000 + 10_000 * turn, 1) == [SealStatus.SEALED], "all may leave again"
-
-
 def test_an_opening_flushes_what_it_found_before_the_index_tells_of_it(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
