@@ -273,9 +273,8 @@ def test_power_loss_keeps_what_was_acknowledged_and_serves_nothing_torn(
             intact(store, space, hashes, content)
 
 
-def test_a_durable_put_waits_for_blocks_that_are_there_but_not_written_back(
-    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def held_syncs(patch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on flushes wait until it is set."""
     gate = threading.Event()
     sync = FaultFile.sync
 
@@ -283,11 +282,18 @@ def test_a_durable_put_waits_for_blocks_that_are_there_but_not_written_back(
         assert gate.wait(20)
         sync(file)
 
+    patch.setattr(FaultFile, "sync", slow_sync)
+    return gate
+
+
+def test_a_durable_put_waits_for_blocks_that_are_there_but_not_written_back(
+    tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = FaultDevice(MemoryDevice(), FaultPlan())
     with BlockStore.open(tmp_path, CONFIG, device=device) as store:
         space = store.open_namespace(namespace)
         assert put(store, space, chain(1, 999), content) == [SealStatus.SEALED]
-        monkeypatch.setattr(FaultFile, "sync", slow_sync)
+        gate = held_syncs(monkeypatch)
         assert put(store, space, chain(2), content, durable=False) == [SealStatus.SEALED] * 2
         done: list[object] = []
         again = threading.Thread(
@@ -351,19 +357,12 @@ def test_a_disk_smaller_than_the_budget_evicts_until_it_has_space_again(
 def test_a_close_that_has_to_wait_too_long_gives_everything_back_later(
     tmp_path: Path, namespace: Namespace, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = threading.Event()
-    sync = FaultFile.sync
-
-    def slow_sync(file: FaultFile) -> None:
-        assert gate.wait(20)
-        sync(file)
-
     device = FaultDevice(MemoryDevice(), FaultPlan())
     store = BlockStore.open(tmp_path, replace(CONFIG, commit_wait_s=0.2), device=device)
     space = store.open_namespace(namespace)
     put(store, space, chain(1, 999), content)
     with monkeypatch.context() as patch:
-        patch.setattr(FaultFile, "sync", slow_sync)
+        gate = held_syncs(patch)
         put(store, space, chain(2), content, durable=False)
         store.close()
         with pytest.raises(Unavailable, match="in use"):

@@ -340,8 +340,8 @@ class Committer:
         if self._blocked(jobs) and self._backlog.tell():
             return
         try:
-            for job in jobs:
-                self._ssd.ensure(job.record.segment)
+            for segment in {job.record.segment for job in jobs}:
+                self._ssd.ensure(segment)
         except OSError:
             return
         group.in_turn = False

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 from dualpath.kvstore.layout import KVLayout
@@ -32,6 +32,7 @@ ASIDE_MAX = 4
 """How many things of one name recoveries keep; repairs by a person keep all."""
 
 _PRODUCT = "dualpath-store"
+_Row = TypeVar("_Row")
 _HASHED_BYTES = 4 << 20
 
 
@@ -150,20 +151,22 @@ def write_clean(root: Path, stamp: CleanStamp) -> None:
 
 def read_retained(root: Path) -> tuple[RetainedPrefix, ...]:
     """None at all if there is no file. Raises Corrupt."""
-    return tuple(
-        RetainedPrefix(bytes.fromhex(namespace_id), bytes.fromhex(block_hash), float(until))
-        for namespace_id, block_hash, until in _read_rows(root / RETAINED_NAME, "prefixes")
-    )
+
+    def decoded(namespace_id: str, block_hash: str, until: float) -> RetainedPrefix:
+        return RetainedPrefix(bytes.fromhex(namespace_id), bytes.fromhex(block_hash), float(until))
+
+    return _read_rows(root / RETAINED_NAME, "prefixes", decoded)
 
 
 def read_cuts(root: Path) -> tuple[Cut, ...]:
     """None at all if there is no file. Raises Corrupt."""
-    return tuple(
-        Cut(bytes.fromhex(namespace_id), writer, bytes.fromhex(block_hash), generation)
-        for namespace_id, writer, block_hash, generation in _read_rows(
-            root / INVALIDATED_NAME, "cuts"
+
+    def decoded(namespace_id: str, writer: str, block_hash: str, generation: int) -> Cut:
+        return Cut(
+            bytes.fromhex(namespace_id), str(writer), bytes.fromhex(block_hash), int(generation)
         )
-    )
+
+    return _read_rows(root / INVALIDATED_NAME, "cuts", decoded)
 
 
 def write_cuts(root: Path, cuts: Iterable[Cut]) -> None:
@@ -172,22 +175,21 @@ def write_cuts(root: Path, cuts: Iterable[Cut]) -> None:
     write_durably(root / INVALIDATED_NAME, _summed({"cuts": rows}))
 
 
-def _read_rows(path: Path, name: str) -> list[Any]:
-    """The one list of a file. Its check makes sure that we wrote it. Raises Corrupt."""
+def _read_rows(path: Path, name: str, decoded: Callable[..., _Row]) -> tuple[_Row, ...]:
+    """The one list of a file, each row decoded. Raises Corrupt."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        return []
+        return ()
     except IsADirectoryError as error:
         raise Corrupt(f"{path} is a directory") from error
     try:
         fields = json.loads(raw)
         if raw != _summed(fields):
             raise Corrupt(f"{path}: its check does not match")
-        rows = fields[name]
+        return tuple(decoded(*row) for row in fields[name])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Corrupt(f"{path} makes no sense: {error}") from error
-    return list(rows)
 
 
 def write_retained(root: Path, prefixes: Iterable[RetainedPrefix]) -> None:

@@ -14,13 +14,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 
-from dualpath.kvstore import checksum, directory_format
+from dualpath.kvstore import directory_format
 from dualpath.kvstore.device import ALIGN_BYTES, Device, DeviceFile
 from dualpath.kvstore.directory_format import ASIDE_NAME, INVALIDATED_NAME, RETAINED_NAME, Meta
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment
+from dualpath.kvstore.header_scan import OpenSegment, ScannedHeaders, is_whole, scan_headers
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, store_id_of
 from dualpath.kvstore.invalidation_cuts import InvalidationCuts
 from dualpath.kvstore.namespace_files import NamespaceFiles
@@ -129,7 +130,7 @@ class FsckRepair:
 
     def _repair_cuts(self) -> None:
         if self._fsck.report.has(FsckCode.INVALIDATED_DAMAGED):
-            InvalidationCuts(self._path).replace_damaged(self._highest_generation(None))
+            InvalidationCuts(self._path).replace_damaged(self._highest_generation())
             self._did(
                 f"{INVALIDATED_NAME} is written anew, the old one is in {ASIDE_NAME}: no block "
                 "that is there now will be taken from its header"
@@ -205,24 +206,13 @@ class FsckRepair:
         """Headers whose block lies where this geometry says."""
         if geometry.file_bytes > segment.nbytes:
             return 0
-        found = 0
-        for record in read_headers(file, geometry):
-            layout = self._fsck.state.layouts.get(record.namespace_id)
-            fits = layout is not None and layout.slot_bytes == geometry.slot_bytes
-            if fits and record.segment == segment.number and self._verifies(file, geometry, record):
-                found += 1
-        return found
-
-    def _verifies(self, file: DeviceFile, geometry: SegmentGeometry, record: BlockRecord) -> bool:
-        layout = self._fsck.state.layouts[record.namespace_id]
-        if layout.block_bytes != record.length or record.slot >= geometry.slots:
-            return False
-        buffer = page_buffer(geometry.slot_bytes)
-        try:
-            file.read(geometry.slot_offset(record.slot), [buffer])
-        except OSError:
-            return False
-        return checksum.of_block(buffer, layout) == record.checksums
+        opened, buffer = OpenSegment(geometry, file), page_buffer(geometry.slot_bytes)
+        layouts = self._fsck.state.layouts
+        return sum(
+            record.segment == segment.number
+            and is_whole(record, opened, layouts.get(record.namespace_id), buffer)
+            for record in read_headers(file, geometry)
+        )
 
     def _repair_headers(self, device: Device) -> None:
         kept = self._fsck.state
@@ -258,14 +248,14 @@ class FsckRepair:
         `device` the headers there are asked for more."""
         found = dict(self._good_records())
         brought = 0
-        if device is not None:
-            for record in self._from_headers(device, found):
-                found[record.key] = record
-                brought += 1
-        kept = _rooted(found)
         reaches = self._fsck.state.generation
-        if device is not None or reaches is None:
-            reaches = self._highest_generation(device)
+        if device is not None:
+            scanned = self._from_headers(device, found)
+            found |= scanned.records
+            brought, reaches = len(scanned.records), max(0, scanned.generation)
+        elif reaches is None:
+            reaches = self._highest_generation()
+        kept = _rooted(found)
         new = self._path / "index.new"
         if new.exists():
             directory_format.set_aside(self._path, new)
@@ -303,48 +293,42 @@ class FsckRepair:
             record = BlockRecord.from_bytes(raw)
             yield record.key, record
 
-    def _highest_generation(self, device: Device | None) -> int:
-        """No header that is there now is newer than the new index."""
-        if device is None:
-            found: list[int] = []
-            self._with_device(lambda opened: found.append(self._highest_generation(opened)))
-            return max([0, *found])
-        highest = 0
-        for segment in self._fsck.state.segments.values():
-            if segment.geometry is not None:
-                file = device.open(segment.name)
-                try:
-                    highest = max(highest, highest_generation(file, segment.geometry))
-                finally:
-                    file.close()
-        return highest
+    def _highest_generation(self) -> int:
+        """Of all headers that are there now."""
+        highest = [0]
 
-    def _from_headers(self, device: Device, known: dict[bytes, BlockRecord]) -> list[BlockRecord]:
+        def look(device: Device) -> None:
+            for segment in self._fsck.state.segments.values():
+                if segment.geometry is not None:
+                    file = device.open(segment.name)
+                    try:
+                        highest.append(highest_generation(file, segment.geometry))
+                    finally:
+                        file.close()
+
+        self._with_device(look)
+        return max(highest)
+
+    def _from_headers(self, device: Device, known: dict[bytes, BlockRecord]) -> ScannedHeaders:
         """Blocks whose header and data are whole, that are not known, in slots that are free."""
         taken = {(record.segment, record.slot) for record in known.values()}
-        latest: dict[bytes, BlockRecord] = {}
-        for segment in self._fsck.state.segments.values():
-            if segment.geometry is None:
-                continue
-            file = device.open(segment.name)
-            try:
-                file.sync()  # what is read is on the medium then, and may be counted on
-                for record in read_headers(file, segment.geometry):
-                    layout = self._fsck.state.layouts.get(record.namespace_id)
-                    other = latest.get(record.key)
-                    if (
-                        layout is not None
-                        and layout.slot_bytes == segment.geometry.slot_bytes
-                        and record.segment == segment.number
-                        and record.key not in known
-                        and (record.segment, record.slot) not in taken
-                        and (other is None or other.generation < record.generation)
-                        and self._verifies(file, segment.geometry, record)
-                    ):
-                        latest[record.key] = record
-            finally:
-                file.close()
-        return list(InvalidationCuts(self._path).left(latest).values())
+
+        def is_new(record: BlockRecord) -> bool:
+            return record.key not in known and (record.segment, record.slot) not in taken
+
+        opened: dict[int, OpenSegment] = {}
+        try:
+            for segment in self._fsck.state.segments.values():
+                if segment.geometry is not None:
+                    file = device.open(segment.name)
+                    opened[segment.number] = OpenSegment(segment.geometry, file)
+                    file.sync()  # what is read is on the medium then, and may be counted on
+            scanned = scan_headers(opened, self._fsck.state.layouts, wanted=is_new)
+        finally:
+            for each in opened.values():
+                each.file.close()
+        left = InvalidationCuts(self._path).left(scanned.records)
+        return ScannedHeaders(left, scanned.generation)
 
 
 def _rooted(records: dict[bytes, BlockRecord]) -> list[BlockRecord]:

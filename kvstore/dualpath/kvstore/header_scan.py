@@ -1,19 +1,19 @@
 """Finding blocks by their headers: those that the index was not told of, or all if it is lost.
 
 A header alone may describe a block that was evicted, or one whose data never reached the medium, so
-every byte is verified. After a killed process that was perhaps read from a cache, so segments are
-flushed before anybody counts on what was found. Of several blocks of one key the latest is taken.
+every byte is verified. After a killed process that was perhaps read from a cache: flush segments
+before anybody counts on what was found. Of several blocks of one key the latest is taken.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dualpath.kvstore import checksum
-from dualpath.kvstore.catalog import Catalog, NamespaceEntry
 from dualpath.kvstore.device import DeviceFile
+from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import SegmentGeometry, page_buffer, read_headers
 
@@ -38,30 +38,33 @@ class ScannedHeaders:
 
 
 def scan_headers(
-    segments: Mapping[int, OpenSegment], catalog: Catalog, newer_than: int = -1
+    segments: Mapping[int, OpenSegment],
+    layouts: Mapping[bytes, KVLayout],
+    newer_than: int = -1,
+    *,
+    wanted: Callable[[BlockRecord], bool] = lambda record: True,
 ) -> ScannedHeaders:
-    """Blocks of a later generation, by key, whose every byte verifies; durable on return."""
+    """Blocks of a later generation, by key, that are `wanted` and whose every byte verifies.
+    `layouts` are by namespace id."""
     latest: dict[bytes, BlockRecord] = {}
     generation = -1
     for number, segment in segments.items():
         buffer = page_buffer(segment.geometry.slot_bytes)
         for record in read_headers(segment.file, segment.geometry, newer_than):
             generation = max(generation, record.generation)
-            entry = catalog.find(record.namespace_id)
             known = latest.get(record.key)
             if (
-                entry is not None
-                and record.segment == number
-                and _fits(record, segment.geometry, entry)
+                record.segment == number
+                and wanted(record)
                 and (known is None or known.generation < record.generation)
-                and _verifies(record, segment, entry, buffer)
+                and is_whole(record, segment, layouts.get(record.namespace_id), buffer)
             ):
                 latest[record.key] = record
-    return ScannedHeaders(_flushed(latest, segments), generation)
+    return ScannedHeaders(latest, generation)
 
 
-def _flushed(
-    records: dict[bytes, BlockRecord], segments: Mapping[int, OpenSegment]
+def flushed(
+    records: Mapping[bytes, BlockRecord], segments: Mapping[int, OpenSegment]
 ) -> dict[bytes, BlockRecord]:
     """Flush the segments of these blocks; without those of segments that refuse."""
     bad = set()
@@ -74,20 +77,22 @@ def _flushed(
     return {key: record for key, record in records.items() if record.segment not in bad}
 
 
-def _fits(record: BlockRecord, geometry: SegmentGeometry, entry: NamespaceEntry) -> bool:
-    return (
-        entry.layout.block_bytes == record.length
-        and entry.layout.chunk_count == len(record.checksums)
-        and entry.layout.slot_bytes == geometry.slot_bytes
-        and record.slot < geometry.slots
-    )
-
-
-def _verifies(
-    record: BlockRecord, segment: OpenSegment, entry: NamespaceEntry, buffer: memoryview
+def is_whole(
+    record: BlockRecord, segment: OpenSegment, layout: KVLayout | None, buffer: memoryview
 ) -> bool:
+    """Whether the block is there, as its header and the layout of its namespace say; read into
+    `buffer`, of a slot."""
+    geometry = segment.geometry
+    if (
+        layout is None
+        or layout.block_bytes != record.length
+        or layout.chunk_count != len(record.checksums)
+        or layout.slot_bytes != geometry.slot_bytes
+        or record.slot >= geometry.slots
+    ):
+        return False
     try:
-        segment.file.read(segment.geometry.slot_offset(record.slot), [buffer])
+        segment.file.read(geometry.slot_offset(record.slot), [buffer])
     except OSError:
         return False
-    return checksum.of_block(buffer, entry.layout) == record.checksums
+    return checksum.of_block(buffer, layout) == record.checksums

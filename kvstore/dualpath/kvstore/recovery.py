@@ -22,7 +22,7 @@ from dualpath.kvstore.data_directory import DataDirectory
 from dualpath.kvstore.device import Device
 from dualpath.kvstore.directory_format import ASIDE_NAME
 from dualpath.kvstore.durable_index import DurableIndex, Probe
-from dualpath.kvstore.header_scan import OpenSegment, scan_headers
+from dualpath.kvstore.header_scan import OpenSegment, flushed, scan_headers
 from dualpath.kvstore.heap import trim_heap
 from dualpath.kvstore.index_snapshot import SnapshotState, read_snapshot
 from dualpath.kvstore.invalidation_cuts import InvalidationCuts
@@ -286,10 +286,13 @@ class Recovery:
 
     def _by_headers(self, newer_than: int = -1) -> dict[bytes, bytes]:
         """Records by key of blocks that their headers tell of, verified."""
-        scanned = scan_headers(self._segments, self._catalog, newer_than)
+        layouts = {entry.id: entry.layout for entry in self._catalog.entries()}
+        scanned = scan_headers(self._segments, layouts, newer_than)
         self._generation = max(self._generation, scanned.generation)
+        found = flushed(scanned.records, self._segments)
         # Whoever is newer than the index is newer than all that was invalidated.
-        found = scanned.records if newer_than >= 0 else self.cuts.left(scanned.records)
+        if newer_than < 0:
+            found = self.cuts.left(found)
         return {key: record.to_bytes() for key, record in found.items()}
 
     def _decoded(self, records: Iterable[tuple[bytes, bytes]]) -> BlockColumns:

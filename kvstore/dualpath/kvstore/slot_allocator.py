@@ -20,12 +20,11 @@ class _Extent:
     """`bits` has a 1 for each free slot, eight slots a byte, the lowest in the lowest bit; there
     is none before byte `first`."""
 
-    __slots__ = ("bits", "closed", "first", "free", "slot_bytes", "slots")
+    __slots__ = ("bits", "first", "free", "slot_bytes", "slots")
 
     def __init__(self, slot_bytes: int, slots: int, taken: SlotNumbers) -> None:
         self.slot_bytes = slot_bytes
         self.slots = slots
-        self.closed = False
         is_free = np.ones(slots, np.bool_)
         is_free[np.asarray(taken, np.int64)] = False
         self.free = int(is_free.sum())
@@ -86,15 +85,12 @@ class SlotAllocator:
 
     def close(self, extent: int) -> None:
         """Give out no further slots of an extent."""
-        closed = self._extents[extent]
-        closed.closed = True
         self.closed.add(extent)
-        self._open.get(closed.slot_bytes, {}).pop(extent, None)
+        self._open.get(self._extents[extent].slot_bytes, {}).pop(extent, None)
 
     def reopen(self, extent: int) -> None:
         """Give out slots of an extent again. Idempotent."""
         opened = self._extents[extent]
-        opened.closed = False
         self.closed.discard(extent)
         if opened.free:
             self._open.setdefault(opened.slot_bytes, {})[extent] = None
@@ -121,7 +117,7 @@ class SlotAllocator:
         self.used_bytes -= found.slot_bytes
         if found.free == found.slots:
             self._empty[extent] = None
-        if not found.closed:
+        if extent not in self.closed:
             self._open.setdefault(found.slot_bytes, {})[extent] = None
 
     def empty_extents(self) -> list[int]:
