@@ -8,9 +8,10 @@
  * Reads that follow each other in the file and in memory move as one, up to RUN_BYTES_MAX: half the
  * price for small ones. If that fails, they are tried one by one, so that each has its own error.
  *
- * Towards its end a batch of reads has only three quarters of what is left in flight: some devices,
- * those of many virtual machines among them, tell of nothing until they have done all that they were
- * given, and the caller would begin to work on the first bytes when the last are there. */
+ * Towards its end a batch that is `paced` has only three quarters of what is left in flight: some
+ * devices, those of many virtual machines among them, tell of nothing until they have done all that
+ * they were given, and a caller with work on each item would begin it when the last one is there. Who
+ * has none is woken less often without. */
 #include "parts.h"
 
 #include <errno.h>
@@ -67,7 +68,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    int fd, busy, writing, fixed, cancelled;
+    int fd, busy, writing, paced, fixed, cancelled;
     unsigned depth, most; /* slots; how many of them this batch may use */
     unsigned char *rings;
     size_t rings_bytes, sqes_bytes;
@@ -261,7 +262,7 @@ static int may_fly(const Ring *ring) {
     if (ring->flying >= ring->most) {
         return 0;
     }
-    return ring->writing || ring->flying_bytes < FLYING_BYTES_LEAST ||
+    return !ring->paced || ring->flying_bytes < FLYING_BYTES_LEAST ||
            ring->flying_bytes < ring->left_bytes / 4 * 3;
 }
 
@@ -596,11 +597,11 @@ static PyObject *ring_start(PyObject *self, PyObject *args) {
     Ring *ring = (Ring *)self;
     PyObject *fds, *offsets, *at, *nbytes, *memory, *errors;
     Arrays arrays = {0};
-    int writing, started = 0;
+    int writing, paced, started = 0;
     unsigned most;
     if (!PyArg_ParseTuple(
-            args, "pOOOOOOI:start", &writing, &fds, &offsets, &memory, &at, &nbytes, &errors,
-            &most) ||
+            args, "pOOOOOOIp:start", &writing, &fds, &offsets, &memory, &at, &nbytes, &errors,
+            &most, &paced) ||
         !usable(ring)) {
         return NULL;
     }
@@ -609,6 +610,7 @@ static PyObject *ring_start(PyObject *self, PyObject *args) {
         return NULL;
     }
     ring->writing = writing;
+    ring->paced = paced;
     ring->most = most && most < ring->depth ? most : ring->depth;
     if (get_array(fds, &arrays.fds, 4) && get_array(offsets, &arrays.offsets, 8) &&
         get_array(at, &arrays.at, 8) && get_array(nbytes, &arrays.nbytes, 8)) {
@@ -729,7 +731,7 @@ static PyObject *ring_pending(PyObject *self, void *unused) {
 
 static PyMethodDef ring_methods[] = {
     {"start", ring_start, METH_VARARGS,
-     "start(writing, fds, offsets, memory, at, nbytes, errors, most): begin a batch."},
+     "start(writing, fds, offsets, memory, at, nbytes, errors, most, paced): begin a batch."},
     {"wait", ring_wait, METH_VARARGS,
      "wait(told, least, timeout_s): how many items that have ended were written to told."},
     {"nudge", ring_nudge, METH_NOARGS, "Reap and submit, if nobody else does; never waits."},

@@ -366,17 +366,21 @@ def test_the_native_ring_refuses_what_would_leave_its_memory() -> None:
     errors = np.zeros(1, np.int32)
     for at, nbytes in ((1, 2 * ALIGN_BYTES), (-1, 1), (0, 0), (0, -1), (2**62, 2**62), (0, 2**40)):
         with pytest.raises(ValueError, match="in memory at"):
-            ring.start(False, fd, zero, memory, np.array([at]), np.array([nbytes]), errors, 0)
+            ring.start(
+                False, fd, zero, memory, np.array([at]), np.array([nbytes]), errors, 0, False
+            )
     with pytest.raises(ValueError, match="as many errors"):
-        ring.start(False, fd, zero, memory, zero, one, np.zeros(2, np.int32), 0)
+        ring.start(False, fd, zero, memory, zero, one, np.zeros(2, np.int32), 0, False)
     with pytest.raises(ValueError, match="as many errors"):
-        ring.start(False, fd, np.zeros(2, np.int64), memory, zero, one, errors, 0)
+        ring.start(False, fd, np.zeros(2, np.int64), memory, zero, one, errors, 0, False)
     with pytest.raises((BufferError, ValueError)):
-        ring.start(False, fd, zero, memory.toreadonly(), zero, one, errors, 0)
+        ring.start(False, fd, zero, memory.toreadonly(), zero, one, errors, 0, False)
     assert ring.pending == 0
-    ring.start(False, np.array([-1 & 0x7FFFFFFF], np.int32), zero, memory, zero, one, errors, 0)
+    ring.start(
+        False, np.array([-1 & 0x7FFFFFFF], np.int32), zero, memory, zero, one, errors, 0, False
+    )
     with pytest.raises(ValueError, match="has not ended"):
-        ring.start(False, fd, zero, memory, zero, one, errors, 0)
+        ring.start(False, fd, zero, memory, zero, one, errors, 0, False)
     with pytest.raises(ValueError, match="timeout_s"):
         ring.wait(np.zeros(1, np.int32), 1, float("nan"))
     with pytest.raises(ValueError, match="int32"):
@@ -386,7 +390,7 @@ def test_the_native_ring_refuses_what_would_leave_its_memory() -> None:
     ring.close()
     ring.close()
     with pytest.raises(ValueError, match="closed"):
-        ring.start(False, fd, zero, memory, zero, one, errors, 0)
+        ring.start(False, fd, zero, memory, zero, one, errors, 0, False)
 
 
 @needs_ring
@@ -396,7 +400,7 @@ def test_a_ring_with_transfers_in_flight_is_not_closed(pipe: Pipe) -> None:
     fds = np.array([pipe.file.hold()], np.int32)
     errors = np.zeros(1, np.int32)
     zero, page = np.zeros(1, np.int64), np.array([ALIGN_BYTES], np.int64)
-    ring.start(False, fds, zero, pages(1), zero, page, errors, 0)
+    ring.start(False, fds, zero, pages(1), zero, page, errors, 0, False)
     with pytest.raises(ValueError, match="in flight"):
         ring.close()
     ring.cancel()

@@ -122,6 +122,25 @@ def test_reads_find_their_places_whatever_their_order_and_size(
     file.close()
 
 
+@pytest.mark.parametrize("sizes", [[1] * 3000, [3, 1500, 2, 1200, 1], [2500], [40] * 64 + [1]])
+def test_a_paced_batch_comes_whole_whatever_its_size(
+    device: RingDevice, tmp_path: Path, sizes: list[int]
+) -> None:
+    nbytes = np.array(sizes, np.int64) * ALIGN_BYTES
+    content = os.urandom(int(nbytes.sum()))
+    file = device.create("f", len(content))
+    (tmp_path / "segments" / "f").write_bytes(content)
+    offset = nbytes.cumsum() - nbytes
+    at = offset + ALIGN_BYTES * np.arange(len(sizes))  # so that none has a neighbour in memory
+    memory = memoryview(mmap.mmap(-1, len(content) + len(sizes) * ALIGN_BYTES))
+    files = np.zeros(len(sizes), np.int32)
+    batch = TransferBatch([file], files, offset, memory, at, nbytes, paced=True)
+    assert finish(device.read_batch(batch), len(sizes)) == [0] * len(sizes)
+    for item in range(len(sizes)):
+        assert batch.view(item) == content[offset[item] : offset[item] + nbytes[item]]
+    file.close()
+
+
 def test_a_cancel_ends_what_is_read_one_by_one(device: RingDevice, pipe: Pipe) -> None:
     view = mmap.mmap(-1, 4 * ALIGN_BYTES)
     protect(ctypes.addressof(ctypes.c_char.from_buffer(view)), mmap.PROT_READ)

@@ -73,6 +73,7 @@ class Ring:
         nbytes: NDArray[np.int64],
         errors: NDArray[np.int32],
         most: int,
+        paced: bool,
         /,
     ) -> None: ...
     def wait(self, told: NDArray[np.int32], least: int, timeout_s: float, /) -> int: ...

@@ -201,10 +201,11 @@ class BlockStore:
         verify: bool = False,
         wait: bool = True,
         patient: bool = True,
+        paced: bool = False,
     ) -> ChunkBatch:
         """See Store."""
         return self._fetcher.fetch_batch(
-            lease_id, blocks, chunks, verify=verify, wait=wait, patient=patient
+            lease_id, blocks, chunks, verify=verify, wait=wait, patient=patient, paced=paced
         )
 
     def locate(self, lease_id: int, blocks: NDArray[np.int32]) -> BlockPlaces:

@@ -94,6 +94,7 @@ class ChunkFetcher:
         verify: bool = False,
         wait: bool = True,
         patient: bool = True,
+        paced: bool = False,
         kind: IoClass = IoClass.LOAD,
     ) -> ChunkBatch:
         """See Store; for whom the bytes are read, `kind`, is for the order of transfers."""
@@ -114,7 +115,7 @@ class ChunkFetcher:
             try:
                 buffer_wait_s = state.config.read_buffer_wait_s if patient else 0.0
                 parts = self._plan(rows, entry, of_chunk, pinned, row_of, buffer_wait_s)
-                transfers = self._transfers(parts)
+                transfers = self._transfers(parts, paced)
             except BaseException:
                 # Only the wait for the first buffer raises: there is nothing else to give back.
                 state.residency.unpin_rows(pinned)
@@ -327,7 +328,7 @@ class ChunkFetcher:
                 )
         return int(taken[0])
 
-    def _transfers(self, parts: BatchParts) -> TransferBatch | None:
+    def _transfers(self, parts: BatchParts, paced: bool) -> TransferBatch | None:
         """The reads of a batch; needs the lock."""
         reads = parts.reads
         if not len(reads):
@@ -338,7 +339,8 @@ class ChunkFetcher:
             state.table.segment[rows], state.table.slot[rows], inside
         )
         memory = state.dram.region.view
-        return TransferBatch(files, file, offset, memory, parts.offsets[reads.first], reads.nbytes)
+        at = parts.offsets[reads.first]
+        return TransferBatch(files, file, offset, memory, at, reads.nbytes, paced=paced)
 
     def _promote(self, row: int) -> None:
         """Give a block on SSD a DRAM slot if one is free or a colder block can leave it."""

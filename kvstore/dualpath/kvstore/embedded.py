@@ -288,7 +288,9 @@ class _StoreChunks:
         patient: bool,
     ) -> FetchedBatch:
         """See ChunkSource."""
-        return self._store.fetch_batch(lease_id, blocks, chunks, wait=False, patient=patient)
+        return self._store.fetch_batch(
+            lease_id, blocks, chunks, wait=False, patient=patient, paced=True
+        )
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """See ChunkSource."""

@@ -139,6 +139,7 @@ class RingProgress:
                 nbytes,
                 self.errors,
                 batch.depth,
+                batch.paced,
             )
         except OSError as error:
             _log.warning("a batch of %d transfers cannot begin: %s", len(batch), error)

@@ -35,10 +35,11 @@ class NativeRing(Protocol):
         nbytes: NDArray[np.int64],
         errors: NDArray[np.int32],
         most: int,
+        paced: bool,
         /,
     ) -> None:
         """Begin a batch with at most `most` items in flight; 0: as many as the ring has room for.
-        Raises ValueError, OSError."""
+        `paced`: see TransferBatch. Raises ValueError, OSError."""
 
     def wait(self, told: NDArray[np.int32], least: int, timeout_s: float, /) -> int:
         """Write items that have ended to `told`, as soon as `least` have; return how many."""

@@ -344,6 +344,7 @@ class Store(Protocol):
         verify: bool = False,
         wait: bool = True,
         patient: bool = True,
+        paced: bool = False,
     ) -> FetchedBatch:
         """Bring chunk `chunks[i]` of the lease's block `blocks[i]` into memory, for each i, with
         the reads at the device's depth; the fast way to fetch.
@@ -352,8 +353,9 @@ class Store(Protocol):
         buffers for (never none). With `verify` each chunk is checked against its checksum as it
         arrives, and a wrong one put right from the SSD or its block dropped. Returns when all
         have arrived, or without `wait` once the reads have started: drive it by
-        `FetchedBatch.arrived`. Raises as `fetch` does, without `patient` at once if there is no
-        read buffer, but what becomes of a chunk is in `FetchedBatch.status`.
+        `FetchedBatch.arrived`. `paced` is for who has work on each chunk, a copy say, and wants
+        some of them early rather than few wakes. Raises as `fetch` does, without `patient` at
+        once if there is no read buffer, but what becomes of a chunk is in `FetchedBatch.status`.
         """
 
     def locate(self, lease_id: int, blocks: NDArray[np.int32]) -> BlockPlaces:

@@ -48,6 +48,9 @@ class TransferBatch:
     nbytes: NDArray[np.int64]
     depth: int = 0
     """Most items in flight where the device can tell them apart; 0: as many as it likes."""
+    paced: bool = False
+    """Rather tell of some items early than of many at once: whoever waits has work on each, which
+    goes on beside the transfers that are left. Costs a little in wakes."""
 
     def __len__(self) -> int:
         return len(self.offset)
