@@ -176,7 +176,9 @@ def test_decisions_are_made_anew_when_the_rules_change() -> None:
     access = Access(parse_access(_text(), "f"), spaces.__getitem__)
     assert access.may("token:blue", BLUE.id, Rights.WRITE)
     assert not access.may("token:red", BLUE.id, Rights.WRITE)
-    access.replace(parse_access('[[rule]]\nprincipal = "token:red"\nrights = ["write"]', "f"))
+    red = f'[[token]]\nname = "red"\ntoken = "{TOKENS["red"]}"\n'
+    red += '[[rule]]\nprincipal = "token:red"\nrights = ["write"]'
+    access.replace(parse_access(red, "f"))
     assert not access.may("token:blue", BLUE.id, Rights.WRITE)
     assert access.may("token:red", BLUE.id, Rights.WRITE)
     with pytest.raises(PermissionDenied, match="no right to admin") as caught:

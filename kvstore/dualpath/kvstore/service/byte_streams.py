@@ -3,7 +3,8 @@
 Guarantees that every frame carries the xxh3-64 of its bytes, that what is read was checked against
 the checksum recorded at seal, and that a Write that fails leaves nothing half-written: blocks
 sealed before the failure stay, the others are abandoned. Frames of a block follow each other in
-order. Bounds the streams that run at once and the bytes that one Write holds unsealed.
+order. A right that is taken away ends a stream at its next block. Bounds the streams that run at
+once and the bytes that one Write holds unsealed.
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ class ByteStreams:
                 message.lease_id = message.lease_ms = 0
                 yield store_pb2.ReadFrame(hit=message)
                 async for frame in self._frames(hit, layout, owner):
+                    self.gate.access.require(caller.principal, namespace_id, Rights.READ)
                     yield frame
             finally:
                 if hit.lease_id:
@@ -374,6 +376,7 @@ class _Intake:
             raise InvalidRequest(f"frame {number}: over {BATCH_BLOCKS_MAX} blocks in one stream")
         checked_hashes("hash", [frame.hash])
         checked_hashes("parent", [frame.parent], empty=True)
+        self._streams.check_writer(self._writer, self._namespace_id)
         reservation = await self._reserve(NewBlock(frame.hash, frame.parent))
         if reservation.status is ReserveStatus.NO_PARENT and frame.parent in self._pending:
             await self._await_pending(frame.parent)
@@ -451,6 +454,7 @@ class _Intake:
             await self._seal()
 
     async def _seal(self) -> None:
+        self._streams.check_writer(self._writer, self._namespace_id)
         unsealed, self._unsealed = self._unsealed, []
         ids = [reservation for _, reservation in unsealed]
         sealed = await self._streams.seal(ids, self._owner, self._writer, self._durable)

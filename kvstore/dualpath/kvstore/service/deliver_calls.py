@@ -218,6 +218,7 @@ class DeliverCalls:
                     f"the ticket is for lease {delegated}, not {lease_id}",
                     reason="ticket_foreign",
                 )
+            self._owners.check_delegated(delegated)
             return delegated
         self._owners.check(lease_id, peer)
         return lease_id

@@ -2,7 +2,7 @@
 
 Owns the meeting of the bounded log with its consumers. A consumer that does not read is ended, one
 that is too slow is told how much it lost; neither holds memory of the daemon, nor does it ever slow
-the store. Shows only namespaces that the caller may read.
+the store. Shows only namespaces that the caller may read, and ends soon after it may not any more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ BATCH_EVENTS = 512
 """Most events of one answer: about 60 KB."""
 SEND_S_MAX = 60.0
 """Longest that a consumer may take no answer."""
+ASK_AGAIN_S = 1.0
+"""So often it is asked, where nothing happens, whether the caller may still follow."""
 
 _KINDS = {
     EventKind.STORED: store_pb2.BLOCK_EVENT_KIND_STORED,
@@ -56,7 +58,7 @@ class EventCalls:
         namespace_id = b""
         if request.namespace_id:
             namespace_id = checked_namespace_id(request.namespace_id)
-            self._access.require(caller.principal, namespace_id, Rights.READ)
+        self._check(namespace_id, caller)
         with self._shares.taken(caller.sharer), self._quotas.stream(caller.principal):
             await self._follow(request, namespace_id, caller, send)
 
@@ -66,6 +68,7 @@ class EventCalls:
         after, lost = self._start(request)
         first = True
         while True:
+            self._check(namespace_id, caller)
             batch = self._events.read(after, BATCH_EVENTS, namespace_id)
             after, lost = batch.last, lost + batch.lost
             shown = [
@@ -83,6 +86,12 @@ class EventCalls:
                 lost, first = 0, False
             if after >= self._events.last:
                 await self._news(after)
+
+    def _check(self, namespace_id: bytes, caller: Caller) -> None:
+        """Raises PermissionDenied if the caller may not follow, or not any more."""
+        self._access.require_admitted(caller.principal)
+        if namespace_id:
+            self._access.require(caller.principal, namespace_id, Rights.READ)
 
     def _start(self, request: store_pb2.EventsRequest) -> tuple[int, int]:
         """(sequence number to go on after, events that are lost already)."""
@@ -107,7 +116,7 @@ class EventCalls:
             ) from None
 
     async def _news(self, after: int) -> None:
-        """Wait for an event after `after`."""
+        """Wait for an event after `after`, ASK_AGAIN_S at most."""
         loop = asyncio.get_running_loop()
         news = asyncio.Event()
 
@@ -118,7 +127,7 @@ class EventCalls:
         self._events.call_at_news(after, tell)
         waits = [asyncio.ensure_future(each.wait()) for each in (news, self._stopping)]
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=ASK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()

@@ -79,7 +79,8 @@ class Gate:
             quotas.reserving(principal, -room, -room * slot_bytes)
 
     def admit_attach(self, principal: str) -> None:
-        """Before a receiver joins. Raises Overloaded, Unavailable."""
+        """Before a receiver joins. Raises PermissionDenied, Overloaded, Unavailable."""
+        self.access.require_admitted(principal)
         self.readiness.check_admits()
         held = self.held().get(principal, Held())
         self.quotas.check(principal, "attachments", held.attachments, 1, "attachments")

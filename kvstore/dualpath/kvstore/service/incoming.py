@@ -47,6 +47,7 @@ class _Phase(enum.Enum):
 @dataclass(slots=True)
 class _Incoming:
     reservation_id: int
+    namespace_id: bytes
     first_tag: int
     sizes: Sequence[int]
     """Bytes of each chunk."""
@@ -142,7 +143,9 @@ class IncomingBlocks:
                 continue
             reservation_id, base = outcome.reservation_id, outcome.extent.start
             added.append(
-                _Incoming(reservation_id, tag, sizes, layout.slot_bytes, expires_at, chunks)
+                _Incoming(
+                    reservation_id, namespace_id, tag, sizes, layout.slot_bytes, expires_at, chunks
+                )
             )
             answers.append(ReservedBlock(outcome.status, reservation_id, base, tag))
             bases.append(base)
@@ -168,6 +171,12 @@ class IncomingBlocks:
             self._check_open()  # that is why, then
             raise
         return answers
+
+    def namespaces(self, reservation_ids: Collection[int]) -> frozenset[bytes]:
+        """Of those reservations that are known."""
+        with self._lock:
+            known = (self._blocks.get(reservation) for reservation in reservation_ids)
+            return frozenset(block.namespace_id for block in known if block is not None)
 
     def seal(
         self, reservation_ids: Sequence[int], checksums: Sequence[int], *, durable: bool

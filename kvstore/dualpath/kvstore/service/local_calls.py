@@ -46,7 +46,7 @@ class LocalCalls:
         self._arena = arena
         self._puts = puts
         self._clock = clock
-        self._leases: dict[int, float] = {}
+        self._leases: dict[int, tuple[float, bytes]] = {}  # end and namespace
         self._sizes: dict[bytes, tuple[BlockSizes, int]] = {}
         self._fetched: FetchedBatch | None = None
         self._fetched_at = 0.0
@@ -127,13 +127,17 @@ class LocalCalls:
     def _renew(self, body: Body) -> Parts:
         lease_id, lease_ms = protocol.renew_of(body)
         lease_s = _lease_s(lease_ms)
+        known = self._leases.get(lease_id)
+        if known is not None:
+            # Rules may have changed since it was leased.
+            self._gate.access.require(self.principal, known[1], Rights.READ)
         try:
             self._store.renew(lease_id, owner=self._owner, lease_s=lease_s)
         except LeaseExpired:
             self._forget([lease_id])
             raise
-        if lease_id in self._leases:
-            self._leases[lease_id] = self._clock() + lease_s
+        if known is not None:
+            self._leases[lease_id] = self._clock() + lease_s, known[1]
         return []
 
     def _release(self, body: Body) -> Parts:
@@ -216,7 +220,7 @@ class LocalCalls:
         if len(self._leases) < LEASES_MAX:
             return
         now = self._clock()
-        self._forget([lease for lease, expires in self._leases.items() if expires <= now])
+        self._forget([lease for lease, (ends, _) in self._leases.items() if ends <= now])
         if len(self._leases) >= LEASES_MAX:
             raise Overloaded(
                 f"this connection holds {LEASES_MAX} leases: release some", retry_after_s=0.1
@@ -225,7 +229,7 @@ class LocalCalls:
     def _count(self, request: LookupRequest, hit: PrefixHit) -> None:
         leases = 0
         if hit.lease_id:
-            self._leases[hit.lease_id] = self._clock() + hit.lease_s
+            self._leases[hit.lease_id] = self._clock() + hit.lease_s, request.namespace_id
             leases = 1
         hits, misses = hit.blocks, request.blocks - hit.blocks
         quotas = self._gate.quotas

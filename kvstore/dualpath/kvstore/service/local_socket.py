@@ -50,6 +50,8 @@ SPIN_S = 200e-6
 again at once gets its answers in two thirds of the time; one that does not costs this once in a
 while."""
 JOIN_S_MAX = 5.0
+LOCAL_OWNER = "local:"
+"""What the owner of a connection's leases begins with; its number and its principal follow."""
 _BACKLOG = 64
 _ACCEPT_AGAIN_S = 0.05
 _CREDENTIALS = struct.Struct("3i")
@@ -217,12 +219,14 @@ class LocalSocket:
         finally:
             frames.consume(body)
         self._known_as(principal)
+        # Who lost his token before he was known here was not found by `drop_principals`.
+        self._gate.access.require_admitted(principal)
         arena = self._store.arena
         refusal = self._why_no_arena(principal)
         welcome = Welcome(version, 0 if refusal else arena.nbytes, refusal)
         fds = () if refusal else (arena.fd,)
         frames.send(Kind.HELLO | ANSWER, request, welcome.parts(), fds)
-        owner = f"local:{number}"
+        owner = f"{LOCAL_OWNER}{number}:{principal}"
         puts = LocalPuts(
             self._store,
             self._gate,

@@ -14,7 +14,7 @@ from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.attachments import Attachments
 from dualpath.kvstore.service.auth import Caller
 from dualpath.kvstore.service.gate import Gate
-from dualpath.kvstore.service.lease_owners import LeaseOwners
+from dualpath.kvstore.service.lease_owners import FOREIGN, LeaseOwners
 from dualpath.kvstore.service.messages import (
     DELEGATES_MAX,
     checked_batch,
@@ -29,7 +29,7 @@ from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.service.ticket import TicketMint
 from dualpath.kvstore.store_api import Store
 from dualpath.proto.v1 import store_pb2
-from dualpath.transfer.errors import InvalidRequest, LeaseExpired
+from dualpath.transfer.errors import InvalidRequest, LeaseExpired, PermissionDenied
 
 
 class LookupCalls:
@@ -91,7 +91,8 @@ class LookupCalls:
             namespace_id, hashes.data, hashes.hash_bytes, owner=owner, lease_s=lease_s
         )
         if hit.lease_id:
-            self._owners.put(hit.lease_id, owner, self._clock() + hit.lease_s, principal)
+            expires_at = self._clock() + hit.lease_s
+            self._owners.put(hit.lease_id, owner, expires_at, principal, namespace_id)
         gate.quotas.looked_up(principal, namespace_id, hit.blocks, len(hashes) - hit.blocks)
         return hit_message(hit)
 
@@ -103,11 +104,20 @@ class LookupCalls:
         expired = []
         for lease_id in request.lease_id:
             try:
+                self._owners.check(lease_id, owner)
                 self._store.renew(lease_id, owner=owner, lease_s=lease_s)
             except LeaseExpired:
                 expired.append(lease_id)
+            except PermissionDenied as error:
+                if error.reason == FOREIGN:
+                    raise
+                # Its right is gone, and the lease with it. The others of the call go on; whoever
+                # looks up again is told why.
+                self._store.release(lease_id, owner=owner)
+                self._owners.remove(lease_id)
+                expired.append(lease_id)
             else:
-                self._owners.put(lease_id, owner, self._clock() + lease_s, caller.principal)
+                self._owners.renewed(lease_id, self._clock() + lease_s)
         return store_pb2.RenewResponse(expired_lease_id=expired)
 
     def release(

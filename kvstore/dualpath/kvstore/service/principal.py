@@ -17,6 +17,7 @@ from dualpath.transfer.errors import InvalidRequest
 PRINCIPAL_BYTES_MAX = 96
 """As much as a block's record keeps of its writer."""
 OPEN = "open"
+_TOKEN = "token:"
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -47,12 +48,17 @@ def principal_of_socket(connection: socket.socket) -> str:
 
 def principal_of_token(name: str) -> str:
     """Of a named token."""
-    return checked_principal(f"token:{name}")
+    return checked_principal(f"{_TOKEN}{name}")
 
 
 def principal_of_digest(digest: bytes) -> str:
     """Of a token without a name: a part of its SHA-256 that tells nothing of it."""
-    return f"token:{digest[:6].hex()}"
+    return f"{_TOKEN}{digest[:6].hex()}"
+
+
+def is_of_token(principal: str) -> bool:
+    """Whether it was proved by a token."""
+    return principal.startswith(_TOKEN)
 
 
 def principal_of_certificate(name: str) -> str:

@@ -202,10 +202,9 @@ class Daemon:
         def apply() -> None:
             rules = self._read_rules()
             access.replace(rules)
-            known = set(rules.tokens.values())
 
             def gone(name: str) -> bool:
-                return name.startswith("token:") and name not in known
+                return not access.admits(name)
 
             loop.call_soon_threadsafe(
                 service.attachments.drop_principals, gone, "its token is not valid any more"

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 from dualpath.kvstore.block_events import BlockEvents
@@ -26,10 +27,12 @@ from dualpath.kvstore.service.drain import Drain, Left
 from dualpath.kvstore.service.event_calls import EventCalls
 from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.lease_owners import LeaseOwners
+from dualpath.kvstore.service.local_socket import LOCAL_OWNER
 from dualpath.kvstore.service.locate_calls import LocateCalls
 from dualpath.kvstore.service.lookup_calls import LookupCalls
 from dualpath.kvstore.service.metrics import ServiceSnapshot
 from dualpath.kvstore.service.operator_calls import OperatorCalls
+from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.service.quotas import Quotas
 from dualpath.kvstore.service.readiness import Readiness
 from dualpath.kvstore.service.stats_report import StatsReport
@@ -72,7 +75,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self._readiness = readiness
         self._quotas = quotas
         self._block_events = events
-        self._owners = LeaseOwners(quotas.lease)
+        self._owners = LeaseOwners(quotas.lease, partial(access.require, right=Rights.READ))
         mint = TicketMint()
         self.attachments = Attachments(store, planes, executor, self._dropped)
         gate = Gate(readiness, access, quotas, self.attachments.held)
@@ -133,7 +136,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
         attachment = self.attachments.of_peer(owner)
         if attachment is not None:
             return attachment.principal
-        if owner.startswith(STREAM_OWNER):
+        if owner.startswith((STREAM_OWNER, LOCAL_OWNER)):
             return owner.split(":", 2)[2]
         return owner
 

@@ -24,6 +24,7 @@ from dualpath.kvstore.service.messages import (
     seal_statuses,
     ttl_s_of,
 )
+from dualpath.kvstore.service.principal import Rights
 from dualpath.kvstore.store_api import NewBlock, ReserveStatus, SealStatus, Store
 from dualpath.proto.v1 import store_pb2
 
@@ -67,6 +68,9 @@ class WriteCalls:
         if request.reservation_id or not request.durable:
             checked_batch("reservation_id", len(request.reservation_id))
         attachment = self._attachments.of_session(checked_session(request.session), caller)
+        for namespace_id in attachment.incoming.namespaces(request.reservation_id):
+            # It may have lost the right since it reserved.
+            self._gate.access.require(caller.principal, namespace_id, Rights.WRITE)
         seal = partial(
             attachment.incoming.seal,
             list(request.reservation_id),
