@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -321,3 +323,50 @@ def test_reads_beyond_the_files_fail_one_by_one(tmp_path: Path) -> None:
     mount.close()
     mount.read([ChunkPlace(3, 0, 4096)], WAIT_S, on_read)
     assert "closed" in told[0][1]
+
+
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (os.mkfifo, "Errno"),
+        (Path.mkdir, "Errno"),
+        (lambda path: path.symlink_to("/dev/zero"), "Errno"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (Path.touch, "Errno"),
+    ],
+    ids=["pipe", "directory", "device", "loop", "empty"],
+)
+def test_what_is_no_segment_in_its_place_fails_at_once_and_the_mount_closes(
+    tmp_path: Path, put: Callable[[Path], None], said: str
+) -> None:
+    (tmp_path / "META").write_text('{"product": "dualpath-store", "format": 1, "id": "b0b"}')
+    (tmp_path / "segments").mkdir()
+    put(tmp_path / "segments" / "segment-00000003")
+    mount = SegmentMount(tmp_path, buffers_bytes=1 << 20)
+    told: list[tuple[int, bool, str]] = []
+
+    def read_and_close() -> None:
+        place = ChunkPlace(3, 0, 4096)
+        mount.read([place], WAIT_S, lambda at, data, why: told.append((at, data is None, why)))
+        mount.close()
+
+    reading = threading.Thread(target=read_and_close, daemon=True)
+    reading.start()
+    reading.join(WAIT_S)
+    assert not reading.is_alive()
+    assert [(at, failed) for at, failed, _ in told] == [(0, True)]
+    assert said in told[0][2]
+
+
+@pytest.mark.parametrize("offset", [1 << 62, 1 << 63, (1 << 64) - 4096])
+def test_places_that_no_file_has_cost_no_buffers(tmp_path: Path, offset: int) -> None:
+    (tmp_path / "META").write_text('{"product": "dualpath-store", "format": 1, "id": "b0b"}')
+    (tmp_path / "segments").mkdir()
+    (tmp_path / "segments" / "segment-00000003").write_bytes(bytes(8192))
+    mount = SegmentMount(tmp_path, buffers_bytes=1 << 20)
+    told: list[bool] = []
+    places = [ChunkPlace(3, 0, 4096), ChunkPlace(3, offset, 4096)]
+    mount.read(places, WAIT_S, lambda at, data, why: told.append(bool(why)))
+    assert told == [True, True]
+    assert mount._space.used_bytes == 0
+    mount.close()

@@ -8,6 +8,7 @@ place, and nothing about what they mean: the caller verifies.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ from dualpath.transfer.region import Region
 BUFFERS_BYTES = 64 << 20
 READ_S_MAX = 30.0
 """Longest wait for the medium; beyond it the mount counts as stuck."""
+OFFSET_MAX = 1 << 62
+"""No file is as long; what a daemon says may be any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +128,13 @@ class SegmentMount:
                 stuck = bool(left)
         except (OSError, Unavailable) as error:
             reason = str(error)
-        with self._lock:
-            for index, offset in enumerate(offsets):
-                if not (stuck and index in left):
-                    self._space.give(offset)
-            self._room.notify_all()
+        finally:
+            # Whatever happened: a buffer that is not given back is lost for good.
+            with self._lock:
+                for index, offset in enumerate(offsets):
+                    if not (stuck and index in left):
+                        self._space.give(offset)
+                self._room.notify_all()
         for index in sorted(left):
             on_read(first + index, None, reason)
 
@@ -140,6 +145,8 @@ class SegmentMount:
         files: Mapping[int, DeviceFile],
     ) -> TransferBatch:
         number = {segment: index for index, segment in enumerate(files)}
+        if any(not 0 <= place.offset <= OFFSET_MAX for place in places):
+            raise OSError(errno.EINVAL, "a place is beyond what any file has")
         return TransferBatch(
             tuple(files.values()),
             np.array([number[place.segment] for place in places], np.int32),

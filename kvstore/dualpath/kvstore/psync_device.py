@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 from pathlib import Path
 
 from dualpath.kvstore.device import ALIGN_BYTES
@@ -65,7 +66,7 @@ class PsyncDevice:
 
     def open(self, name: str) -> FdFile:
         """See Device."""
-        return FdFile(os.open(self._path / name, self._flags))
+        return FdFile(_opened_file(self._path / name, self._flags))
 
     def remove(self, name: str) -> None:
         """See Device."""
@@ -86,6 +87,20 @@ class PsyncDevice:
     def write_batch(self, batch: TransferBatch) -> ThreadProgress:
         """See Device."""
         return self._threads.write(batch)
+
+
+def _opened_file(path: Path, flags: int) -> int:
+    """A descriptor of a file of bytes. Raises OSError for anything else in its place: to open a
+    pipe waits for its other end, for ever if need be."""
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        os.set_blocking(fd, True)  # io_uring would give up where a read has to wait
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def sync_directory(path: Path) -> None:
@@ -121,7 +136,7 @@ def _direct_refusal(path: Path) -> str | None:
 def _reading_refusal(path: Path) -> str | None:
     """Why files under `path` cannot be opened with O_DIRECT, judged by one that is there."""
     for entry in os.scandir(path):
-        if entry.is_file():
+        if entry.is_file(follow_symlinks=False):
             try:
                 os.close(os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
             except OSError as error:
