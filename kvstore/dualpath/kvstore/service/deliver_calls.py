@@ -40,6 +40,10 @@ FIRST_MESSAGE_S_MAX = 10.0
 CANCELS_MAX = 4096
 FOUND_MAX = 64
 """Most answers to look-ups of one stream that wait to be read."""
+FOUND_BYTES_MAX = 8 << 20
+"""So many bytes of them wait, and no further look-up is taken: one answer may have 3 MB."""
+FOUND_S_MAX = 30.0
+"""Longest that a look-up waits for that."""
 LookUp: TypeAlias = Callable[[store_pb2.LookupRequest, str, str], store_pb2.LookupResponse]
 """Of a request, an owner and a principal."""
 DONE_PAUSE_S = 0.005
@@ -259,6 +263,8 @@ class _Stream:
         self.wake = asyncio.Event()
         self._telling = False
         self._found: deque[store_pb2.Found] = deque()
+        self._found_bytes = 0
+        self._room = asyncio.Event()
         self._stopped: Unavailable | None = None
         self.reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -280,14 +286,22 @@ class _Stream:
         found = self._calls.take(self._attachment.peer_id, self._attachment.principal, request)
         if found is not None:
             self._found.append(found)
+            self._found_bytes += found.ByteSize()
             self.wake.set()
 
     async def read(self, requests: AsyncIterator[store_pb2.DeliverRequest]) -> None:
         """Act on all messages to come; returns at the client's half-close."""
-        async for request in requests:
-            if self._ended or self._attachment.lost:
-                return
-            self.take(request)
+        try:
+            async for request in requests:
+                if self._ended or self._attachment.lost:
+                    return
+                if request.HasField("lookup"):
+                    await self._room_for_found()
+                self.take(request)
+        except DualPathError:
+            # Nobody may be reading, and then the stream's end waits: its answers need not.
+            self._drop_found()
+            raise
 
     async def responses(self) -> AsyncIterator[store_pb2.DeliverResponse]:
         """Yield progress until everything granted is done and the client has half-closed."""
@@ -297,7 +311,10 @@ class _Stream:
             self.wake.clear()
             while not self._ended:
                 if self._found:
-                    yield store_pb2.DeliverResponse(found=self._found.popleft())
+                    found = self._found.popleft()
+                    self._found_bytes -= found.ByteSize()
+                    self._room.set()
+                    yield store_pb2.DeliverResponse(found=found)
                     continue
                 if not (taken := engine.reports(peer)):
                     break
@@ -348,8 +365,28 @@ class _Stream:
         if self._ended:
             return
         self._ended = True
+        self._drop_found()
         if self.reader is not None:
             self.reader.cancel()
         self._attachment.on_lost = None
         self._calls.engine.close_peer(self._attachment.peer_id)
         self._calls.forget(self._attachment.peer_id)
+
+    async def _room_for_found(self) -> None:
+        """Wait until the client has read answers, if many bytes of them wait. Raises Overloaded."""
+        if self._found_bytes < FOUND_BYTES_MAX:
+            return
+        try:
+            async with asyncio.timeout(FOUND_S_MAX):
+                while self._found_bytes >= FOUND_BYTES_MAX:
+                    self._room.clear()
+                    await self._room.wait()
+        except TimeoutError:
+            raise Overloaded(
+                f"{self._found_bytes} bytes of answers to look-ups wait: read the stream",
+                retry_after_s=1.0,
+            ) from None
+
+    def _drop_found(self) -> None:
+        self._found.clear()
+        self._found_bytes = 0
