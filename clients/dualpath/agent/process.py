@@ -22,6 +22,7 @@ from dualpath.agent.config import AgentConfig
 from dualpath.agent.metrics import AgentCollector, AgentSnapshot, snapshot_of
 from dualpath.agent.network import MakeTransport
 from dualpath.agent.region_socket import RegionSocket
+from dualpath.kvstore.descriptor_limit import raise_descriptor_limit
 from dualpath.kvstore.service.access_rules import AccessRules
 from dualpath.kvstore.service.auth import Auth, AuthInterceptor
 from dualpath.kvstore.service.key_reload import KeyReload
@@ -161,6 +162,7 @@ class AgentServer:
 async def run_agent(config: AgentConfig, on_ready: Callable[[Mapping[str, object]], None]) -> None:
     """Serve until SIGTERM or SIGINT. `on_ready` gets name, listen, unix, data_listen and
     metrics_listen. Raises what made the start fail, with the remedy in its message."""
+    raise_descriptor_limit()
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

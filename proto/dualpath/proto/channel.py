@@ -1,7 +1,7 @@
 """Channel and server options that both ends of a connection must agree on.
 
-Owns the limits on messages, streams and keepalive pings. A message over the limit is refused by
-gRPC itself with RESOURCE_EXHAUSTED; batches are sized so that valid ones stay below.
+Owns the limits on messages, streams, handshakes and keepalive pings. A message over the limit is
+refused by gRPC itself with RESOURCE_EXHAUSTED; batches are sized so that valid ones stay below.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ STREAMS_MAX = 1024
 """Most concurrent calls on one connection."""
 KEEPALIVE_S = 20.0
 KEEPALIVE_TIMEOUT_S = 10.0
+HANDSHAKE_S = 10.0
+"""Longest that a server waits for a caller's handshake, TLS included: whoever connects and says
+nothing holds a descriptor."""
 
 # The server tolerates pings as often as this; clients send them every KEEPALIVE_S.
 _PING_INTERVAL_MIN_S = 5.0
@@ -40,6 +43,7 @@ def server_options() -> tuple[tuple[str, int], ...]:
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", int(_PING_INTERVAL_MIN_S * 1000)),
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
         # With SO_REUSEPORT a second daemon would bind the same port and share its calls.
         ("grpc.so_reuseport", 0),
     )

@@ -23,6 +23,7 @@ import grpc
 import grpc.aio
 from dualpath.kvstore import local_protocol
 from dualpath.kvstore.block_store import BlockStore
+from dualpath.kvstore.descriptor_limit import raise_descriptor_limit
 from dualpath.kvstore.heap import map_large_blocks
 from dualpath.kvstore.lease_shares import ShareRule
 from dualpath.kvstore.service.access import Access
@@ -344,6 +345,7 @@ async def run_daemon(
     are answered. Raises what made the start fail, with the remedy in its message.
     """
     map_large_blocks()
+    raise_descriptor_limit()
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     hurry = asyncio.Event()
