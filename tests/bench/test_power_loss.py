@@ -48,6 +48,9 @@ class Script:
     def sync(self, handle: int) -> None:
         self._follow(Change.SYNCED, handle)
 
+    def fail_sync(self, handle: int) -> None:
+        self._follow(Change.SYNC_FAILED, handle)
+
     def rename(self, before: str, after: str) -> None:
         paths = f"{self.root / before}\0{self.root / after}"
         self._follow(Change.RENAMED, data=paths.encode())
@@ -122,6 +125,22 @@ def test_a_sector_written_twice_may_have_any_of_its_versions(
     for version in (b"1", b"2"):
         script.write(file, 0, version * SECTOR_BYTES)
     assert {left["old"][:1] for left in script.left(tmp_path / "left")} == {b"o", b"1", b"2"}
+
+
+def test_what_was_written_before_a_sync_that_failed_is_in_doubt_until_it_is_written_again(
+    script: Script, tmp_path: Path
+) -> None:
+    file = script.open("old")
+    for sector in (0, 1):
+        script.write(file, sector * SECTOR_BYTES, b"1" * SECTOR_BYTES)
+    script.fail_sync(file)
+    script.write(file, SECTOR_BYTES, b"2" * SECTOR_BYTES)
+    script.sync(file)
+    seen = {(left["old"][:1], left["old"][600:601]) for left in script.left(tmp_path / "left")}
+    assert seen == {(b"o", b"2"), (b"1", b"2")}
+    script.write(file, 0, b"3" * SECTOR_BYTES)
+    script.sync(file)
+    assert {left["old"][:1] for left in script.left(tmp_path / "left")} == {b"3"}
 
 
 def test_a_write_that_is_durable_at_once_stays_and_syncs_nothing_else(
@@ -298,6 +317,56 @@ def test_the_process_is_killed_before_the_change_that_was_asked_for(
         )
         assert done.returncode == -9
         assert len(list(read_log(log))) == cut - 1
+
+
+_FAILING = """
+import errno, os, sys
+from pathlib import Path
+from dualpath.bench.soak.recording import Faults, recording
+root, share, failed = Path(sys.argv[1]), float(sys.argv[2]), []
+recording().begin(root, Path(sys.argv[1] + ".log"))
+recording().fail(Faults("sick", share, share, 7))
+data = [b"w" * 8192]
+for name in ("sick", "well"):
+    file = os.open(root / name, os.O_RDWR | os.O_CREAT)
+    for at in range(200):
+        for call in (lambda: os.pwritev(file, data, at * 8192), lambda: os.fdatasync(file)):
+            try:
+                call()
+            except OSError as error:
+                assert error.errno == errno.EIO
+                failed.append(name)
+assert set(failed) == ({"sick"} if share else set()), failed
+print(len(failed))
+"""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_share_of_writes_and_syncs_of_some_files_fails_and_is_recorded(
+    tmp_path: Path, recorder: Path, share: float
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    loss = PowerLoss(root)
+    done = subprocess.run(
+        [sys.executable, "-c", _FAILING, str(root), str(share)],
+        env={**os.environ, LIBRARY_VARIABLE: str(recorder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    records = list(read_log(tmp_path / "root.log"))
+    failed = sum(record.kind is Change.SYNC_FAILED for record in records)
+    written = sum(record.kind is Change.WRITTEN for record in records)
+    assert (failed > 0, int(done.stdout) > failed) == (share > 0, share > 0)
+    assert written < 400 or not share, "some were not done at all"
+    loss.follow(records)
+    (tmp_path / "left").mkdir()
+    loss.lose(0, tmp_path / "left", Mood.NOTHING)
+    for name in ("sick", "well"):
+        assert (root / name).read_bytes() == (tmp_path / "left" / name).read_bytes()
 
 
 _BLIND = """

@@ -21,7 +21,7 @@ import pytest
 from dualpath.bench.soak.children import Nursery
 from dualpath.bench.soak.kill_rounds import noted_load
 from dualpath.bench.soak.place import DeviceKind, make_place
-from dualpath.bench.soak.verification import Verdict, verify
+from dualpath.bench.soak.verification import Expected, Verdict, verify
 from dualpath.bench.soak.witness import Claims, read_notes
 from dualpath.bench.soak.workload import LoadPlan
 
@@ -109,9 +109,11 @@ def test_a_file_system_that_stops_loses_nothing_that_was_acknowledged(
         disk.unmount()
         disk.mount()
         claims.follow(read_notes(notes.read_bytes()))
+        expected = Expected(frozenset(claims.durable), frozenset(claims.invalidated))
         verdict: Verdict = nursery.call(
-            verify, root, device, frozenset(claims.durable), dice.random() < 0.5, wait_s=_WAIT_S
+            verify, root, device, expected, dice.random() < 0.5, wait_s=_WAIT_S
         )
         assert not verdict.bad, verdict.bad
+        assert not claims.broken
         claims.restart(verdict.left)
     assert claims.acknowledged > 0

@@ -32,9 +32,13 @@ def soak(tmp_path: Path, *arguments: str) -> dict[str, dict[str, object]]:
 def test_a_few_power_losses_lose_nothing_and_a_store_that_does_not_sync_is_caught(
     tmp_path: Path,
 ) -> None:
-    parts = soak(tmp_path, "--only", "power", "--rounds", "5")
-    assert parts["power"]["rounds"] == 5
-    for name in ("data", "index", "names"):
+    parts = soak(tmp_path, "--only", "power", "--rounds", "15")
+    assert parts["power"]["rounds"] == 15
+    facts = parts["power"]["facts"]
+    assert isinstance(facts, dict)
+    for kind in ("after_kills", "after_faults", "index_lost"):
+        assert facts[kind] > 0, kind
+    for name in ("data", "index", "names", "found"):
         assert not parts[f"blindness_{name}"]["bad"]
 
 
@@ -78,6 +82,22 @@ def test_claims_follow_notes_in_their_order() -> None:
     assert other.durable == set()
     claims.restart({b"x"})
     assert (claims.visible, claims.durable) == ({b"x"}, {b"x"})
+
+
+def test_claims_know_what_an_opening_has_lost_or_brought_back() -> None:
+    claims = Claims()
+    claims.follow([b"+a", b"Da", b"+b", b"Db", b"+c", b"-c", b"Xc", b"-d", b"Xd", b"~d"])
+    assert claims.invalidated == {b"c"}
+    found = claims.copy()
+    found.follow([b"!", b"+a", b"+b", b"+d", b"="])
+    assert (found.visible, found.broken) == ({b"a", b"b", b"d"}, [])
+    claims.follow([b"!", b"+a", b"+c", b"="])
+    assert claims.broken == [
+        "1 durable blocks were gone at an opening",
+        "1 invalidated blocks were back at an opening",
+    ]
+    claims.follow([b"+c"])
+    assert not claims.invalidated, "it was stored again"
 
 
 def test_a_last_note_that_was_cut_is_left_out() -> None:

@@ -30,7 +30,6 @@ from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.segment import SegmentGeometry, decode_superblock
 from dualpath.kvstore.ssd_tier import SsdTier
 from dualpath.kvstore.store_api import InvalidationScope, MissReason, ReserveStatus, SealStatus
-from dualpath.transfer.errors import Unavailable
 
 Content = Callable[[bytes, int], bytes]
 SIZE = 300_000
@@ -403,26 +402,6 @@ def test_a_surprise_fails_a_put_and_the_store_goes_on(
         assert rig.intact(store, chain(2, 4000)) == rig.intact(rig.store, chain(2, 4000))
     rig.store.close()
     assert read_clean(rig.root / "data") is not None
-
-
-def test_headers_that_could_not_be_erased_are_tried_again_and_told(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig.stored(chain(3))
-
-    def failing(*_what: object) -> None:
-        raise OSError(errno.EIO, "a bad moment")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SsdTier, "erase_headers", failing)
-        for _ in range(2):
-            with pytest.raises(Unavailable, match="could not be erased"):
-                rig.store.invalidate(InvalidationScope(rig.space))
-    assert rig.store.invalidate(InvalidationScope(rig.space)).blocks == 0
-    path = rig.crashed()
-    (path / "index" / "data.mdb").unlink()
-    with BlockStore.open(path, CONFIG) as store:
-        assert store.recovered.blocks == 0
 
 
 def test_an_older_index_reaches_beyond_all_headers_once_it_is_brought_up_to_date(

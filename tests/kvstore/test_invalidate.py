@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.checksum import of_block
+from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.fetched_batch import FetchStatus
+from dualpath.kvstore.invalidator import Invalidator
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.store_api import (
@@ -102,6 +105,18 @@ def test_a_namespace_is_gone_after_the_answer_and_after_a_crash(
         assert scene.hits(1, kept, reopened) == 6
 
 
+def test_a_rebuild_that_was_cut_brings_nothing_back(scene: Scene) -> None:
+    """The new index says that it reaches nothing, so all headers are newer than it."""
+    gone, kept = scene.chain(0, 0, "w"), scene.chain(1, 0, "w")
+    scene.store.invalidate(InvalidationScope(scene.spaces[0]))
+    copy = Path(shutil.copytree(scene.path, scene.path.parent / "cut"))
+    (copy / "index" / "data.mdb").unlink()
+    DurableIndex(copy / "index").close()
+    with BlockStore.open(copy, CONFIG) as reopened:
+        assert scene.hits(0, gone, reopened) == 0
+        assert scene.hits(1, kept, reopened) == 6
+
+
 def test_a_block_takes_along_what_builds_on_it_and_leaves_what_precedes_it(scene: Scene) -> None:
     chain = scene.chain(0, 0, "w")
     other = [chain_hashes(range(1, 5), 4)[0]]
@@ -125,6 +140,39 @@ def test_a_writers_blocks_leave_everywhere_with_their_descendants_by_others(scen
     assert scene.hits(0, below) == 0
     assert scene.hits(0, good) == 6
     assert scene.store.invalidate(InvalidationScope(writer="token:bad")).blocks == 0
+
+
+def test_what_others_built_on_a_writers_block_stays_gone_without_the_index(scene: Scene) -> None:
+    """Though somebody stores that block again, whose old header told whose it was."""
+    poisoned = scene.chain(0, 0, "token:bad")
+    below = [chain_hashes(range(50, 54), 4)[0]]
+    scene.write(0, below, [poisoned[-1]], "token:good", durable=True)
+    scene.store.invalidate(InvalidationScope(writer="token:bad"))
+    assert scene.chain(0, 0, "token:good") == poisoned
+    with scene.after_crash(index_lost=True) as reopened:
+        assert scene.hits(0, [*poisoned, *below], reopened) == 6
+
+
+@pytest.mark.parametrize("scoped", ["namespace", "writer"])
+def test_what_is_stored_while_an_invalidation_runs_stays_without_the_index(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, scoped: str
+) -> None:
+    scene.chain(0, 0, "w")
+    later: list[bytes] = []
+    find = Invalidator._find
+
+    def find_and_store(*arguments: Any, **options: Any) -> Any:
+        found = find(*arguments, **options)
+        later.extend(scene.chain(0, 1, "w"))
+        return found
+
+    monkeypatch.setattr(Invalidator, "_find", find_and_store)
+    space = scene.spaces[0]
+    scope = InvalidationScope(space) if scoped == "namespace" else InvalidationScope(writer="w")
+    assert scene.store.invalidate(scope).blocks == 6
+    assert scene.hits(0, later) == 6
+    with scene.after_crash(index_lost=True) as reopened:
+        assert scene.hits(0, later, reopened) == 6
 
 
 def test_a_dry_run_counts_and_changes_nothing(scene: Scene) -> None:

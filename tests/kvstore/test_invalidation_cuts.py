@@ -45,15 +45,15 @@ def cuts(tmp_path: Path) -> InvalidationCuts:
 
 
 def test_a_namespace_is_cut_up_to_a_generation(cuts: InvalidationCuts) -> None:
-    cuts.add(InvalidationScope(A), 5)
+    cuts.add([InvalidationScope(A)], 5)
     assert names_left(cuts, record("p", 5), record("q", 6), record("r", 5, space=B)) == "qr"
-    cuts.add(InvalidationScope(A), 3)
+    cuts.add([InvalidationScope(A)], 3)
     assert names_left(cuts, record("p", 5)) == "", "an earlier one changes nothing"
 
 
 def test_a_writer_is_cut_in_one_namespace_or_in_all(cuts: InvalidationCuts) -> None:
-    cuts.add(InvalidationScope(A, writer="x"), 5)
-    cuts.add(InvalidationScope(writer="y"), 5)
+    cuts.add([InvalidationScope(A, writer="x")], 5)
+    cuts.add([InvalidationScope(writer="y")], 5)
     found = [
         record(f"{writer}{space[:1].decode()}", 5, space=space, writer=writer)
         for writer in "xyz"
@@ -65,7 +65,7 @@ def test_a_writer_is_cut_in_one_namespace_or_in_all(cuts: InvalidationCuts) -> N
 def test_a_prefix_is_cut_with_all_below_it_even_below_one_stored_again(
     cuts: InvalidationCuts,
 ) -> None:
-    cuts.add(InvalidationScope(A, record("p", 0).hash), 5)
+    cuts.add([InvalidationScope(A, record("p", 0).hash)], 5)
     chain = (
         record("o", 1),
         record("p", 9, parent="o"),
@@ -80,7 +80,7 @@ def test_a_prefix_is_cut_with_all_below_it_even_below_one_stored_again(
 
 
 def test_blocks_that_hang_in_a_circle_end_no_walk(cuts: InvalidationCuts) -> None:
-    cuts.add(InvalidationScope(A, record("p", 0).hash), 5)
+    cuts.add([InvalidationScope(A, record("p", 0).hash)], 5)
     assert names_left(cuts, record("p", 6, parent="q"), record("q", 6, parent="p")) == "pq"
 
 
@@ -90,13 +90,13 @@ def test_cuts_are_durable_and_their_number_is_bounded(
     monkeypatch.setattr(invalidation_cuts, "CUTS_MAX", 3)
     cuts = InvalidationCuts(tmp_path)
     for number in range(3):
-        cuts.add(InvalidationScope(A, record(f"{number}", 0).hash), 5)
+        cuts.add([InvalidationScope(A, record(f"{number}", 0).hash)], 5)
     assert names_left(InvalidationCuts(tmp_path), record("0", 5), record("3", 5)) == "3"
-    cuts.add(InvalidationScope(B, writer="x"), 4)
+    cuts.add([InvalidationScope(B, writer="x")], 4)
     again = InvalidationCuts(tmp_path)
     assert names_left(again, record("3", 5), record("4", 6), record("5", 5, space=B)) == "45"
     for number in range(4):
-        cuts.add(InvalidationScope(bytes([number]) * 16), 8)
+        cuts.add([InvalidationScope(bytes([number]) * 16)], 8)
     assert names_left(InvalidationCuts(tmp_path), record("8", 8), record("9", 9, space=B)) == "9"
 
 

@@ -460,7 +460,7 @@ class BlockWriter:
             # It left while it was being written: the record must go again.
             assert self._committer is not None
             record = job.record
-            self._committer.delete(record.key, record.generation, job.place, erase=True)
+            self._committer.delete(record.key, record.generation, job.place)
             return SealStatus.EXPIRED
         return SealStatus.FAILED
 

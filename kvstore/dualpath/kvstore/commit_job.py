@@ -25,6 +25,8 @@ class CommitJob:
     """Why it could not be stored; "" while all is well."""
     sick: bool = False
     """It is the place that failed: another one may do."""
+    failed_flushes: int = 0
+    """How many flushes of its place had failed before it was written there."""
     ends_put: bool = False
     """Somebody waits for the blocks up to this one."""
     has_more: bool = False

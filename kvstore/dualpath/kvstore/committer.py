@@ -97,7 +97,7 @@ class Committer:
         self._pump = DataPump(ssd.device, gate, self._wake)
         self._headers = HeaderWriter(ssd, GROUP_JOBS_MAX)
         self._ahead = CommitGroup()
-        self._backlog = IndexBacklog(self._wake, index, ssd, troubles.index_answered)
+        self._backlog = IndexBacklog(self._wake, index, troubles.index_answered)
         self._jobs: deque[CommitJob] = deque()
         self._saved: set[Namespace] = set()
         self._closing = False
@@ -118,11 +118,9 @@ class Committer:
             self._jobs.extend(jobs)
             self._wake.notify_all()
 
-    def delete(
-        self, key: bytes, generation: int, place: tuple[int, int], *, erase: bool = False
-    ) -> None:
+    def delete(self, key: bytes, generation: int, place: tuple[int, int]) -> None:
         """See IndexBacklog."""
-        self._backlog.delete(key, generation, place, erase=erase)
+        self._backlog.delete(key, generation, place)
 
     def await_told(self, wait_s: float) -> str:
         """See IndexBacklog."""
@@ -177,7 +175,7 @@ class Committer:
         if not group.recorded:
             for job in group.jobs:
                 job.failure = job.failure or _SURPRISE
-            self._erase_failed(group.jobs)
+            self._backlog.add(group.jobs)
         self._host.settle(group.jobs)
 
     def _next(self) -> tuple[CommitGroup, bool]:
@@ -204,7 +202,8 @@ class Committer:
         self._clear_ground(jobs[group.begun :])
         _fail_orphans(jobs)
         self._write(group, more=True)
-        moved = self._relocated(jobs)
+        sick = [job for job in jobs if job.sick]
+        moved = self._troubles.relocate(sick) if sick else []
         if moved:
             self._clear_ground(moved)
             again = CommitGroup(moved)
@@ -250,17 +249,6 @@ class Committer:
         with self._wake:
             return [job for job in group if self._backlog.is_held(job.place)]
 
-    def _relocated(self, group: list[CommitJob]) -> list[CommitJob]:
-        """What failed because of its place and got another one."""
-        sick = [job for job in group if job.sick]
-        former = {job.row: job.place for job in sick if job.encoded}
-        moved = self._troubles.relocate(sick) if sick else []
-        for job in moved:
-            if job.row in former:
-                # Nobody will know that there is a copy, with a good header.
-                self._backlog.erase(former[job.row])
-        return moved
-
     def _write(self, group: CommitGroup, *, more: bool) -> None:
         """Data and headers, sync; with `more` the next group follows this one."""
         left = group.jobs[group.begun :]
@@ -301,6 +289,8 @@ class Committer:
         if not wanted:
             return
         try:
+            for job in wanted:
+                job.failed_flushes = self._ssd.failed_flushes(job.record.segment)
             write = DataWrite(self._ssd, self._arena.view, wanted)
             group.writes.append(write)
             self._pump.begin(write)
@@ -352,7 +342,6 @@ class Committer:
             job.encoded = job.record.to_bytes()
         for failure in self._headers.write(jobs):
             self._sicken(failure, "header")
-        self._backlog.overwritten(jobs)
 
     def _sync(self, group: Sequence[CommitJob]) -> None:
         for segment, jobs in _by_segment(group).items():
@@ -360,6 +349,14 @@ class Committer:
                 self._ssd.sync(segment)
             except OSError as error:
                 self._sicken(WriteFailure(segment, jobs, error), "sync")
+                continue
+            # Nor does it count for what an earlier one has failed to keep.
+            failed = self._ssd.failed_flushes(segment)
+            late = [job for job in jobs if job.failed_flushes != failed]
+            if late:
+                _fail(late, "sync: the one before failed")
+                for job in late:
+                    job.sick = True
 
     def _sicken(self, failure: WriteFailure, what: str) -> None:
         """These failed because of where they are."""
@@ -373,29 +370,21 @@ class Committer:
         else:
             self._troubles.write_failed(failure.segment, why)
 
-    def _erase_failed(self, group: Sequence[CommitJob]) -> None:
-        for job in group:
-            if job.failure and job.encoded:
-                # Its header may be on the medium, and must not bring it back.
-                self.delete(job.record.key, job.record.generation, job.place, erase=True)
-
     def _record(self, group: list[CommitJob], *, at_once: bool) -> None:
         """From here on the group is durable; with `at_once` and while the index refuses, only if
         that takes it: a moved block has two whole headers, and only the index knows which is good.
         """
-        self._erase_failed(group)
-        if not (at_once or self._backlog.refused):
-            self._backlog.add(group)
-            return
         jobs = [job for job in group if not job.failure]
-        failure = self._backlog.tell(group) if jobs else ""
-        if failure:
+        if jobs and (at_once or self._backlog.refused):
+            failure = self._backlog.tell(group)
+            if not failure:
+                return
             _fail(jobs, failure)
             for job in jobs:
                 # Who knows what has reached the medium: nothing else may be written there before
                 # these records are gone.
-                record = job.record
-                self.delete(record.key, record.generation, job.place, erase=False)
+                self.delete(job.record.key, job.record.generation, job.place)
+        self._backlog.add(group)
 
 
 def _by_segment(group: Sequence[CommitJob]) -> dict[int, list[CommitJob]]:

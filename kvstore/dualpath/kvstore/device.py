@@ -12,8 +12,10 @@ Completeness
     and interrupted calls are continued inside. Buffers are the caller's again on return.
 Durability
     Bytes written survive power loss once a later `sync` of the file has returned. Until then
-    any 512-byte sector of them may be old or new. A file is durable, with its size, once
-    `create` has returned; its content is zero until written.
+    any 512-byte sector of them may be old or new. A `sync` that fails says nothing about what
+    was written before it, and no later one does: it must be written again. (Linux tells of
+    pages that it could not write once, and takes them for clean.) A file is durable, with its
+    size, once `create` has returned; its content is zero until written.
 Failure
     Everything raises OSError with the errno of the medium (EIO, ENOSPC, ENOENT, EEXIST); an
     end of file inside a read is EIO. In a batch each item fails by itself.

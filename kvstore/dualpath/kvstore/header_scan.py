@@ -8,15 +8,16 @@ before anybody counts on what was found. Of several blocks of one key the latest
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualpath.kvstore import checksum
 from dualpath.kvstore.device import DeviceFile
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.record import BlockRecord
-from dualpath.kvstore.segment import SegmentGeometry, page_buffer, read_headers
+from dualpath.kvstore.segment import SegmentGeometry, page_buffer, read_headers, write_headers
 
+_FLUSHES_MAX = 3
 _log = logging.getLogger(__name__)
 
 
@@ -64,17 +65,50 @@ def scan_headers(
 
 
 def flushed(
-    records: Mapping[bytes, BlockRecord], segments: Mapping[int, OpenSegment]
+    records: Mapping[bytes, BlockRecord],
+    segments: Mapping[int, OpenSegment],
+    layouts: Mapping[bytes, KVLayout],
+    *,
+    again: bool,
 ) -> dict[bytes, BlockRecord]:
-    """Flush the segments of these blocks; without those of segments that refuse."""
-    bad = set()
-    for number in sorted({record.segment for record in records.values()}):
-        try:
-            segments[number].file.sync()
-        except OSError as error:
-            _log.warning("segment %d cannot be flushed, its newest blocks go: %s", number, error)
-            bad.add(number)
-    return {key: record for key, record in records.items() if record.segment not in bad}
+    """These blocks, on the medium; without those of segments that refuse. With `again` they are
+    written once more: the killed process may have been told that they could not be, and a flush
+    tells that once."""
+    kept: dict[bytes, BlockRecord] = {}
+    by_segment: dict[int, list[BlockRecord]] = {}
+    for record in records.values():
+        by_segment.setdefault(record.segment, []).append(record)
+    for number in sorted(by_segment):
+        segment, found = segments[number], by_segment[number]
+        for _ in range(_FLUSHES_MAX):
+            try:
+                if again:
+                    found = _written_again(found, segment, layouts)
+                segment.file.sync()
+            except OSError as error:
+                # A failed flush may have cost all that was written before, on a raw device of all.
+                again = True
+                _log.warning("segment %d cannot be flushed: %s", number, error)
+            else:
+                kept.update((record.key, record) for record in found)
+                break
+        else:
+            _log.error("%d blocks of segment %d go: it cannot be flushed", len(found), number)
+    return kept
+
+
+def _written_again(
+    records: Sequence[BlockRecord], segment: OpenSegment, layouts: Mapping[bytes, KVLayout]
+) -> list[BlockRecord]:
+    """Those that were still whole when they were written. Raises OSError."""
+    buffer = page_buffer(segment.geometry.slot_bytes)
+    whole = []
+    for record in records:
+        if is_whole(record, segment, layouts.get(record.namespace_id), buffer):
+            segment.file.write(segment.geometry.slot_offset(record.slot), [buffer])
+            whole.append(record)
+    write_headers(segment.file, segment.geometry, {record.slot: record for record in whole})
+    return whole
 
 
 def is_whole(

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from dualpath.kvstore.commit_job import CommitJob
 from dualpath.kvstore.durable_index import DurableIndex
-from dualpath.kvstore.ssd_tier import SsdTier
 
 LAG_S = 0.1
 LAG_JOBS = 4096
@@ -35,7 +34,6 @@ class _Delete:
     key: bytes
     generation: int
     place: tuple[int, int]
-    erase: bool
 
 
 class IndexBacklog:
@@ -46,12 +44,10 @@ class IndexBacklog:
         self,
         wake: threading.Condition,
         index: DurableIndex,
-        ssd: SsdTier,
         answered: Callable[[str], None],
     ) -> None:
         self._wake = wake
         self._index = index
-        self._ssd = ssd
         self._answered = answered
         self._puts: list[CommitJob] = []
         self._put_bytes = 0
@@ -62,40 +58,28 @@ class IndexBacklog:
         # What was ever added, and what of it is told.
         self._added = 0
         self._told = 0
-        # Places whose headers should be blank and could not be written.
-        self._unerased: set[tuple[int, int]] = set()
         self.refused = False
         """Whether the last transaction was refused."""
 
     # Any thread
 
-    def delete(self, key: bytes, generation: int, place: tuple[int, int], *, erase: bool) -> None:
-        """A block has left: its record must go before `place` is written again. With `erase` its
-        header goes as well, so that no opening would take it."""
+    def delete(self, key: bytes, generation: int, place: tuple[int, int]) -> None:
+        """A block has left: its record must go before `place` is written again."""
         with self._wake:
-            self._deletes.append(_Delete(key, generation, place, erase))
+            self._deletes.append(_Delete(key, generation, place))
             self._held.add(place)
             self._add(1)
             self._wake.notify_all()
 
-    def erase(self, place: tuple[int, int]) -> None:
-        """A header at `place` must go before that is written again; no record tells of it."""
-        self.delete(b"", 0, place, erase=True)
-
     def await_told(self, wait_s: float) -> str:
-        """Wait until the index knows all that was added so far, and headers that could not be
-        erased have been tried again. Why that may not last, else ""."""
+        """Wait until the index knows all that was added so far. Why it does not, else ""."""
         with self._wake:
-            if self._unerased:
-                self._add(1)
             wanted = self._added
             if self._told < wanted:
                 self._due_at = -math.inf
                 self._wake.notify_all()
             if not self._wake.wait_for(lambda: self._told >= wanted, wait_s):
                 return f"the index has not taken what it was told within {wait_s:g} s"
-            if self._unerased:
-                return f"{len(self._unerased)} headers could not be erased"
             return ""
 
     @property
@@ -133,12 +117,6 @@ class IndexBacklog:
         if count and self._due_at == math.inf:
             self._due_at = time.monotonic() + LAG_S
 
-    def overwritten(self, group: Sequence[CommitJob]) -> None:
-        """Their headers have taken the place of former ones."""
-        with self._wake:
-            if self._unerased:
-                self._unerased -= {job.place for job in group if not job.failure}
-
     def tell(self, group: Sequence[CommitJob] = ()) -> str:
         """One transaction of all there is, and of a group that is durable only if it commits.
         Return why it was refused, or ""; then all but the group is kept for the next one."""
@@ -148,8 +126,7 @@ class IndexBacklog:
             upto = self._added
             if self._told == upto and not group:
                 return ""
-        self._erase(deletes)
-        gone = {(delete.key, delete.generation) for delete in deletes if delete.key}
+        gone = {(delete.key, delete.generation) for delete in deletes}
         new = [job for job in group if not job.failure]
         kept = [job for job in self._puts if (job.record.key, job.record.generation) not in gone]
         reached = max([self._reached, *(job.record.generation for job in group)])
@@ -189,21 +166,3 @@ class IndexBacklog:
             self._puts.clear()
             self._put_bytes = 0
             self._wake.notify_all()
-
-    def _erase(self, deletes: Sequence[_Delete]) -> None:
-        """Blank the headers of what was invalidated, before the index forgets it: should one of
-        the two be lost, the other still says that the block is gone, or that it must go again."""
-        with self._wake:
-            places = self._unerased | {delete.place for delete in deletes if delete.erase}
-        segments: dict[int, list[int]] = {}
-        for segment, slot in places:
-            segments.setdefault(segment, []).append(slot)
-        left: set[tuple[int, int]] = set()
-        for segment, slots in segments.items():
-            try:
-                self._ssd.erase_headers(segment, slots)
-            except OSError as error:
-                _log.warning("%d headers of segment %d stay: %s", len(slots), segment, error)
-                left |= {(segment, slot) for slot in slots}
-        with self._wake:
-            self._unerased = left

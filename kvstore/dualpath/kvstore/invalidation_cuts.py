@@ -1,15 +1,15 @@
 """What was invalidated, for whoever has only headers to go by: cuts, each up to a generation.
 
-Headers stay behind when their blocks are evicted. While there is an index they mean nothing; should
-it be lost, they must not bring back what was invalidated after it had left. So each invalidation is
-noted here before it is answered: blocks of its scope up to the generation of that moment are not
-taken from headers. A damaged list stands for everything. Durable in `INVALIDATED`.
+Headers stay behind when their blocks leave. While there is an index they mean nothing; should it be
+lost, they must not bring back what was invalidated, before or after it had left. So each
+invalidation is noted here before it is answered: blocks of its scope up to the generation of that
+moment are not taken from headers. A damaged list stands for everything. Durable in `INVALIDATED`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dualpath.kvstore import directory_format
@@ -42,9 +42,10 @@ class InvalidationCuts:
             self.damage = str(error)
             self._cuts = {(b"", "", b""): _GENERATION_MAX}
 
-    def add(self, scope: InvalidationScope, generation: int) -> None:
-        """Blocks of the scope up to a generation are gone. Durable on return. Raises OSError."""
-        self._note((scope.namespace_id, recorded_writer(scope.writer), scope.hash), generation)
+    def add(self, scopes: Iterable[InvalidationScope], generation: int) -> None:
+        """Blocks of these up to a generation are gone. Durable on return. Raises OSError."""
+        for scope in scopes:
+            self._note((scope.namespace_id, recorded_writer(scope.writer), scope.hash), generation)
         if len(self._cuts) > CUTS_MAX:
             self._coarsen()
         self._save()

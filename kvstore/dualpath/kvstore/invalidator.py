@@ -10,7 +10,7 @@ any more. Holds the store's lock for a few blocks at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,20 @@ _DROPPED_AT_ONCE = 16
 """Blocks between two chances for others to take the lock."""
 _SCANNED_AT_ONCE = 4096
 """Records between two chances for the committer to take the index."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Rows that are to go, children before parents."""
+
+    rows: NDArray[np.int64]
+    generations: NDArray[np.int64]
+    born_until: int
+    """Generation up to which one event has told of all of them; -1: each has its own."""
+    chosen_at: int
+    """The highest generation at that moment."""
+    scopes: list[InvalidationScope]
+    """All of them, for who has only headers."""
 
 
 @dataclass(slots=True)
@@ -64,34 +78,32 @@ class Invalidator:
         with state.lock:
             state.check_open()
             entry = state.catalog.entry(scope.namespace_id) if scope.namespace_id else None
+            born_before = state.generation
         if scope.writer:
             # What was written a moment ago stands in no index yet.
             self._writer.flush()
             trouble = self._committer.await_told(state.config.commit_wait_s)
             if trouble:
                 raise Unavailable(f"not all blocks of a writer are known: {trouble}; try again")
-        rows, generations, born_until = self._find(scope, entry, dry_run=dry_run)
-        count = _Count()
+        found = self._find(scope, entry, dry_run=dry_run)
+        rows, generations, count = found.rows, found.generations, _Count()
         for start in range(0, len(rows), _DROPPED_AT_ONCE):
             end = start + _DROPPED_AT_ONCE
             with state.lock:
                 state.check_open()
                 pairs = zip(rows[start:end].tolist(), generations[start:end].tolist(), strict=True)
                 for row, generation in pairs:
-                    self._take(row, generation, born_until, count, dry_run=dry_run)
+                    self._take(row, generation, found.born_until, count, dry_run=dry_run)
                 state.room.notify_all()
         if not dry_run:
-            with state.lock:
-                generation = state.generation
             self._await_durable()
-            self._cut(scope, generation)
+            # What came later may have stayed; of a writer, whatever came later.
+            self._cut(found.scopes, born_before if scope.writer else found.chosen_at)
         return Invalidation(count.blocks, count.nbytes, count.leased_blocks)
 
     def _find(
         self, scope: InvalidationScope, entry: NamespaceEntry | None, *, dry_run: bool
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """Rows that are to go, children before parents, with their generations; and the generation
-        up to which one event has told of all of them (-1: each has its own)."""
+    ) -> _Found:
         state = self._state
         written = self._written_by(scope) if scope.writer else ()
         with state.lock:
@@ -118,15 +130,36 @@ class Invalidator:
                     self._forbid(entry, b"")
                     born_until = state.generation
                     state.events.cleared(entry.id, MissReason.INVALIDATED)
-            rows = np.flatnonzero(mask)
+            chosen_at, rows = state.generation, np.flatnonzero(mask)
             parents, generations = table.parent[rows], table.generation[rows]
         # A child's generation is higher than its parent's.
         order = np.argsort(generations, kind="stable")
         rows, parents, generations = rows[order], parents[order], generations[order]
         if scope.writer or scope.hash:
             chosen = _with_descendants(rows, parents, roots)
-            rows, generations = rows[chosen], generations[chosen]
-        return rows[::-1], generations[::-1], born_until
+            rows, parents, generations = rows[chosen], parents[chosen], generations[chosen]
+        scopes = [scope]
+        if scope.writer:
+            scopes += self._of_others(rows, parents, generations, set(roots))
+        return _Found(rows[::-1], generations[::-1], born_until, chosen_at, scopes)
+
+    def _of_others(
+        self,
+        rows: NDArray[np.int64],
+        parents: NDArray[np.int32],
+        generations: NDArray[np.int64],
+        roots: set[int],
+    ) -> list[InvalidationScope]:
+        """What others have built on a writer's blocks goes with them, and no header says so."""
+        state, scopes = self._state, []
+        triples = zip(rows.tolist(), parents.tolist(), generations.tolist(), strict=True)
+        with state.lock:
+            for row, parent, generation in triples:
+                still = state.table.generation[row] == generation
+                if parent in roots and row not in roots and still:
+                    entry, block_hash = state.catalog.entry_of(row), state.table.hash_of(row)
+                    scopes.append(InvalidationScope(entry.id, block_hash))
+        return scopes
 
     def _written_by(self, scope: InvalidationScope) -> list[BlockRecord]:
         """Durable records of a writer, scanned beside the committer."""
@@ -195,12 +228,12 @@ class Invalidator:
                 f"the blocks are hidden, but may be back after a crash: {trouble}; invalidate again"
             )
 
-    def _cut(self, scope: InvalidationScope, generation: int) -> None:
-        """Blocks that had left before must not come back by their headers either. The index tells
-        of all up to this generation by now."""
+    def _cut(self, scopes: Sequence[InvalidationScope], generation: int) -> None:
+        """Nothing of this may come back by its header either, whenever it has left. The index
+        tells of all up to this generation by now."""
         try:
             with self._cutting:
-                self._cuts.add(scope, generation)
+                self._cuts.add(scopes, generation)
         except OSError as error:
             raise Unavailable(
                 f"the blocks are gone, but could be back if the index were lost: {error}; "

@@ -289,9 +289,10 @@ class Recovery:
         layouts = {entry.id: entry.layout for entry in self._catalog.entries()}
         scanned = scan_headers(self._segments, layouts, newer_than)
         self._generation = max(self._generation, scanned.generation)
-        found = flushed(scanned.records, self._segments)
-        # Whoever is newer than the index is newer than all that was invalidated.
-        if newer_than < 0:
+        found = flushed(scanned.records, self._segments, layouts, again=newer_than >= 0)
+        # What is newer than an index is newer than all that was invalidated, unless a crash came
+        # while it was rebuilt: it reaches nothing then.
+        if newer_than <= 0 or not self.cuts.damage:
             found = self.cuts.left(found)
         return {key: record.to_bytes() for key, record in found.items()}
 

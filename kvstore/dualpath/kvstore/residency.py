@@ -28,9 +28,8 @@ from dualpath.kvstore.tenant_limits import TenantLimits
 from dualpath.kvstore.tenant_shares import TenantShares
 from numpy.typing import NDArray
 
-OnDelete = Callable[[bytes, int, tuple[int, int], bool], None]
-"""(key, generation, place, erase): the durable record must go before the place is written again;
-with `erase` the header beside the data, too."""
+OnDelete = Callable[[bytes, int, tuple[int, int]], None]
+"""(key, generation, place): the durable record must go before the place is written again."""
 
 
 class Residency:
@@ -266,8 +265,7 @@ class Residency:
             self.ssd.order.settle(above, spent=bool(table.used[above] <= table.used[row]))
         if not table.dirty[row]:
             place = int(table.segment[row]), int(table.slot[row])
-            erase = reason is MissReason.INVALIDATED
-            self._on_delete(self._catalog.key_of(row), int(table.generation[row]), place, erase)
+            self._on_delete(self._catalog.key_of(row), int(table.generation[row]), place)
         self.set_dirty(row, False)
         table.state[row] = RowState.DEAD
         self.collect(row)

@@ -1,7 +1,7 @@
 """Slots on SSD: segments on a device, within a budget of bytes.
 
 Bookkeeping (`take`, `give`, `shrink`, `take_retired`) is memory only and needs the caller's lock.
-I/O (`ensure`, `read`, `erase_headers`, `sync`, `remove`) may run beside it; `ensure` and everything
+I/O (`ensure`, `read`, `sync`, `remove`) may run beside it; `ensure` and everything
 that writes is for one thread. Blocks are written by `data_pump`. A segment's file comes into
 being when its first block is to be written. Empty segments of one class make way for another class;
 their files go through `take_retired`.
@@ -9,7 +9,8 @@ their files go through `take_retired`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Set
+from collections import Counter
+from collections.abc import Set
 
 import numpy as np
 from dualpath.kvstore import segment as segments
@@ -47,6 +48,7 @@ class SsdTier:
         """Segments that found no space: they never get a file."""
         self._allocated_bytes = 0
         self._next_segment = 0
+        self._failed_flushes: Counter[int] = Counter()
         self.slots_bytes = 0
         """Bytes of all slots, taken or free, of the segments that there are."""
 
@@ -179,12 +181,23 @@ class SsdTier:
         file = self._files.pop(segment, None)
         if file is not None:
             file.close()
-        self.device.remove(segment_name(segment))
+        try:
+            self.device.remove(segment_name(segment))
+        except OSError:
+            self._note_failed_flush(segment)
+            raise
 
     def ensure(self, segment: int) -> None:
         """Make the segment's file exist. Raises OSError (ENOSPC, EIO, ...)."""
         if segment in self._files:
             return
+        try:
+            self._make(segment)
+        except OSError:
+            self._note_failed_flush(segment)
+            raise
+
+    def _make(self, segment: int) -> None:
         geometry = self._geometry[segment]
         name = segment_name(segment)
         # A crash or an I/O error may have left a file that nothing refers to.
@@ -229,17 +242,25 @@ class SsdTier:
         page, number = np.divmod(slots.astype(np.int64), HEADERS_PER_PAGE)
         return files, index.astype(np.int32), (1 + page) * ALIGN_BYTES, number
 
-    def erase_headers(self, segment: int, slots: Collection[int]) -> None:
-        """Blank headers, durably. A segment that has retired takes its headers along. Raises
-        OSError."""
-        file, geometry = self._files.get(segment), self._geometry.get(segment)
-        if file is not None and geometry is not None:
-            segments.erase_headers(file, geometry, slots)
-            file.sync()
-
     def sync(self, segment: int) -> None:
-        """Make what was written to a segment durable. Raises OSError."""
-        self._files[segment].sync()
+        """Make what was written to a segment durable, since its last failed flush. Raises
+        OSError."""
+        try:
+            self._files[segment].sync()
+        except OSError:
+            self._note_failed_flush(segment)
+            raise
+
+    def failed_flushes(self, segment: int) -> int:
+        """How many flushes have failed so far that may have cost what was written to a segment."""
+        return self._failed_flushes[self._flushed_with(segment)]
+
+    def _note_failed_flush(self, segment: int) -> None:
+        self._failed_flushes[self._flushed_with(segment)] += 1
+
+    def _flushed_with(self, segment: int) -> int:
+        """Segments on a raw device are flushed all at once."""
+        return segment if self.in_files else -1
 
     def close(self) -> None:
         """Close all files."""

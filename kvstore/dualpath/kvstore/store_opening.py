@@ -96,9 +96,9 @@ def _open_on(
     events = BlockEvents(config.events_remembered_max)
     committers: list[Committer] = []
 
-    def on_delete(key: bytes, generation: int, place: tuple[int, int], erase: bool) -> None:
+    def on_delete(key: bytes, generation: int, place: tuple[int, int]) -> None:
         # Tied late: the committer needs the writer, which needs the residency.
-        committers[0].delete(key, generation, place, erase=erase)
+        committers[0].delete(key, generation, place)
 
     rows = (table, catalog, dram, ssd)
     residency = Residency(

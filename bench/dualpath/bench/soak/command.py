@@ -30,7 +30,7 @@ from dualpath.bench.soak.recording import build_recorder
 from dualpath.transfer.errors import InvalidRequest, Unavailable
 
 PARTS = ("kill", "power", "flip", "load")
-_DEAF_ROUNDS_MAX = 60
+_DEAF_ROUNDS_MAX = 200
 """Rounds within which a store that does not sync must have been caught."""
 _EXAMPLE = """example:
   dualpath bench soak                                   # 500 + 500 rounds, 10,000 flips, 30 minutes
@@ -143,7 +143,11 @@ class _Soak:
         for done in PowerRounds(self._nursery, self._folder / "power", self._seed).rounds(count):
             facts[f"device_{done.device.value}"] += 1
             facts[f"mood_{done.mood.value}"] += 1
+            facts["after_kills"] += bool(done.kills)
+            facts["after_faults"] += done.faulty
+            facts["index_lost"] += done.index_lost
             facts["durable_blocks_checked"] += done.durable
+            facts["invalidated_blocks_checked"] += done.invalidated
             facts["unfinished_blocks"] += done.unfinished
             facts["unfinished_blocks_max"] = max(facts["unfinished_blocks_max"], done.unfinished)
             facts["index_rebuilt"] += done.rebuilt

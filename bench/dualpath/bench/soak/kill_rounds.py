@@ -25,7 +25,7 @@ from dualpath.bench.soak.daemon import daemon_config, witnessed_daemon
 from dualpath.bench.soak.engine import EnginePlan, run_engines
 from dualpath.bench.soak.place import DeviceKind, data_of, make_place
 from dualpath.bench.soak.recording import recording
-from dualpath.bench.soak.verification import Verdict, verify
+from dualpath.bench.soak.verification import Expected, Verdict, verify
 from dualpath.bench.soak.witness import Claims, read_notes, write_note
 from dualpath.bench.soak.workload import WRONG_BLOCK, LoadPlan, run_load
 
@@ -178,18 +178,19 @@ class KillRounds:
         return f"{len(lies)} blocks were acknowledged and never committed" if lies else ""
 
     def _verify(self, done: KillRound, lineage: _Lineage) -> str:
-        durable, close = frozenset(lineage.claims.durable), self._dice.random() < 0.5
+        claims, close = lineage.claims, self._dice.random() < 0.5
+        expected = Expected(frozenset(claims.durable), frozenset(claims.invalidated))
         try:
             verdict: Verdict = self._nursery.call(
-                verify, lineage.root, done.device, durable, close, wait_s=_WAIT_S_MAX
+                verify, lineage.root, done.device, expected, close, wait_s=_WAIT_S_MAX
             )
         except ChildLost as error:
             return f"verification: {error}"
-        done.unfinished = len(lineage.claims.visible - verdict.served)
+        done.unfinished = len(claims.visible - verdict.served)
         done.rebuilt = verdict.rebuilt
-        lineage.claims.restart(verdict.left)
+        claims.restart(verdict.left)
         lineage.before = set(verdict.left)
-        return verdict.bad
+        return "; ".join(filter(None, (*claims.broken, verdict.bad)))
 
 
 def noted_load(tell: Tell, plan: LoadPlan, notes: Path, log: Path, cut: int) -> None:

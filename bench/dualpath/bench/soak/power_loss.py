@@ -10,6 +10,8 @@
 - Names (made, renamed, removed) are durable once their directory has been synced. Until then, of
   each directory, some first part of the changes has happened, as in a journal. A rename is atomic.
   Syncing a new file does not make its name durable: POSIX does not promise it.
+- After a sync that failed, later ones promise nothing about what was written before it, unless it
+  is written again: that is how Linux tells of pages that it could not write.
 - A sector is written whole or not at all, which disks promise and LMDB counts on.
 
 Not modelled: sectors that decay although they were synced, and disks that lie about a flush.
@@ -51,6 +53,8 @@ class _Object:
     durable: bytearray
     seen: bytearray
     doubtful: dict[int, list[bytes]] = field(default_factory=dict)
+    given_up: dict[int, list[bytes]] = field(default_factory=dict)
+    """Versions from before a sync that failed, of sectors not written and synced since."""
     sizes: list[int] = field(default_factory=list)
     cut_short: bool = False
     """Since the last sync: what came after is zero again, or written anew."""
@@ -65,6 +69,7 @@ class _Object:
             content = bytes(self.seen[start : start + SECTOR_BYTES])
             if at_once:
                 self.doubtful.pop(sector, None)
+                self.given_up.pop(sector, None)
                 _put(self.durable, start, content)
             else:
                 self.doubtful.setdefault(sector, []).append(content)
@@ -73,8 +78,9 @@ class _Object:
 
     def resize(self, size: int) -> None:
         if size < len(self.seen):
-            for sector in [s for s in self.doubtful if s * SECTOR_BYTES >= size]:
-                del self.doubtful[sector]
+            for versions in (self.doubtful, self.given_up):
+                for sector in [s for s in versions if s * SECTOR_BYTES >= size]:
+                    del versions[sector]
             del self.seen[size:]
             self.cut_short = True
         else:
@@ -87,8 +93,14 @@ class _Object:
             self.cut_short = False
         for sector, versions in self.doubtful.items():
             _put(self.durable, sector * SECTOR_BYTES, versions[-1])
+            self.given_up.pop(sector, None)
         self.doubtful.clear()
         self._keep_size()
+
+    def fail_sync(self) -> None:
+        for sector, versions in self.doubtful.items():
+            self.given_up.setdefault(sector, []).extend(versions)
+        self.doubtful.clear()
 
     def _keep_size(self) -> None:
         size = len(self.seen)
@@ -107,11 +119,11 @@ class _Object:
         sizes = [len(self.durable), *self.sizes]
         left = bytearray(self.durable)
         before, fate = -2, 0.0
-        for sector in sorted(self.doubtful):
+        for sector in sorted(self.doubtful.keys() | self.given_up.keys()):
             if mood is Mood.SECTORS or sector != before + 1 or dice.random() < 0.1:
                 fate = dice.random()
             before = sector
-            versions = self.doubtful[sector]
+            versions = self.given_up.get(sector, []) + self.doubtful.get(sector, [])
             # 0 is the durable version, the others those since.
             chosen = int(fate * (len(versions) + 1))
             if chosen:
@@ -173,6 +185,8 @@ class PowerLoss:
                     file.resize(record.a)
             case Change.SYNCED:
                 self._sync(record)
+            case Change.SYNC_FAILED:
+                self._file(record).fail_sync()
             case Change.RENAMED:
                 before, after = (os.fsdecode(part) for part in record.data.split(b"\0"))
                 self._rename(before, after)

@@ -39,6 +39,7 @@ enum kind {
     REMOVED_DIRECTORY,
     NOTE,
     UNKNOWN, /* bytes: what */
+    SYNC_FAILED, /* a sync has failed on purpose: what was not synced may be lost for good */
 };
 
 struct record {
@@ -51,11 +52,17 @@ struct record {
 #define FDS_MAX 65536
 static int handles[FDS_MAX]; /* 0: not below the root */
 static char durable_at_once[FDS_MAX];
+static char may_fail[FDS_MAX], may_end[FDS_MAX];
 static int next_handle; /* unique among the processes that share a log */
 static int log_fd = -1;
 static char root[PATH_MAX];
 static size_t root_bytes;
 static long changes, cut;
+static char synced[256]; /* before so many syncs of files whose path holds this, it kills itself */
+static long syncs_left;
+static char failing[256]; /* files whose path holds this fail now and then; "": none */
+static uint32_t failing_writes, failing_syncs; /* of a million */
+static uint64_t fate;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 #define REAL(result, name, ...)                                                                    \
@@ -111,10 +118,22 @@ __attribute__((constructor)) static void start(void) {
     next_handle = (getpid() & 0x7fff) << 16;
 }
 
+/* Whether this call is to fail, with the lock held. */
+static int fails(int fd, uint32_t of_a_million) {
+    if (!may_fail[fd] || !of_a_million) return 0;
+    fate ^= fate << 13, fate ^= fate >> 7, fate ^= fate << 17;
+    return fate % 1000000 < of_a_million;
+}
+
 /* Begin and end of a change: the lock is held in between. */
 static void begin(void) {
     pthread_mutex_lock(&lock);
-    if (cut && ++changes >= cut) kill(getpid(), SIGKILL);
+    if (cut > 0 && ++changes >= cut) kill(getpid(), SIGKILL);
+}
+
+static void begin_sync(int fd) {
+    begin();
+    if (may_end[fd] && --syncs_left <= 0) kill(getpid(), SIGKILL);
 }
 
 static void end(void) { pthread_mutex_unlock(&lock); }
@@ -149,6 +168,8 @@ static int opened(int fd, int flags, const char *path, int made) {
     if (fd >= FDS_MAX) die("a descriptor is too high");
     handles[fd] = ++next_handle;
     durable_at_once[fd] = (flags & (O_SYNC | O_DSYNC)) != 0;
+    may_fail[fd] = *failing && strstr(path, failing) != NULL;
+    may_end[fd] = *synced && strstr(path, synced) != NULL;
     append_text(OPENED, handles[fd], flags, made, path, strlen(path));
     return fd;
 }
@@ -207,6 +228,8 @@ static int doubled(int old, int fd) {
         pthread_mutex_lock(&lock);
         handles[fd] = handles[old];
         durable_at_once[fd] = durable_at_once[old];
+        may_fail[fd] = may_fail[old];
+        may_end[fd] = may_end[old];
         end();
     }
     return fd;
@@ -246,6 +269,17 @@ static ssize_t wrote(int fd, ssize_t moved, off_t offset, const struct iovec *pa
     return moved;
 }
 
+/* A write that fails: nothing of it is done, or half of its first part. */
+static ssize_t failed_write(int fd, const struct iovec *parts, off_t offset) {
+    REAL(ssize_t, pwritev64, int, const struct iovec *, int, off_t);
+    struct iovec half = {parts[0].iov_base, parts[0].iov_len / 2 / 4096 * 4096};
+    if (fate & 1 && half.iov_len && offset >= 0)
+        wrote(fd, real_pwritev64(fd, &half, 1, offset), offset, &half, 1);
+    end();
+    errno = EIO;
+    return -1;
+}
+
 /* offset -1: at the file's own position */
 static ssize_t write_any(int fd, const struct iovec *parts, int count, off_t offset) {
     REAL(ssize_t, writev, int, const struct iovec *, int);
@@ -253,6 +287,7 @@ static ssize_t write_any(int fd, const struct iovec *parts, int count, off_t off
     if (!handle_of(fd))
         return offset < 0 ? real_writev(fd, parts, count) : real_pwritev64(fd, parts, count, offset);
     begin();
+    if (fails(fd, failing_writes)) return failed_write(fd, parts, offset);
     off_t at = offset < 0 ? lseek(fd, 0, SEEK_CUR) : offset;
     ssize_t moved = offset < 0 ? real_writev(fd, parts, count) : real_pwritev64(fd, parts, count, offset);
     int error = errno;
@@ -320,10 +355,12 @@ int fallocate(int fd, int mode, off_t offset, off_t bytes) { return fallocate64(
     int name(int fd) {                                                                             \
         REAL(int, name, int);                                                                      \
         if (!handle_of(fd)) return real_##name(fd);                                                \
-        begin();                                                                                   \
-        int result = real_##name(fd);                                                              \
-        int error = errno;                                                                         \
+        begin_sync(fd);                                                                            \
+        int refused = fails(fd, failing_syncs);                                                    \
+        int result = refused ? -1 : real_##name(fd);                                               \
+        int error = refused ? EIO : errno;                                                         \
         if (!result) append(SYNCED, handles[fd], 0, 0, NULL, 0, 0);                                \
+        if (refused) append(SYNC_FAILED, handles[fd], 0, 0, NULL, 0, 0);                           \
         end();                                                                                     \
         errno = error;                                                                             \
         return result;                                                                             \
@@ -412,6 +449,28 @@ __attribute__((visibility("default"))) int dualpath_record_begin(const char *whe
     next_handle = (getpid() & 0x7fff) << 16;
     /* Its own children are recorded too; the cut is for this process alone. */
     return setenv("DUALPATH_RECORD_ROOT", where, 1) || setenv("DUALPATH_RECORD_LOG", log, 1);
+}
+
+/* From now on files that are opened, and whose path holds `where`, fail now and then. */
+__attribute__((visibility("default"))) int dualpath_record_fail(const char *where, uint32_t writes,
+                                                                uint32_t syncs, uint64_t seed) {
+    if (strlen(where) >= sizeof failing) return -1;
+    pthread_mutex_lock(&lock);
+    strcpy(failing, where);
+    failing_writes = writes, failing_syncs = syncs;
+    fate = seed | 1;
+    end();
+    return 0;
+}
+
+/* Of files that are opened from now on, and whose path holds `where`, sync number `count` kills. */
+__attribute__((visibility("default"))) int dualpath_record_end(const char *where, long count) {
+    if (strlen(where) >= sizeof synced) return -1;
+    pthread_mutex_lock(&lock);
+    strcpy(synced, where);
+    syncs_left = count;
+    end();
+    return 0;
 }
 
 /* A write or a sync that went past libc (io_uring), told by the program: once for all, after it is

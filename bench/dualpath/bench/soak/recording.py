@@ -42,6 +42,7 @@ class Change(enum.IntEnum):
     REMOVED_DIRECTORY = 8
     NOTE = 9
     UNKNOWN = 10
+    SYNC_FAILED = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,17 @@ class Record:
     def path(self) -> str:
         """`data` as a path."""
         return os.fsdecode(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Which share of writes and syncs fails with EIO, of files whose path holds `files`. A write
+    that fails may be done in part; what a sync that fails should have kept may be lost for good."""
+
+    files: str
+    writes: float
+    syncs: float
+    seed: int
 
 
 @cache
@@ -94,11 +106,15 @@ class Recording:
             self._begin = library.dualpath_record_begin
             self._cut = library.dualpath_record_cut
             self._write = library.dualpath_record_write
+            self._fail = library.dualpath_record_fail
+            self._end = library.dualpath_record_end
         except AttributeError as error:
             raise Unavailable("the recorder is not preloaded into this process") from error
         self._note.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
         self._begin.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_long]
         self._write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
+        self._end.argtypes = [ctypes.c_char_p, ctypes.c_long]
+        self._fail.argtypes = [ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64]
 
     def begin(self, root: Path, log: Path, cut: int = 0) -> None:
         """Record changes below `root` from now on; kill this process before change `cut`. Raises
@@ -108,6 +124,18 @@ class Recording:
             raise Unavailable(f"the recorder {library!r} is gone: no child would be recorded")
         if self._begin(os.fsencode(root), os.fsencode(log), cut):
             raise Unavailable(f"cannot record {root} to {log}")
+
+    def fail(self, faults: Faults) -> None:
+        """Have files fail that are opened from now on."""
+        million = 1_000_000
+        writes, syncs = int(faults.writes * million), int(faults.syncs * million)
+        if self._fail(faults.files.encode(), writes, syncs, faults.seed):
+            raise Unavailable(f"{faults.files!r} is too long a part of a path")
+
+    def end(self, files: str, syncs: int) -> None:
+        """Kill this process before so many syncs of files whose path holds `files`."""
+        if self._end(files.encode(), syncs):
+            raise Unavailable(f"{files!r} is too long a part of a path")
 
     def note(self, text: bytes) -> None:
         """Say something, in order with the changes."""

@@ -5,7 +5,6 @@ Run in a process of its own: a damaged store may kill its reader, and that is a 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,16 @@ from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 from dualpath.transfer.errors import DualPathError, InvalidRequest
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What must be there and what must not; without its index the store is not what fsck expects.
+    Keys are namespace id and hash."""
+
+    durable: frozenset[bytes]
+    invalidated: frozenset[bytes] = frozenset()
+    index_lost: bool = False
+
+
 @dataclass(slots=True)
 class Verdict:
     """What was found. Keys are namespace id and hash."""
@@ -30,6 +39,8 @@ class Verdict:
     wrong: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """Durable and not served."""
+    back: list[str] = field(default_factory=list)
+    """Invalidated, and served."""
     fsck: str = ""
     """The problems that fsck found before the store was opened; a crash must leave none."""
     corrupt_blocks: int = 0
@@ -52,6 +63,8 @@ class Verdict:
             found.append(f"{len(self.wrong)} wrong blocks were served: {self.wrong[:3]}")
         if self.missing:
             found.append(f"{len(self.missing)} durable blocks are gone: {self.missing[:3]}")
+        if self.back:
+            found.append(f"{len(self.back)} invalidated blocks are back: {self.back[:3]}")
         if self.corrupt_blocks:
             found.append(f"{self.corrupt_blocks} blocks that the index names are torn")
         if self.opened and not self.takes_saves:
@@ -59,18 +72,16 @@ class Verdict:
         return "; ".join(found)
 
 
-def verify(
-    tell: Tell, root: Path, device: DeviceKind, durable: Collection[bytes], close: bool
-) -> None:
+def verify(tell: Tell, root: Path, device: DeviceKind, expected: Expected, close: bool) -> None:
     """Tell the verdict on the store at `root`. `close` it cleanly, or leave that to whoever ends
     the process."""
-    tell(_verdict(root, device, durable, close))
+    tell(_verdict(root, device, expected, close))
 
 
-def _verdict(root: Path, device: DeviceKind, durable: Collection[bytes], close: bool) -> Verdict:
+def _verdict(root: Path, device: DeviceKind, expected: Expected, close: bool) -> Verdict:
     """Open the store, read everything that it serves, store one chain."""
     verdict = Verdict()
-    if data_of(root).exists():
+    if data_of(root).exists() and not expected.index_lost:
         verdict.fsck = _problems(root, device)
     try:
         store = open_store(root, device)
@@ -84,7 +95,8 @@ def _verdict(root: Path, device: DeviceKind, durable: Collection[bytes], close: 
     for tenant in range(len(world.TENANTS)):
         for number in range(world.CHAINS + 1):  # the last one is our own
             _read(store, tenant, number, verdict)
-    verdict.missing = [key.hex() for key in durable if key not in verdict.served]
+    verdict.missing = [key.hex() for key in expected.durable - verdict.served]
+    verdict.back = [key.hex() for key in expected.invalidated & verdict.served]
     verdict.corrupt_blocks = store.stats().corrupt_blocks
     verdict.takes_saves = _takes_saves(store)
     if close:

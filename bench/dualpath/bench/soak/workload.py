@@ -1,9 +1,9 @@
 """Mixed load on a store in this process, until somebody kills it: what the soak's children run.
 
 Saves that are durable and ones that are not, loads, lookups under leases, reservations that are
-given up, and scrubbing, by several threads on the chains of two tenants, at capacity. Each thread
-writes chains of its own and reads all. A wrong byte that is served ends the process with
-WRONG_BLOCK. Nothing is waited for but the store.
+given up, invalidations, and scrubbing, by several threads on the chains of two tenants, at
+capacity. Each thread writes chains of its own and reads all. A wrong byte that is served ends the
+process with WRONG_BLOCK. Nothing is waited for but the store.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 
 from dualpath.bench.soak import world
 from dualpath.bench.soak.place import DeviceKind, open_store
+from dualpath.bench.soak.recording import Faults, recording
 from dualpath.bench.soak.witness import Note, Witness
 from dualpath.kvstore.block_store import BlockStore
 from dualpath.kvstore.chain import parents_of
-from dualpath.kvstore.store_api import NewBlock, ReserveStatus, SealStatus
-from dualpath.transfer.errors import DualPathError, Unavailable
+from dualpath.kvstore.store_api import InvalidationScope, NewBlock, ReserveStatus, SealStatus
+from dualpath.transfer.errors import DualPathError, Overloaded, Unavailable
 
 WORKERS = 3
 WRONG_BLOCK = 3
@@ -33,12 +34,14 @@ OWNER = "soak"
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """`operations` of each worker, then the process ends by itself, unclean."""
+    """`operations` of each worker, then the process ends by itself, unclean. With `faults` its
+    device fails, where it is recorded."""
 
     root: Path
     seed: int
     device: DeviceKind
     operations: int
+    faults: Faults | None = None
 
 
 class Worker:
@@ -57,9 +60,10 @@ class Worker:
         actions: list[tuple[float, Callable[[], None]]] = [
             (0.35, lambda: self._save(durable=True)),
             (0.60, lambda: self._save(durable=False)),
-            (0.85, self._load),
-            (0.95, self._lookup),
-            (0.98, self._give_up),
+            (0.83, self._load),
+            (0.92, self._lookup),
+            (0.95, self._give_up),
+            (0.98, self._invalidate),
             (1.01, self._scrub),
         ]
         chosen = self._dice.random()
@@ -71,7 +75,8 @@ class Worker:
         hashes = hashes[: self._dice.randint(1, len(hashes))]
         data = [_content(tenant, h) for h in hashes]
         space = self._spaces[tenant]
-        statuses = self._store.put(space, hashes, parents_of(hashes), data, durable=durable)
+        with self._witness.storing([space + h for h in hashes]):
+            statuses = self._store.put(space, hashes, parents_of(hashes), data, durable=durable)
         if durable:
             good = (SealStatus.SEALED, ReserveStatus.EXISTS)
             self._witness.durable(
@@ -101,6 +106,27 @@ class Worker:
             self._spaces[tenant], [NewBlock(hashes[0], b"")], owner=OWNER, ttl_s=0.05
         )
 
+    def _invalidate(self) -> None:
+        """The end of a chain and all that shares it, or now and then all of a tenant."""
+        tenant = self._tenant()
+        space = self._spaces[tenant]
+        scope, chains = InvalidationScope(space), range(world.CHAINS)
+        first, below = 0, b""
+        if self._dice.random() < 0.9:
+            number = self._dice.choice(self._mine)
+            first = self._dice.randrange(world.CHAIN_BLOCKS)
+            below = world.chain(tenant, number)[first]
+            scope = InvalidationScope(space, below)
+            chains = range(number // 2 * 2, number // 2 * 2 + 2)
+        hashes = {
+            block_hash
+            for each in chains
+            for block_hash in world.chain(tenant, each)[first:]
+            if below in (b"", world.chain(tenant, each)[first])
+        }
+        with self._witness.invalidating([space + h for h in hashes]):
+            self._store.invalidate(scope)
+
     def _scrub(self) -> None:
         self._store.scrub_step(256 << 10)
 
@@ -118,6 +144,8 @@ def _content(tenant: int, block_hash: bytes) -> bytes:
 
 def run_load(plan: LoadPlan, note: Note, ready: Callable[[], None]) -> None:
     """Open the store, call `ready`, load it. Does not close: the process is to be killed."""
+    if plan.faults is not None:
+        recording().fail(plan.faults)
     try:
         store = open_store(plan.root, plan.device)
     except (DualPathError, OSError) as error:
@@ -133,8 +161,8 @@ def run_load(plan: LoadPlan, note: Note, ready: Callable[[], None]) -> None:
         for _ in range(plan.operations):
             try:
                 worker.step()
-            except Unavailable as error:
-                print(f"unavailable: {error}", file=sys.stderr, flush=True)
+            except (Unavailable, Overloaded) as error:
+                print(f"refused: {error}", file=sys.stderr, flush=True)
 
     threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(WORKERS)]
     for thread in threads:
