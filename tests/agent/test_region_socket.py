@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import socket
 import stat
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,3 +98,30 @@ def test_only_our_user_may_open_the_socket(tmp_path: Path) -> None:
 def test_an_absent_agent_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="no agent takes memory"):
         RegionClient(str(tmp_path / "nobody"))
+
+
+def test_engines_still_come_after_one_could_not_be_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        accept, failures = loop.sock_accept, [errno.EMFILE, errno.ECONNABORTED]
+
+        async def failing(listener: socket.socket) -> object:
+            if failures:
+                raise OSError(failures.pop(), "cannot accept")
+            return await accept(listener)
+
+        monkeypatch.setattr(loop, "sock_accept", failing)
+        sockets = RegionSocket(str(tmp_path / "agent.regions"), Regions(), loop)
+        sockets.start()
+        try:
+            client = await asyncio.to_thread(RegionClient, sockets.path)
+            region = Region.memfd("test", 4096)
+            register = partial(client.register, region, behind_compute_link=False)
+            assert await asyncio.wait_for(asyncio.to_thread(register), WAIT_S)
+            client.close()
+        finally:
+            await sockets.close()
+
+    asyncio.run(main())

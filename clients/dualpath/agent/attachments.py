@@ -22,8 +22,10 @@ from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.network import Network
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_job import FAILURE_OF_REASON, Requester, Source
+from dualpath.agent.slice_table import GRANT_CHUNKS_MAX
 from dualpath.proto.v1 import agent_pb2, common_pb2
 from dualpath.transfer.errors import (
+    DeadlineExceeded,
     DualPathError,
     InvalidRequest,
     Overloaded,
@@ -35,6 +37,13 @@ from dualpath.transfer.transport import INVITATION_TTL_S
 ATTACHMENTS_MAX = 1024
 RESPONSE_GRANTS_MAX = 256
 """Most progress entries of one message."""
+RESPONSE_TAGS_MAX = 1 << 16
+"""Most failed chunks of one message, so that it stays below what gRPC takes."""
+UNREAD_MAX = 1 << 14
+"""Most progress entries that wait to be read,"""
+UNREAD_TAGS_MAX = 1 << 18
+"""and most failed chunks in them: an agent that does not read ends, and they with it."""
+FIRST_MESSAGE_S_MAX = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +60,8 @@ class Attachment:
     closed: str = ""
     """Why it ended, "" while it lives."""
     progress: deque[common_pb2.GrantProgress] = field(default_factory=deque)
+    unread_tags: int = 0
+    """Failed chunks in it."""
     announced: dict[str, str] = field(default_factory=dict)
     """What it was told of our attachment at each daemon that it named."""
     told_queue_bytes: int = -1
@@ -114,7 +125,13 @@ class Attachments:
         self, requests: AsyncIterator[agent_pb2.RelayRequest]
     ) -> AsyncGenerator[agent_pb2.RelayResponse, None]:
         """Run one Relay stream until either side ends it."""
-        first = await anext(requests, None)
+        try:
+            async with asyncio.timeout(FIRST_MESSAGE_S_MAX):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no first message with the session within {FIRST_MESSAGE_S_MAX:.0f} s"
+            ) from None
         if first is None:
             return
         attachment = self._find(first.session)
@@ -188,6 +205,11 @@ class Attachments:
             return
         if daemon is None:
             raise InvalidRequest("a grant names the daemon to read from")
+        if len(request.grant.tag) > GRANT_CHUNKS_MAX:
+            # Not even refused chunk by chunk: the report would be as long.
+            raise InvalidRequest(
+                f"a grant of {len(request.grant.tag)} chunks; {GRANT_CHUNKS_MAX} at most"
+            )
         try:
             self._relay.submit(
                 attachment.requester,
@@ -207,8 +229,13 @@ class Attachments:
             self._add(attachment, refused)
 
     def _add(self, attachment: Attachment, progress: common_pb2.GrantProgress) -> None:
+        if attachment.closed:
+            return
         attachment.progress.append(progress)
+        attachment.unread_tags += len(progress.failed_tag)
         attachment.wake.set()
+        if len(attachment.progress) > UNREAD_MAX or attachment.unread_tags > UNREAD_TAGS_MAX:
+            self._close(attachment, "it does not read its reports")
 
     def _tell_queue(self, attachment: Attachment) -> None:
         queue_bytes = self._relay.others_read_bytes(attachment.requester)
@@ -224,8 +251,14 @@ class Attachments:
                 attachment.announced[address] = peer_id
                 responses.append(agent_pb2.RelayResponse(daemon=address, daemon_peer_id=peer_id))
         while attachment.progress:
-            count = min(len(attachment.progress), RESPONSE_GRANTS_MAX)
-            batch = [attachment.progress.popleft() for _ in range(count)]
+            batch = [attachment.progress.popleft()]
+            tags = len(batch[0].failed_tag)
+            while attachment.progress and len(batch) < RESPONSE_GRANTS_MAX:
+                tags += len(attachment.progress[0].failed_tag)
+                if tags > RESPONSE_TAGS_MAX:
+                    break
+                batch.append(attachment.progress.popleft())
+            attachment.unread_tags -= sum(len(each.failed_tag) for each in batch)
             attachment.told_queue_bytes = batch[-1].queue_bytes
             responses.append(agent_pb2.RelayResponse(progress=batch))
         return responses
@@ -234,6 +267,7 @@ class Attachments:
         if attachment.closed:
             return
         attachment.closed = reason
+        attachment.progress.clear()
         attachment.wake.set()
         if attachment.expiry is not None:
             attachment.expiry.cancel()

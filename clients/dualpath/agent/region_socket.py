@@ -36,6 +36,8 @@ TEXT_BYTES_MAX = 2000
 CONNECTIONS_MAX = 256
 REGIONS_PER_CONNECTION_MAX = 256
 ANSWER_S_MAX = 10.0
+ACCEPT_AGAIN_S = 0.05
+"""Pause after a connection that could not be accepted."""
 _UCRED = struct.Struct("3i")
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,13 @@ class RegionSocket:
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = await self._loop.sock_accept(listener)
+            try:
+                sock, _ = await self._loop.sock_accept(listener)
+            except OSError as error:
+                # Out of descriptors, or an engine that went at once: others still come.
+                log.warning("an engine could not be accepted: %s", error)
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
             sock.setblocking(False)
             if len(self._tasks) > CONNECTIONS_MAX:
                 sock.close()
