@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from dualpath.kvstore.service import metrics_server
 from dualpath.kvstore.service.config import split_address
 from dualpath.kvstore.service.metrics_server import MetricsServer
 from dualpath.kvstore.service.readiness import Verdict
@@ -40,3 +41,19 @@ def test_a_request_that_is_cut_off_leaves_no_trace(
     with urllib.request.urlopen(f"http://{server.address}/healthz", timeout=WAIT_S) as answer:
         assert answer.read() == b"up\n"
     assert capfd.readouterr().err == ""
+
+
+def test_of_too_many_that_say_nothing_the_oldest_is_hung_up_on(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_server, "REQUESTS_MAX", 4)
+    monkeypatch.setattr(metrics_server._SilentHandler, "timeout", None)
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(split_address(server.address, ""), WAIT_S))
+            for _ in range(8)
+        ]
+        with urllib.request.urlopen(f"http://{server.address}/healthz", timeout=WAIT_S) as answer:
+            assert answer.read() == b"up\n"
+        for link in silent[:5]:
+            assert link.recv(1) == b""

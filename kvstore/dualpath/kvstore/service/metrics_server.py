@@ -10,8 +10,8 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from threading import Thread
-from typing import TYPE_CHECKING, TypeAlias
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, Any, TypeAlias
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from dualpath.kvstore.service.config import split_address
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 JOIN_S_MAX = 5.0
 REQUEST_S_MAX = 10.0
+REQUESTS_MAX = 64
+"""Most requests at once, each on a thread. Of more, the one that has had the most time is hung up
+on: whoever asks at once gets his answer, however many drip."""
 _log = logging.getLogger(__name__)
 
 Probes: TypeAlias = Mapping[str, Callable[[], Verdict]]
@@ -97,5 +100,27 @@ class _SilentHandler(WSGIRequestHandler):
 def _server_class(host: str) -> type[WSGIServer]:
     class Server(ThreadingWSGIServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            self._lock = Lock()
+            self._under_way: dict[Any, None] = {}
+            super().__init__(*arguments, **named)
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            oldest = None
+            with self._lock:
+                if len(self._under_way) >= REQUESTS_MAX:
+                    oldest = next(iter(self._under_way))
+                    del self._under_way[oldest]
+                self._under_way[request] = None
+            if oldest is not None:
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            with self._lock:
+                self._under_way.pop(request, None)
+            super().shutdown_request(request)
 
     return Server
