@@ -249,3 +249,25 @@ def test_the_bytes_that_a_principal_leases_count_over_all_its_local_connections(
         await asyncio.to_thread(lease_by_two)
 
     in_lab(body)
+
+
+@pytest.mark.parametrize(
+    ("leased_bytes", "owner", "holder"),
+    [
+        (0, "local:3:token:red", "token:red"),
+        (0, "local:3:uid:1000", "local:3:uid:1000"),
+        (1 << 30, "local:3:uid:1000", "uid:1000"),
+        (0, "stream:3:uid:1000", "uid:1000"),
+        (0, "cert:red", "cert:red"),
+    ],
+)
+def test_engines_of_one_user_have_a_share_of_leases_each_unless_he_has_a_limit(
+    in_lab: Any, leased_bytes: int, owner: str, holder: str
+) -> None:
+    async def body(lab: Any) -> None:
+        running = await lab.daemon(principal_leased_bytes=leased_bytes)
+        service = running.daemon._service
+        assert service.holder_of(owner) == holder
+        assert service.principal_of(holder) == service.principal_of(owner)
+
+    in_lab(body)

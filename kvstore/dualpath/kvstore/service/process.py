@@ -142,7 +142,7 @@ class Daemon:
         store.share_leases(
             ShareRule(
                 service.holder_of,
-                lambda holder: quotas.limits(holder).leased_bytes,
+                lambda holder: quotas.limits(service.principal_of(holder)).leased_bytes,
                 1 if several else LEASED_TIMES_ALONE,
             )
         )

@@ -32,7 +32,7 @@ from dualpath.kvstore.service.locate_calls import LocateCalls
 from dualpath.kvstore.service.lookup_calls import LookupCalls
 from dualpath.kvstore.service.metrics import ServiceSnapshot
 from dualpath.kvstore.service.operator_calls import OperatorCalls
-from dualpath.kvstore.service.principal import Rights
+from dualpath.kvstore.service.principal import Rights, is_of_token
 from dualpath.kvstore.service.quotas import Quotas
 from dualpath.kvstore.service.readiness import Readiness
 from dualpath.kvstore.service.stats_report import StatsReport
@@ -131,14 +131,23 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self._events.stop()
         await self._delivers.stop()
 
-    def holder_of(self, owner: str) -> str:
-        """The principal of whose share an owner's leases are. From any thread."""
+    def principal_of(self, owner: str) -> str:
+        """Whose an owner's leases are. From any thread."""
         attachment = self.attachments.of_peer(owner)
         if attachment is not None:
             return attachment.principal
         if owner.startswith((STREAM_OWNER, LOCAL_OWNER)):
             return owner.split(":", 2)[2]
         return owner
+
+    def holder_of(self, owner: str) -> str:
+        """Of whose share an owner's leases are: its principal's. Local connections of a user have
+        one each, unless he has a limit: an engine that stalls takes nothing from the others of
+        the machine. From any thread."""
+        principal = self.principal_of(owner)
+        if not owner.startswith(LOCAL_OWNER) or is_of_token(principal):
+            return principal
+        return principal if self._quotas.limits(principal).leased_bytes else owner
 
     def snapshot(self) -> ServiceSnapshot:
         """What metrics show. From any thread."""
