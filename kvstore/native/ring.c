@@ -45,7 +45,7 @@
 #define PIECES_MAX 16384
 #define ALIGN_BYTES 4096
 #define RUN_BYTES_MAX (1 << 20)
-#define FLYING_BYTES_LEAST (4 << 20) /* keeps a device busy */
+#define FLYING_BYTES_LEAST (12 << 20) /* to hold back less costs a busy device more than it gains */
 #define STALLS_MAX 16 /* completions in a row of one transfer that may move nothing */
 #define PAUSE_NS 1000000
 #define UNDER_WAY (-1)

@@ -127,6 +127,7 @@ class _LocalChunks:
         chunks: NDArray[np.int32],
         *,
         patient: bool,
+        paced: bool,
     ) -> _Brought:
         """See ChunkSource. The daemon waits as it likes."""
         return _Brought(self._store, *self._store.fetch(lease_id, blocks, chunks))

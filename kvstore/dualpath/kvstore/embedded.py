@@ -286,10 +286,11 @@ class _StoreChunks:
         chunks: NDArray[np.int32],
         *,
         patient: bool,
+        paced: bool,
     ) -> FetchedBatch:
         """See ChunkSource."""
         return self._store.fetch_batch(
-            lease_id, blocks, chunks, wait=False, patient=patient, paced=True
+            lease_id, blocks, chunks, wait=False, patient=patient, paced=paced
         )
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:

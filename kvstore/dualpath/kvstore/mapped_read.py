@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 MAPPED_BYTES = 64 << 20
 """What a reader has mapped at once; large enough that a round trip does not count."""
 _FIRST_BYTES = 4 << 20
-_GROWTH = 4
-"""The first fetch is so small that the device has work at once, each later one so much larger."""
+_GROWTH = 5
+"""The first fetch is so small that the device has work at once, each later one so much larger.
+Three make MAPPED_BYTES; the last one holds back what is read while the others are copied."""
 _ARRIVAL_S = 0.05
 """How long the oldest fetch is waited for before the others are looked at; the source ends what is
 late."""
@@ -80,9 +81,11 @@ class ChunkSource(Protocol):
         chunks: NDArray[np.int32],
         *,
         patient: bool,
+        paced: bool,
     ) -> FetchedChunks:
         """The leading chunks, at least one; each is told by `arrived` sooner or later. Raises
-        Overloaded if there is no room for one; only if `patient` it waits for that."""
+        Overloaded if there is no room for one; only if `patient` it waits for that. `paced`: see
+        TransferBatch."""
 
     def report_corrupt(self, lease_id: int, block: int, chunk: int) -> bool:
         """A chunk was wrong; True if its block was dropped, else it can be fetched again."""
@@ -234,9 +237,15 @@ class MappedRead:
         while len(items) and len(under_way) < source.fetches_max:
             most = self._fetch_chunks if source.fetches_max > 1 else source.chunks_max
             part = items[: min(most, source.chunks_max)]
+            # What is asked for before goes as a whole: only behind the last one nothing follows.
+            last = len(part) == len(items) or len(under_way) + 1 == source.fetches_max
             try:
                 fetched = source.fetch(
-                    self._mapped.hit.lease_id, part[:, 0], part[:, 1], patient=not under_way
+                    self._mapped.hit.lease_id,
+                    part[:, 0],
+                    part[:, 1],
+                    patient=not under_way,
+                    paced=last,
                 )
             except Overloaded:
                 if under_way:
@@ -286,20 +295,25 @@ class MappedRead:
         self, part: NDArray[np.int32], offsets: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Copy and verify; which chunks are right."""
-        right = np.zeros(len(part), np.bool_)
         last = self._chunks - 1
         last_bytes = self._mapped.nbytes - last * self._chunk_bytes
-        for group, nbytes in (
-            (part[:, 1] < last, self._chunk_bytes),
-            (part[:, 1] == last, last_bytes),
-        ):
-            which = np.flatnonzero(group & (offsets >= 0))
-            if not len(which):
-                continue
-            blocks, chunks = part[which, 0], part[which, 1]
-            at = self._at[blocks] + chunks.astype(np.int64) * self._chunk_bytes
-            sums = copy_blocks_hashed(self._target, at, self._arena, offsets[which], nbytes, nbytes)
-            right[which] = sums[:, 0] == self._mapped.hit.checksums[blocks, chunks]
+        if last_bytes == self._chunk_bytes:
+            return self._copy_alike(part, offsets, last_bytes)
+        right = np.zeros(len(part), np.bool_)
+        shorter = part[:, 1] == last
+        for group, nbytes in ((~shorter, self._chunk_bytes), (shorter, last_bytes)):
+            if group.any():
+                right[group] = self._copy_alike(part[group], offsets[group], nbytes)
+        return right
+
+    def _copy_alike(
+        self, part: NDArray[np.int32], offsets: NDArray[np.int64], nbytes: int
+    ) -> NDArray[np.bool_]:
+        """As `_copy_chunks`, of chunks of one size."""
+        blocks, chunks = part[:, 0], part[:, 1]
+        at = self._at[blocks] + chunks * np.int64(self._chunk_bytes)
+        sums = copy_blocks_hashed(self._target, at, self._arena, offsets, nbytes, nbytes)
+        right: NDArray[np.bool_] = sums[:, 0] == self._mapped.hit.checksums[blocks, chunks]
         return right
 
     def _keep_lease(self) -> None:
