@@ -1,338 +1,20 @@
-/* An io_uring of one batch at a time: kvstore/dualpath/kvstore/ring_device.py.
+/* The Python type `Ring`, an io_uring of one batch at a time: kvstore/dualpath/kvstore/ring_device.py.
  *
  * A batch is n transfers between files and one memory, given as packed arrays, which are copied.
  * `wait` keeps up to `depth` of them in flight, goes on after short transfers and interruptions, and
  * returns which have ended. The kernel owns the memory of a transfer until its completion was
- * reaped; the ring holds on to the memory until none is left. No callbacks.
- *
- * Reads that follow each other in the file and in memory move as one, up to RUN_BYTES_MAX: half the
- * price for small ones. If that fails, they are tried one by one, so that each has its own error.
- *
- * Towards its end a batch that is `paced` has only three quarters of what is left in flight: some
- * devices, those of many virtual machines among them, tell of nothing until they have done all that
- * they were given, and a caller with work on each item would begin it when the last one is there. Who
- * has none is woken less often without. */
-#include "parts.h"
+ * reaped; the ring holds on to the memory until none is left. No callbacks. */
+#include "ring.h"
 
 #include <errno.h>
-#include <linux/io_uring.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
-
-#ifndef IORING_SETUP_SUBMIT_ALL
-#define IORING_SETUP_SUBMIT_ALL (1U << 7)
-#endif
-#ifndef IORING_SETUP_COOP_TASKRUN
-#define IORING_SETUP_COOP_TASKRUN (1U << 8)
-#endif
-#ifndef IORING_ASYNC_CANCEL_ANY
-#define IORING_ASYNC_CANCEL_ANY (1U << 2)
-#endif
-#ifndef IORING_ASYNC_CANCEL_ALL
-#define IORING_ASYNC_CANCEL_ALL (1U << 0)
-#endif
 
 #define DEPTH_MAX 1024
 #define ITEMS_MAX (1 << 20)
 #define ITEM_BYTES_MAX (1 << 30)
-#define PIECE_BYTES ((size_t)1 << 30) /* the kernel's limit of one registered buffer */
 #define PIECES_MAX 16384
-#define ALIGN_BYTES 4096
-#define RUN_BYTES_MAX (1 << 20)
-#define FLYING_BYTES_LEAST (12 << 20) /* to hold back less costs a busy device more than it gains */
-#define STALLS_MAX 16 /* completions in a row of one transfer that may move nothing */
-#define PAUSE_NS 1000000
 #define UNDER_WAY (-1)
-#define CANCEL_DATA UINT64_MAX
-#define NEEDED_FEATURES \
-    (IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_SUBMIT_STABLE | IORING_FEAT_EXT_ARG)
-
-typedef struct {
-    int64_t offset, at;
-    uint32_t nbytes;
-    int fd;
-} Item;
-
-/* A transfer in flight, or waiting to be submitted again: of the items [item, end), or of `item` only
- * if they go `alone`. `done` bytes from the start of `item` have moved. */
-typedef struct {
-    uint32_t item, end, done, stalls;
-    int alone;
-} Slot;
-
-typedef struct {
-    PyObject_HEAD
-    int fd, busy, writing, paced, fixed, cancelled;
-    unsigned depth, most; /* slots; how many of them this batch may use */
-    unsigned char *rings;
-    size_t rings_bytes, sqes_bytes;
-    struct io_uring_sqe *sqes;
-    _Atomic unsigned *sq_head, *sq_tail, *cq_head, *cq_tail;
-    unsigned *sq_array, sq_mask, cq_mask;
-    struct io_uring_cqe *cqes;
-    Py_buffer registered, memory, errors;
-    Item *items;
-    Slot *slots;
-    uint32_t *idle, *again, *ended; /* slots; slots; items */
-    uint32_t idle_count, again_count, ended_count, count, next, pending, flying, unsubmitted;
-    uint64_t left_bytes, flying_bytes; /* of items that have not ended; submitted of them */
-} Ring;
-
-static int ring_setup(unsigned entries, struct io_uring_params *params) {
-    return (int)syscall(SYS_io_uring_setup, entries, params);
-}
-
-static int ring_register(int fd, unsigned what, const void *argument, unsigned count) {
-    return (int)syscall(SYS_io_uring_register, fd, what, argument, count);
-}
-
-/* Submit, and wait for `least` completions, at most until `left_ns`. 0 or an errno. */
-static int ring_enter(Ring *ring, unsigned least, int64_t left_ns) {
-    struct __kernel_timespec left = {.tv_sec = left_ns / 1000000000, .tv_nsec = left_ns % 1000000000};
-    struct io_uring_getevents_arg argument = {.ts = (uint64_t)(uintptr_t)&left};
-    unsigned flags = IORING_ENTER_EXT_ARG | (least ? IORING_ENTER_GETEVENTS : 0);
-    long taken = syscall(
-        SYS_io_uring_enter, ring->fd, ring->unsubmitted, least, flags, &argument, sizeof argument);
-    if (taken >= 0) {
-        ring->unsubmitted -= (uint32_t)taken;
-        return 0;
-    }
-    return errno; /* then it has taken none: what it has taken goes before an error of the wait */
-}
-
-static struct io_uring_sqe *next_entry(Ring *ring, unsigned *index) {
-    unsigned tail = atomic_load_explicit(ring->sq_tail, memory_order_relaxed);
-    *index = tail & ring->sq_mask;
-    struct io_uring_sqe *entry = &ring->sqes[*index];
-    memset(entry, 0, sizeof *entry);
-    return entry;
-}
-
-static void push_entry(Ring *ring, unsigned index) {
-    unsigned tail = atomic_load_explicit(ring->sq_tail, memory_order_relaxed);
-    ring->sq_array[index] = index;
-    atomic_store_explicit(ring->sq_tail, tail + 1, memory_order_release);
-    ring->unsubmitted++;
-}
-
-/* Bytes that a slot still has to move in its next transfer. */
-static uint32_t slot_bytes(const Ring *ring, const Slot *slot) {
-    const Item *first = &ring->items[slot->item];
-    const Item *last = slot->alone ? first : &ring->items[slot->end - 1];
-    return (uint32_t)(last->at + last->nbytes - first->at) - slot->done;
-}
-
-static void push_transfer(Ring *ring, uint32_t number) {
-    unsigned index;
-    struct io_uring_sqe *entry = next_entry(ring, &index);
-    const Slot *slot = &ring->slots[number];
-    const Item *item = &ring->items[slot->item];
-    size_t at = (size_t)item->at + slot->done, left = slot_bytes(ring, slot);
-    entry->opcode = ring->writing ? IORING_OP_WRITE : IORING_OP_READ;
-    if (ring->fixed && at / PIECE_BYTES == (at + left - 1) / PIECE_BYTES) {
-        entry->opcode = ring->writing ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED;
-        entry->buf_index = (uint16_t)(at / PIECE_BYTES);
-    }
-    entry->fd = item->fd;
-    entry->off = (uint64_t)item->offset + slot->done;
-    entry->addr = (uint64_t)(uintptr_t)((char *)ring->memory.buf + at);
-    entry->len = (uint32_t)left;
-    entry->user_data = number;
-    push_entry(ring, index);
-    ring->flying++;
-    ring->flying_bytes += left;
-}
-
-/* The first item of a slot has ended. */
-static void end_item(Ring *ring, Slot *slot, int error) {
-    uint32_t item = slot->item++;
-    ((int32_t *)ring->errors.buf)[item] = error;
-    ring->ended[ring->ended_count++] = item;
-    ring->left_bytes -= ring->items[item].nbytes;
-    ring->pending--;
-}
-
-static void end_slot(Ring *ring, uint32_t number, int error) {
-    Slot *slot = &ring->slots[number];
-    while (slot->item < slot->end) {
-        end_item(ring, slot, error);
-    }
-    ring->idle[ring->idle_count++] = number;
-}
-
-/* `item` has ended, which went alone: the next one of its run follows. */
-static void end_alone(Ring *ring, uint32_t number, int error) {
-    Slot *slot = &ring->slots[number];
-    end_item(ring, slot, error);
-    if (slot->item == slot->end || ring->cancelled) {
-        end_slot(ring, number, ECANCELED);
-        return;
-    }
-    slot->done = slot->stalls = 0;
-    ring->again[ring->again_count++] = number;
-}
-
-static void fail(Ring *ring, uint32_t number, int error) {
-    Slot *slot = &ring->slots[number];
-    if (slot->alone) {
-        end_alone(ring, number, error);
-    } else if (slot->end - slot->item == 1 || ring->cancelled) {
-        end_slot(ring, number, error);
-    } else {
-        slot->alone = 1; /* which of them is it? */
-        slot->stalls = 0;
-        ring->again[ring->again_count++] = number;
-    }
-}
-
-static void complete(Ring *ring, uint32_t number, int result) {
-    Slot *slot = &ring->slots[number];
-    uint32_t want = slot_bytes(ring, slot);
-    ring->flying--;
-    ring->flying_bytes -= want;
-    if (result < 0) {
-        /* A cancel that came late from the batch before is no reason to fail this one. */
-        int again = result == -EINTR || result == -EAGAIN || (result == -ECANCELED && !ring->cancelled);
-        if (again && ++slot->stalls <= STALLS_MAX) {
-            ring->again[ring->again_count++] = number;
-        } else {
-            fail(ring, number, -result);
-        }
-        return;
-    }
-    if ((uint32_t)result >= want) {
-        if (slot->alone) {
-            end_alone(ring, number, 0);
-        } else {
-            end_slot(ring, number, 0);
-        }
-        return;
-    }
-    /* A short transfer goes on from its last whole page, as O_DIRECT wants it. */
-    uint32_t whole = (uint32_t)result - (uint32_t)result % ALIGN_BYTES;
-    slot->done += whole;
-    slot->stalls = whole ? 0 : slot->stalls + 1;
-    while (slot->done >= ring->items[slot->item].nbytes) {
-        slot->done -= ring->items[slot->item].nbytes;
-        end_item(ring, slot, 0);
-    }
-    if (result == 0 || slot->stalls > STALLS_MAX) {
-        fail(ring, number, EIO); /* the end of the file, or no progress */
-    } else {
-        ring->again[ring->again_count++] = number;
-    }
-}
-
-static void reap(Ring *ring) {
-    unsigned head = atomic_load_explicit(ring->cq_head, memory_order_relaxed);
-    unsigned tail = atomic_load_explicit(ring->cq_tail, memory_order_acquire);
-    for (; head != tail; head++) {
-        const struct io_uring_cqe *entry = &ring->cqes[head & ring->cq_mask];
-        if (entry->user_data != CANCEL_DATA) {
-            complete(ring, (uint32_t)entry->user_data, entry->res);
-        }
-    }
-    atomic_store_explicit(ring->cq_head, head, memory_order_release);
-}
-
-/* Where the items that move together with `first` end. */
-static uint32_t run_end(const Ring *ring, uint32_t first) {
-    const Item *items = ring->items;
-    uint64_t nbytes = items[first].nbytes;
-    uint32_t end = first + 1;
-    for (; !ring->writing && end < ring->count; end++) {
-        const Item *before = &items[end - 1], *item = &items[end];
-        nbytes += item->nbytes;
-        if (nbytes > RUN_BYTES_MAX || before->nbytes % ALIGN_BYTES || item->fd != before->fd ||
-            item->at != before->at + before->nbytes ||
-            item->offset != before->offset + before->nbytes) {
-            break;
-        }
-    }
-    return end;
-}
-
-static int may_fly(const Ring *ring) {
-    if (ring->flying >= ring->most) {
-        return 0;
-    }
-    return !ring->paced || ring->flying_bytes < FLYING_BYTES_LEAST ||
-           ring->flying_bytes < ring->left_bytes / 4 * 3;
-}
-
-static void fill(Ring *ring) {
-    /* One entry stays free for a cancel; slots are as many as `depth`. */
-    while (ring->again_count && ring->unsubmitted < ring->depth) {
-        push_transfer(ring, ring->again[--ring->again_count]);
-    }
-    while (ring->idle_count && ring->next < ring->count && ring->unsubmitted < ring->depth &&
-           may_fly(ring)) {
-        uint32_t number = ring->idle[--ring->idle_count], end = run_end(ring, ring->next);
-        ring->slots[number] = (Slot){.item = ring->next, .end = end};
-        ring->next = end;
-        push_transfer(ring, number);
-    }
-}
-
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-/* The kernel could not take an entry: let something end, or memory come free, first. */
-static int make_room(Ring *ring, int64_t deadline_ns) {
-    int64_t left_ns = deadline_ns - now_ns();
-    if (left_ns <= 0) {
-        return 0;
-    }
-    if (ring->flying > ring->unsubmitted) {
-        uint32_t unsubmitted = ring->unsubmitted;
-        ring->unsubmitted = 0;
-        ring_enter(ring, 1, left_ns);
-        ring->unsubmitted = unsubmitted;
-    } else {
-        struct timespec pause = {.tv_nsec = left_ns < PAUSE_NS ? left_ns : PAUSE_NS};
-        nanosleep(&pause, NULL);
-    }
-    return 1;
-}
-
-/* Until `least` items have ended or the time is over. 0, EINTR, or the errno of a broken ring. */
-static int pump(Ring *ring, uint32_t least, int64_t deadline_ns) {
-    for (;;) {
-        reap(ring);
-        fill(ring);
-        uint32_t missing = ring->ended_count < least ? least - ring->ended_count : 0;
-        if (missing > ring->pending) {
-            missing = ring->pending;
-        }
-        if (missing > ring->flying) {
-            missing = ring->flying;
-        }
-        if (missing == 0 && ring->unsubmitted == 0) {
-            return 0;
-        }
-        int64_t left_ns = deadline_ns - now_ns();
-        int error = ring_enter(ring, missing, left_ns > 0 ? left_ns : 0);
-        if (error == ETIME || (left_ns <= 0 && error == 0)) {
-            reap(ring);
-            return 0;
-        }
-        if (error != 0 && error != EAGAIN && error != EBUSY) {
-            return error;
-        }
-        if (error != 0 && !make_room(ring, deadline_ns)) {
-            return 0;
-        }
-    }
-}
 
 static PyObject *refused(int error) {
     errno = error;
@@ -362,18 +44,7 @@ static void forget_batch(Ring *ring) {
 }
 
 static void shut(Ring *ring) {
-    if (ring->fd >= 0) {
-        close(ring->fd); /* pages that transfers in flight still use stay pinned until they end */
-        ring->fd = -1;
-    }
-    if (ring->sqes != NULL) {
-        munmap(ring->sqes, ring->sqes_bytes);
-        ring->sqes = NULL;
-    }
-    if (ring->rings != NULL) {
-        munmap(ring->rings, ring->rings_bytes);
-        ring->rings = NULL;
-    }
+    dualpath_queue_close(ring);
     forget_batch(ring);
     if (ring->registered.obj != NULL) {
         PyBuffer_Release(&ring->registered);
@@ -383,52 +54,6 @@ static void shut(Ring *ring) {
     PyMem_Free(ring->again);
     ring->slots = NULL;
     ring->idle = ring->again = NULL;
-}
-
-static int map_rings(Ring *ring, const struct io_uring_params *params) {
-    size_t sq_bytes = params->sq_off.array + params->sq_entries * sizeof(unsigned);
-    size_t cq_bytes = params->cq_off.cqes + params->cq_entries * sizeof(struct io_uring_cqe);
-    size_t bytes = sq_bytes > cq_bytes ? sq_bytes : cq_bytes;
-    int protection = PROT_READ | PROT_WRITE, flags = MAP_SHARED | MAP_POPULATE;
-    void *rings = mmap(NULL, bytes, protection, flags, ring->fd, IORING_OFF_SQ_RING);
-    if (rings == MAP_FAILED) {
-        return errno;
-    }
-    ring->rings = rings;
-    ring->rings_bytes = bytes;
-    bytes = params->sq_entries * sizeof(struct io_uring_sqe);
-    void *sqes = mmap(NULL, bytes, protection, flags, ring->fd, IORING_OFF_SQES);
-    if (sqes == MAP_FAILED) {
-        return errno;
-    }
-    ring->sqes = sqes;
-    ring->sqes_bytes = bytes;
-    ring->sq_head = (_Atomic unsigned *)(ring->rings + params->sq_off.head);
-    ring->sq_tail = (_Atomic unsigned *)(ring->rings + params->sq_off.tail);
-    ring->sq_mask = *(unsigned *)(ring->rings + params->sq_off.ring_mask);
-    ring->sq_array = (unsigned *)(ring->rings + params->sq_off.array);
-    ring->cq_head = (_Atomic unsigned *)(ring->rings + params->cq_off.head);
-    ring->cq_tail = (_Atomic unsigned *)(ring->rings + params->cq_off.tail);
-    ring->cq_mask = *(unsigned *)(ring->rings + params->cq_off.ring_mask);
-    ring->cqes = (struct io_uring_cqe *)(ring->rings + params->cq_off.cqes);
-    return 0;
-}
-
-static int set_up(Ring *ring) {
-    struct io_uring_params params = {.flags = IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN};
-    ring->fd = ring_setup(ring->depth + 1, &params);
-    if (ring->fd < 0 && errno == EINVAL) {
-        /* A kernel before 5.19 knows one of the flags not; both only save time. */
-        memset(&params, 0, sizeof params);
-        ring->fd = ring_setup(ring->depth + 1, &params);
-    }
-    if (ring->fd < 0) {
-        return errno;
-    }
-    if ((params.features & NEEDED_FEATURES) != NEEDED_FEATURES) {
-        return ENOSYS;
-    }
-    return map_rings(ring, &params);
 }
 
 static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
@@ -456,7 +81,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     for (uint32_t i = 0; i < depth; i++) {
         ring->idle[ring->idle_count++] = depth - 1 - i;
     }
-    int error = set_up(ring);
+    int error = dualpath_queue_open(ring);
     if (error != 0) {
         Py_DECREF(ring);
         return refused(error);
@@ -509,9 +134,7 @@ static PyObject *ring_register_memory(PyObject *self, PyObject *memory) {
     int error = 0;
     ring->busy = 1;
     Py_BEGIN_ALLOW_THREADS
-    if (ring_register(ring->fd, IORING_REGISTER_BUFFERS, parts, (unsigned)pieces) < 0) {
-        error = errno;
-    }
+    error = dualpath_queue_register(ring, parts, (unsigned)pieces);
     Py_END_ALLOW_THREADS
     ring->busy = 0;
     PyMem_Free(parts);
@@ -629,7 +252,7 @@ static PyObject *ring_start(PyObject *self, PyObject *args) {
     int error = 0;
     ring->busy = 1;
     Py_BEGIN_ALLOW_THREADS
-    error = pump(ring, 0, 0);
+    error = dualpath_batch_pump(ring, 0, 0);
     Py_END_ALLOW_THREADS
     ring->busy = 0;
     return error && error != EINTR ? refused(error) : Py_NewRef(Py_None);
@@ -670,11 +293,11 @@ static PyObject *ring_wait(PyObject *self, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "an aligned int32 array is needed");
     } else {
         int error = 0;
-        int64_t deadline_ns = now_ns() + (int64_t)(timeout_s * 1e9);
+        int64_t deadline_ns = dualpath_now_ns() + (int64_t)(timeout_s * 1e9);
         do {
             ring->busy = 1;
             Py_BEGIN_ALLOW_THREADS
-            error = pump(ring, least, deadline_ns);
+            error = dualpath_batch_pump(ring, least, deadline_ns);
             Py_END_ALLOW_THREADS
             ring->busy = 0;
         } while (error == EINTR && PyErr_CheckSignals() == 0);
@@ -693,35 +316,17 @@ static PyObject *ring_nudge(PyObject *self, PyObject *unused) {
     Ring *ring = (Ring *)self;
     if (ring->fd >= 0 && !ring->busy && ring->pending > ring->flying) {
         /* With the lock of the interpreter: this does not wait, and nobody else may come between. */
-        pump(ring, 0, 0);
+        dualpath_batch_pump(ring, 0, 0);
     }
     return Py_NewRef(Py_None);
 }
 
 static PyObject *ring_cancel(PyObject *self, PyObject *unused) {
     Ring *ring = (Ring *)self;
-    unsigned index;
     if (!usable(ring)) {
         return NULL;
     }
-    /* What has not been submitted ends here; the kernel is asked to end the rest. */
-    while (ring->again_count) {
-        end_slot(ring, ring->again[--ring->again_count], ECANCELED);
-    }
-    Slot rest = {.item = ring->next, .end = ring->count};
-    while (rest.item < rest.end) {
-        end_item(ring, &rest, ECANCELED);
-    }
-    ring->next = ring->count;
-    ring->cancelled = 1;
-    if (ring->flying && ring->unsubmitted <= ring->sq_mask) {
-        struct io_uring_sqe *entry = next_entry(ring, &index);
-        entry->opcode = IORING_OP_ASYNC_CANCEL;
-        entry->fd = -1;
-        entry->cancel_flags = IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL;
-        entry->user_data = CANCEL_DATA;
-        push_entry(ring, index);
-    }
+    dualpath_batch_cancel(ring);
     return Py_NewRef(Py_None);
 }
 
