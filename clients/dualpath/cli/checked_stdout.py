@@ -1,7 +1,8 @@
 """stdout as the commands print to it: what it does not take is one clear error.
 
-Owns `sys.stdout` for as long as a command runs. A full disk or a reader that went away is a
-DualPathError, reason `output`, also when it shows only as the buffer is flushed at the end.
+Owns `sys.stdout` for as long as a command runs. A full disk is a DualPathError, reason `output`,
+also when it shows only as the buffer is flushed at the end. A reader that has seen enough, as in
+`| head`, is no error to tell of: `ReaderGone`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any, TextIO, cast
 from dualpath.cli.output_file import naming
 
 
+class ReaderGone(Exception):
+    """Whoever read what is printed has closed its end: nothing is left to do."""
+
+
 class CheckedStdout:
     """`stream`, with its errors named. Everything else is the stream's."""
 
@@ -23,16 +28,25 @@ class CheckedStdout:
 
     def write(self, text: str) -> int:
         """As the stream's."""
-        with naming("stdout"):
+        with _checking():
             return self._stream.write(text)
 
     def flush(self) -> None:
         """As the stream's."""
-        with naming("stdout"):
+        with _checking():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _checking() -> Iterator[None]:
+    with naming("stdout"):
+        try:
+            yield
+        except BrokenPipeError as error:
+            raise ReaderGone from error
 
 
 @contextlib.contextmanager

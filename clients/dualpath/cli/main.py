@@ -1,8 +1,9 @@
 """Entry point of `dualpath`: find the command, parse, run, turn errors into an exit code.
 
 Exit codes: 0 ok, 1 failed, 2 usage (also for an InvalidRequest, the caller's own mistake), 130
-interrupted. A DualPathError is one line on stderr, never a traceback; with --json, where that is a
-switch, it is an object on stdout as well. Modules of commands are imported only when they run.
+interrupted, 141 if whoever read the output closed it first. A DualPathError is one line on stderr,
+never a traceback; with --json, where that is a switch, it is an object on stdout as well. Modules
+of commands are imported only when they run.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from dualpath.cli.checked_stdout import checked_stdout
+from dualpath.cli.checked_stdout import ReaderGone, checked_stdout
 from dualpath.cli.command import Command, CommandSource, known_commands
 from dualpath.cli.config_file import nearest
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_READER_GONE = 141
+"""As a shell shows the end of a program by SIGPIPE."""
 
 _EPILOG = """example:
   dualpath serve --data DIR &
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualPathError as error:
         print(f"dualpath: {error.reason}: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, InvalidRequest) else EXIT_FAILED
+    except ReaderGone:
+        return EXIT_READER_GONE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -90,6 +95,10 @@ class CommandParser(argparse.ArgumentParser):
         flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
         # Elsewhere --json names a file to write to, and its default is not False.
         self.as_json = self.get_default("json") is False and "--json" in flags
+
+    def print_help(self, file: Any = None) -> None:
+        """As the parser's, which passes over what cannot be written."""
+        print(self.format_help(), end="", file=file, flush=True)
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2, as everywhere."""
