@@ -136,6 +136,39 @@ def test_a_torn_table_leaves_the_one_before(place: Path) -> None:
     assert RawDevice(place, owner="one").names() == ("newer", "old")
 
 
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_change_of_the_table_begins_with_the_copy_whose_flush_failed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, failed: int
+) -> None:
+    """The other one is whole, and must be until that one is."""
+    device = RawDevice(place, owner="one")
+    device.create("before", MIB).close()
+    fdatasync, move = os.fdatasync, RawDevice._move
+    flushes, places = list[int](), list[int]()
+
+    def failing(fd: int) -> None:
+        flushes.append(fd)
+        if len(flushes) == 2 + failed:  # the first is of the extent
+            raise OSError(errno.EIO, "a bad moment")
+        fdatasync(fd)
+
+    def noting(moved: RawDevice, offset: int, buffer: memoryview, *, reading: bool) -> None:
+        places.append(offset)
+        move(moved, offset, buffer, reading=reading)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RawDevice, "_move", noting)
+        patch.setattr(os, "fdatasync", failing)
+        with pytest.raises(OSError, match="a bad moment"):
+            device.create("more", MIB)
+        in_doubt = places[-1]
+        places.clear()
+        device.create("other", MIB).close()
+    assert next(offset for offset in places if offset < 2 * COPY_BYTES) == in_doubt
+    device.close()
+    assert {"before", "other"} <= set(RawDevice(place, owner="one").names())
+
+
 @pytest.mark.parametrize("copy", [0, 1])
 def test_one_rotten_copy_of_the_table_loses_nothing(place: Path, copy: int) -> None:
     device = RawDevice(place, owner="one")

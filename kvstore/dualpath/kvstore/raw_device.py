@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from dualpath.kvstore.device import ALIGN_BYTES
@@ -198,8 +199,14 @@ class RawDevice:
         buffer[:] = data
         # One copy is whole at any time; in the end both are, so that one of them may rot.
         for number in range(new.generation, new.generation + COPIES):
-            self._move(number % COPIES * COPY_BYTES, buffer, reading=False)
-            os.fdatasync(self._fd)
+            try:
+                self._move(number % COPIES * COPY_BYTES, buffer, reading=False)
+                os.fdatasync(self._fd)
+            except OSError:
+                if number > new.generation:
+                    # The next change begins with this copy: the other one is whole.
+                    self._table = replace(old, generation=new.generation)
+                raise
         self._table = new
 
     def _clear(self, extent: Extent) -> None:

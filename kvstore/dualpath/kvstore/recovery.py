@@ -220,6 +220,13 @@ class Recovery:
             _log.warning("%s; the blocks behind it are lost with the next crash", error)
         return kept + list(self._newer.items())
 
+    @property
+    def _is_told(self) -> bool:
+        """Whether the index reaches all headers that there are, so that none counts any more that
+        was not taken now."""
+        reached = self.index.generation
+        return reached is not None and (self._from_snapshot or reached >= self._generation)
+
     def _correct_index(self) -> bool:
         """Have it tell what was taken, no more and no less; False if it refuses. Must be done
         before any slot is written again."""
@@ -227,7 +234,7 @@ class Recovery:
             _log.info("%d blocks are newer than the index", len(self._newer))
         if self._stale:
             _log.warning("%d records were damaged, orphaned or stale: dropped", len(self._stale))
-        elif not self._newer and self.index.generation is not None:
+        elif not self._newer and self._is_told:
             return True
         try:
             self.index.apply(self._stale, list(self._newer.items()), self._generation)
