@@ -186,7 +186,9 @@ class PowerLoss:
             case Change.SYNCED:
                 self._sync(record)
             case Change.SYNC_FAILED:
-                self._file(record).fail_sync()
+                _, target, _ = self._handles[record.handle]
+                if target is not None:  # a directory's names are in doubt as they were
+                    target.fail_sync()
             case Change.RENAMED:
                 before, after = (os.fsdecode(part) for part in record.data.split(b"\0"))
                 self._rename(before, after)

@@ -46,6 +46,8 @@ _FAILING_WRITES, _FAILING_SYNCS = 0.004, 0.05
 _INDEX_LOST = 0.2
 """Share of cuts."""
 _FILES = {"files": "segments/segment-", "raw": "run/raw"}
+"""Where the blocks are."""
+_EVERYTHING = "run/"
 
 
 @dataclass(slots=True)
@@ -199,7 +201,8 @@ class PowerRounds:
         seed, operations = self._dice.getrandbits(32), self._dice.randint(*calls)
         faults, files = None, _FILES[run.device.family]
         if run.faulty:
-            faults = Faults(files, _FAILING_WRITES, _FAILING_SYNCS, self._dice.getrandbits(32))
+            failing = _EVERYTHING if self._dice.random() < 0.3 else files
+            faults = Faults(failing, _FAILING_WRITES, _FAILING_SYNCS, self._dice.getrandbits(32))
         plan = LoadPlan(where, seed, run.device, operations, faults)
         child = self._nursery.start(recorded_load, plan, log, replace(end, files=files), self._deaf)
         try:
