@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 from dualpath.agent import save_batch
@@ -14,6 +14,7 @@ from dualpath.client.loopback_cluster import (
     WAIT_S,
     LoopbackCluster,
     chain,
+    embedded_agent,
     fill,
     parents,
     stored,
@@ -104,5 +105,47 @@ def test_a_save_that_is_cancelled_leaves_the_memory_and_the_daemon_usable(
                 namespace_id, after, parents(after), memory, PLACES, deadline_s=WAIT_S
             )
             assert saved.sealed_blocks == BLOCKS, saved
+
+    run_cluster(body)
+
+
+@pytest.mark.parametrize("wrong", ["short", "window", "sealed"])
+def test_an_answer_that_is_none_is_the_daemons_mistake_and_costs_one_save(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded()
+        namespace_id, _ = await stored(client, 1)
+        memory = await client.allocate(BLOCKS * LAYOUT.block_bytes)
+        (link,) = embedded_agent(client).daemons.values()
+        reserve, seal = link.reserve, link.seal
+
+        async def reserved(*arguments: Any, **named: Any) -> Any:
+            answer = await reserve(*arguments, **named)
+            if wrong == "short":
+                del answer.first_tag[-1]
+            elif wrong == "window":
+                answer.window = b"none"
+            return answer
+
+        async def sealed(*arguments: Any, **named: Any) -> Any:
+            statuses = await seal(*arguments, **named)
+            return statuses[:-1] if wrong == "sealed" else statuses
+
+        with monkeypatch.context() as patch:
+            patch.setattr(link, "reserve", reserved)
+            patch.setattr(link, "seal", sealed)
+            hashes = chain(BLOCKS, "wrong")
+            fill(memory, PLACES, hashes)
+            saved = await client.save(
+                namespace_id, hashes, parents(hashes), memory, PLACES, deadline_s=WAIT_S
+            )
+            assert (saved.reason, saved.sealed_blocks) == ("daemon_unavailable", 0), saved
+        after = chain(BLOCKS, "after")
+        fill(memory, PLACES, after)
+        saved = await client.save(
+            namespace_id, after, parents(after), memory, PLACES, deadline_s=WAIT_S
+        )
+        assert saved.sealed_blocks == BLOCKS, saved
 
     run_cluster(body)

@@ -15,6 +15,7 @@ from dualpath.kvstore.checksum import of_extents, of_slices
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.store_api import ReserveStatus
 from dualpath.proto.v1 import store_pb2
+from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.slice_table import SliceTable
 
 BATCH_BYTES = 16 << 20
@@ -39,7 +40,15 @@ class Reserved:
     tags: list[int]
 
     def take(self, positions: Sequence[int], answer: store_pb2.ReserveResponse) -> None:
-        """Enter what was answered for some of the blocks."""
+        """Enter what was answered for some of the blocks. Raises Unavailable if it is no answer
+        to that."""
+        parts = (answer.status, answer.reservation_id, answer.base_bytes, answer.first_tag)
+        if any(len(part) != len(positions) for part in parts):
+            raise Unavailable(
+                f"the daemon answered {[len(part) for part in parts]} parts of a reservation of "
+                f"{len(positions)} blocks: are its version and ours the same?",
+                reason="malformed",
+            )
         self.window = answer.window or self.window
         for index, position in enumerate(positions):
             self.status[position] = answer.status[index]

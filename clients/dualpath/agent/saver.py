@@ -42,6 +42,7 @@ from dualpath.transfer.errors import (
     InvalidRequest,
     Overloaded,
     PeerLost,
+    Unavailable,
 )
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.region import RegionDescriptor
@@ -355,7 +356,10 @@ class Saver:
         network, peer = daemon.link.network, daemon.link.peer
         if network is None or not daemon.up:
             raise PeerLost(f"daemon {daemon.address} is away")
-        window = RegionDescriptor.from_bytes(reserved.window)
+        try:
+            window = RegionDescriptor.from_bytes(reserved.window)
+        except InvalidRequest as error:  # the daemon's mistake, not the engine's
+            raise Unavailable(f"daemon {daemon.address}: {error}", reason="malformed") from error
         writes = _Writes(1, asyncio.Event())  # one for ourselves, until all are submitted
         try:
             for run in runs_of(save.layout, fresh, reserved):
@@ -422,6 +426,11 @@ class Saver:
             durable=save.spec.durable,
             timeout_s=self._left_s(save),
         )
+        if len(statuses) != len(good):
+            raise Unavailable(
+                f"daemon {daemon.address} sealed {len(good)} blocks with {len(statuses)} statuses",
+                reason="malformed",
+            )
         for block, number in zip(good, statuses, strict=True):
             # INCOMPLETE is not in the table: chunks got lost.
             status = _SEAL.get(number, SealStatus.FAILED)
