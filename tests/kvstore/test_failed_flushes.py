@@ -18,6 +18,7 @@ from dualpath.kvstore.data_pump import DataPump, DataWrite
 from dualpath.kvstore.device import Device
 from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.fd_file import FdFile
+from dualpath.kvstore.header_scan import FLUSHES_MAX
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import PsyncDevice
 from dualpath.kvstore.raw_device import RawDevice
@@ -133,7 +134,7 @@ def test_segments_of_a_raw_device_are_flushed_all_at_once(
         device.close()
 
 
-@pytest.mark.parametrize("failures", [1, 3])
+@pytest.mark.parametrize("failures", [1, FLUSHES_MAX])
 def test_an_opening_writes_what_it_found_again_until_a_flush_succeeds(
     putting: Putting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
@@ -151,11 +152,11 @@ def test_an_opening_writes_what_it_found_again_until_a_flush_succeeds(
         patch.setattr(FdFile, "write", noting_write)
         patch.setattr(FdFile, "sync", failing(failures, []))
         with BlockStore.open(killed, CONFIG) as opened:
-            left = len(FIRST) if failures < 3 else 0
+            left = len(FIRST) if failures < FLUSHES_MAX else 0
             assert opened.recovered.newer == left
             assert putting.intact(opened, FIRST) == left
     slots = [nbytes for nbytes in wrote if nbytes > SIZE]
-    assert len(slots) == len(FIRST) * min(failures + 1, 3)
+    assert len(slots) == len(FIRST) * min(failures + 1, FLUSHES_MAX)
 
 
 def test_what_failed_with_the_index_and_is_invalidated_does_not_come_back(

@@ -17,7 +17,8 @@ from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.record import BlockRecord
 from dualpath.kvstore.segment import SegmentGeometry, page_buffer, read_headers, write_headers
 
-_FLUSHES_MAX = 3
+FLUSHES_MAX = 8
+"""A segment that refuses so often in a row is not only out of sorts."""
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +81,7 @@ def flushed(
         by_segment.setdefault(record.segment, []).append(record)
     for number in sorted(by_segment):
         segment, found = segments[number], by_segment[number]
-        for _ in range(_FLUSHES_MAX):
+        for _ in range(FLUSHES_MAX):
             try:
                 if again:
                     found = _written_again(found, segment, layouts)
