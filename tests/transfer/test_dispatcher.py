@@ -18,6 +18,8 @@ from dualpath.transfer.placement import PathKind, policy_named
 CHUNK = 256 << 10
 SPLIT = policy_named("split")
 DIRECT = policy_named("direct")
+EIGHT_CHUNKS = DispatchConfig(credit=CreditConfig(window_bytes_alone=8 * CHUNK))
+"""Credit of a path that is alone and unknown."""
 
 
 def dispatcher(relays: int = 1, config: DispatchConfig | None = None) -> Dispatcher:
@@ -37,7 +39,7 @@ def by_path(grants: list[Grant]) -> dict[str, list[tuple[str, int]]]:
 
 
 def test_a_path_takes_the_first_loads_chunks_before_the_next_loads() -> None:
-    made = dispatcher(0)
+    made = dispatcher(0, EIGHT_CHUNKS)
     made.add_load("first", [CHUNK] * 3, DIRECT, 0.0)
     made.add_load("second", [CHUNK] * 99, DIRECT, 0.0)
     granted = by_path(made.grants(0.0))["direct"]
@@ -201,7 +203,7 @@ def test_queues_count_what_is_bound_in_flight_and_reported() -> None:
 
 
 def test_dropped_chunks_are_returned_by_path_and_free_their_credit() -> None:
-    made = dispatcher(0)
+    made = dispatcher(0, EIGHT_CHUNKS)
     made.add_load("load", [CHUNK] * 20, SPLIT, 0.0)
     made.grants(0.0)
     assert made.drop("load", range(4, 20)) == {"direct": (4, 5, 6, 7)}
@@ -296,10 +298,20 @@ def test_granting_costs_the_same_however_many_chunks_wait() -> None:
     assert steps(4000) < 2 * steps(40)
 
 
+def test_an_unknown_path_starts_with_much_only_while_no_other_is_up() -> None:
+    made = dispatcher()
+    made.add_load("load", [CHUNK] * 200, DIRECT, 0.0)
+    (grant,) = made.grants(0.0)
+    assert grant.nbytes == 2 << 20
+    made.set_up("relay:d0", False, 0.1)
+    (more,) = made.grants(0.1)
+    assert more.nbytes == 32 << 20  # half of the window at once
+    made.set_up("relay:d0", True, 0.2)
+    assert not made.grants(0.2)
+
+
 def test_a_lone_path_takes_runs_of_equal_chunks_within_its_credit() -> None:
-    config = DispatchConfig(credit=CreditConfig(window_bytes_start=8 * CHUNK))
-    made = Dispatcher(config)
-    made.add_path("direct", PathKind.DIRECT, 0.0)
+    made = dispatcher(0, EIGHT_CHUNKS)
     sizes = [CHUNK] * 3 + [CHUNK // 2] * 3 + [CHUNK] * 20
     made.add_load("load", sizes, policy_named("direct"), 0.0)
     (first,) = made.grants(0.0)

@@ -23,7 +23,10 @@ from hypothesis.stateful import (
 
 KIB = 1 << 10
 CREDIT = CreditConfig(
-    window_bytes_min=64 * KIB, window_bytes_start=128 * KIB, window_bytes_max=1024 * KIB
+    window_bytes_min=64 * KIB,
+    window_bytes_start=128 * KIB,
+    window_bytes_alone=512 * KIB,
+    window_bytes_max=1024 * KIB,
 )
 CONFIG = DispatchConfig(loads_max=6, credit=CREDIT)
 NAMES = ["direct", "relay:a", "relay:b"]
@@ -185,7 +188,7 @@ class DispatcherMachine(RuleBasedStateMachine):
                 load.state[chunk] = ChunkState.INFLIGHT
                 load.path[chunk] = grant.path
                 load.grants[chunk] += 1
-            window = CREDIT.window_bytes(rates[grant.path])
+            window = CREDIT.window_bytes(rates[grant.path], alone=len(up) == 1)
             flying = [
                 self.loads[load_id].nbytes[chunk]
                 for load_id, chunk, path in self._inflight()

@@ -84,6 +84,7 @@ def test_credit_keeps_its_bounds_and_always_lets_two_chunks_through(
     assert 0 < credit.batch_bytes(window) <= window
     assert credit.allows(window, 0, nbytes)
     assert credit.allows(window, nbytes, nbytes)
+    assert window <= credit.window_bytes(rate, alone=True) <= credit.window_bytes_max
     if credit.allows(window, inflight, nbytes):
         assert inflight + nbytes <= max(window, 2 * nbytes)
 
@@ -91,6 +92,8 @@ def test_credit_keeps_its_bounds_and_always_lets_two_chunks_through(
 def test_the_window_of_a_fast_path_is_forty_milliseconds_of_its_rate() -> None:
     credit = CreditConfig()
     assert credit.window_bytes(0) == 2 << 20
+    assert credit.window_bytes(0, alone=True) == 64 << 20
+    assert credit.window_bytes(100e6, alone=True) == 4_000_000
     assert credit.window_bytes(100e6) == 4_000_000
     assert credit.window_bytes(1e3) == 1 << 20
     assert credit.window_bytes(1e12) == 128 << 20

@@ -22,18 +22,22 @@ class CreditConfig:
     window_bytes_min: int = 1 * MIB
     window_bytes_max: int = 128 * MIB
     window_bytes_start: int = 2 * MIB
+    """Of a path of unknown rate beside others: what is stuck on a slow one, they cannot take."""
+    window_bytes_alone: int = 64 * MIB
+    """Of the only path, while its rate is unknown: there is nothing to weigh."""
     chunks_max: int = 4096
     """Most chunks in flight on a path, and in one grant."""
 
     def __post_init__(self) -> None:
         assert 0 < self.window_bytes_min <= self.window_bytes_start <= self.window_bytes_max
+        assert self.window_bytes_start <= self.window_bytes_alone <= self.window_bytes_max
         assert self.window_s > 0
         assert self.chunks_max >= 2
 
-    def window_bytes(self, rate_bytes_per_s: float) -> int:
-        """Window of a path of this rate (0: unknown)."""
+    def window_bytes(self, rate_bytes_per_s: float, *, alone: bool = False) -> int:
+        """Window of a path of this rate (0: unknown), `alone` if no other is up."""
         if rate_bytes_per_s <= 0:
-            return self.window_bytes_start
+            return self.window_bytes_alone if alone else self.window_bytes_start
         wanted = int(min(rate_bytes_per_s * self.window_s, self.window_bytes_max))
         return max(self.window_bytes_min, wanted)
 

@@ -249,8 +249,7 @@ class Dispatcher:
     def grants(self, now: float) -> list[Grant]:
         """What to fetch now. Call after every event, and when `next_event_s` has passed."""
         self._see(now)
-        for path in self._paths:
-            path.look(now)
+        self._paths.look(now)
         granted: dict[tuple[str, str], list[int]] = {}
         while self._take_round(granted, now):
             pass  # what some took may make it worth while for one that left it to them

@@ -104,13 +104,13 @@ class PathState:
             return measured
         return min(measured, self.limit_bytes_per_s) if measured else self.limit_bytes_per_s
 
-    def look(self, now: float) -> None:
-        """Fix `rate` and `window` for the decisions of this moment."""
+    def look(self, now: float, *, alone: bool = False) -> None:
+        """Fix `rate` and `window` for the decisions of this moment; `alone`: no other is up."""
         self.rate = self.rate_bytes_per_s(now)
         if not self.rate and self._overtaken:
             # It did not land a single chunk in the time that it was given.
             self.rate = self.largest_bytes / self._config.overtake_s
-        self.window = self._config.credit.window_bytes(self.rate)
+        self.window = self._config.credit.window_bytes(self.rate, alone=alone)
 
     def drained_in_s(self) -> float:
         """Seconds until what is in flight has landed, as of `look`; a guess while unknown."""

@@ -63,6 +63,12 @@ class PathTable:
             )
         self._paths[name] = PathState(self._config, name, kind, limit_bytes_per_s)
 
+    def look(self, now: float) -> None:
+        """Fix rates and windows for the decisions of this moment."""
+        alone = sum(path.up for path in self) == 1
+        for path in self:
+            path.look(now, alone=alone)
+
     def hinted(self, hint: frozenset[str]) -> Iterator[PathState]:
         """The paths that `hint` names; all if it is empty."""
         return (path for path in self if not hint or path.name in hint)
