@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from dualpath.bench.peers.report import PeersReport
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-PIECE_MIB = 64
 SIZES = {"64K": 64 << 10, "256K": 256 << 10, "1M": 1 << 20, "4M": 4 << 20}
 
 _EPILOG = """examples:
   dualpath bench peers --install                 everything; installs the peers the first time
   dualpath bench peers --only dualpath-tcp,mooncake-tcp,redhare-tcp --blocks 1M,4M
+  dualpath bench peers --mib 2048 --piece 256    a put or get moves 256 MiB at once
   dualpath bench peers --mib 64 --rounds 1       tries everything with little data
 
 Each peer runs in an environment of its own below --environments, pinned versions, only on loopback.
@@ -45,6 +45,9 @@ class PeersBench:
         """Declare the flags."""
         parser.epilog = _EPILOG
         parser.add_argument("--mib", type=int, default=512, metavar="N", help="working set (512)")
+        parser.add_argument(
+            "--piece", type=int, default=64, metavar="N", help="MiB of one put or get (64)"
+        )
         parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
         parser.add_argument(
             "--blocks", default=",".join(SIZES), metavar="LIST", help="of " + ", ".join(SIZES)
@@ -95,8 +98,10 @@ def _measured(args: argparse.Namespace, progress: Progress) -> PeersReport:
     unknown = [name for name in names if name not in SIZES]
     if unknown or not names:
         raise InvalidRequest(f"--blocks: {unknown or 'nothing'} is not of {', '.join(SIZES)}")
-    if args.mib < PIECE_MIB or args.mib % PIECE_MIB:
-        raise InvalidRequest(f"--mib must be a multiple of {PIECE_MIB}, not {args.mib}")
+    if args.piece < 16 or args.piece % 4:
+        raise InvalidRequest(f"--piece must be at least 16 and a multiple of 4, not {args.piece}")
+    if args.mib < args.piece or args.mib % args.piece:
+        raise InvalidRequest(f"--mib must be a multiple of --piece ({args.piece}), not {args.mib}")
     if args.rounds < 1:
         raise InvalidRequest(f"--rounds must be positive, not {args.rounds}")
     sizes = [SIZES[name] for name in names]
@@ -104,7 +109,7 @@ def _measured(args: argparse.Namespace, progress: Progress) -> PeersReport:
         folder = Path(scratch).absolute()
         machine = {**describe_machine(), **describe_storage(folder)}
         environments = Environments(Path(args.environments), progress.say)
-        comparison = Comparison(entries, folder, environments, progress.say)
+        comparison = Comparison(entries, folder, environments, progress.say, args.piece << 20)
         comparison.prepare(install=args.install)
         comparison.run(args.rounds, sizes, args.mib << 20)
     return PeersReport(

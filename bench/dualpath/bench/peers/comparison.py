@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dualpath.bench.peers.catalogue import ENVIRONMENTS, REDIS, Entry, Reach
-from dualpath.bench.peers.driver_process import DriverProcess
+from dualpath.bench.peers.driver_process import PIECE_BYTES, DriverProcess
 from dualpath.bench.peers.environments import Environments
 from dualpath.bench.rounds import GIB
 from dualpath.transfer.errors import Unavailable
@@ -63,11 +63,14 @@ class Comparison:
         scratch: Path,
         environments: Environments,
         progress: Callable[[str], None],
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
+        """`piece_bytes` is what one put or get moves at once."""
         self.rows = [Row(entry) for entry in entries]
         self._scratch = scratch
         self._environments = environments
         self._progress = progress
+        self.piece_bytes = piece_bytes
         self._pythons: dict[str, Path] = {"": Path(sys.executable)}
 
     def prepare(self, *, install: bool) -> None:
@@ -111,7 +114,8 @@ class Comparison:
         folder.mkdir()
         python = self._pythons[entry.environment]
         try:
-            with DriverProcess(python, entry.driver, self._scratch / f"{entry.name}.log") as driver:
+            log = self._scratch / f"{entry.name}.log"
+            with DriverProcess(python, entry.driver, log, self.piece_bytes) as driver:
                 row.version = driver.open(
                     {
                         **entry.settings,

@@ -20,6 +20,7 @@ from dualpath.transfer.errors import Unavailable
 OPEN_S_MAX = 120.0
 RUN_S_MAX = 300.0
 CLOSE_S_MAX = 30.0
+PIECE_BYTES = 64 << 20
 DRIVERS = Path(__file__).parent / "drivers"
 _TAIL_CHARS = 300
 
@@ -27,7 +28,10 @@ _TAIL_CHARS = 300
 class DriverProcess:
     """Raises Unavailable, with the end of the driver's log, whenever it does not do as asked."""
 
-    def __init__(self, python: Path, driver: str, log: Path) -> None:
+    def __init__(
+        self, python: Path, driver: str, log: Path, piece_bytes: int = PIECE_BYTES
+    ) -> None:
+        """`piece_bytes` is what one put or get moves at once."""
         self._log = log
         self._answers = b""
         with log.open("wb") as stderr:
@@ -37,7 +41,11 @@ class DriverProcess:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "DUALPATH_PIECE_BYTES": str(piece_bytes),
+                },
                 preexec_fn=die_with_parent(),  # noqa: PLW1509 - loads nothing after the fork
             )
 

@@ -48,6 +48,7 @@ class PeersReport:
             "entries": {row.entry.name: self._row_json(row) for row in self.comparison.rows},
             "rounds": self.rounds,
             "mib": self.total_bytes >> 20,
+            "piece_mib": self.comparison.piece_bytes >> 20,
             "date": self.date,
             "machine": dict(self.machine),
             "versions": dict(self.versions),
@@ -112,7 +113,8 @@ def summary(report: PeersReport) -> list[str]:
         f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']} GiB, "
         f"{machine['system']} {machine['kernel']}; disk {machine['disk']}, "
         f"{machine['file_system']}; load average {machine['load_average']:.2f}; {report.date}",
-        f"{report.total_bytes >> 20} MiB of blocks, medians of {report.rounds} interleaved rounds; "
+        f"{report.total_bytes >> 20} MiB of blocks, {report.comparison.piece_bytes >> 20} MiB a "
+        f"put or get, medians of {report.rounds} interleaved rounds; "
         "GiB/s of put / get into the caller's memory, each product with the checks that it makes "
         "by itself; every byte of every get compared outside of the time",
     ]

@@ -26,6 +26,7 @@ before it the places are wiped. What a peer checks by itself is in its time.
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import os
@@ -37,7 +38,8 @@ from typing import Any
 
 import numpy as np
 
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = int(os.environ["DUALPATH_PIECE_BYTES"])
+"""What one put or get moves at once."""
 _CPUCLOCK_SCHED = 2
 _PAGE_WORDS = 512
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -164,6 +166,9 @@ def serve(make_driver: Any) -> None:
                 driver = make_driver(asked["settings"])
                 driver.source, driver.target = buffer(PIECE_BYTES), buffer(PIECE_BYTES)
                 driver.start()
+                # As engines do: nobody pays for a look at all that was imported.
+                gc.collect()
+                gc.freeze()
                 harness = Harness(driver)
                 found: dict[str, Any] = {"version": driver.version}
             elif asked["do"] == "run":
