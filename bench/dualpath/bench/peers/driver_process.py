@@ -44,7 +44,7 @@ class DriverProcess:
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
-                    "DUALPATH_PIECE_BYTES": str(piece_bytes),
+                    "PEERS_PIECE_BYTES": str(piece_bytes),
                 },
                 preexec_fn=die_with_parent(),  # noqa: PLW1509 - loads nothing after the fork
             )

@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-PIECE_BYTES = int(os.environ["DUALPATH_PIECE_BYTES"])
+PIECE_BYTES = int(os.environ["PEERS_PIECE_BYTES"])
 """What one put or get moves at once."""
 _CPUCLOCK_SCHED = 2
 _PAGE_WORDS = 512
