@@ -28,6 +28,7 @@ from dualpath.client.loopback_cluster import (
 )
 from dualpath.kvstore.fault_device import FaultDevice, FaultPlan
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.ssd_tier import segment_number
 from dualpath.transfer.errors import Corrupt, InvalidRequest
 
 Run: TypeAlias = Callable[..., None]
@@ -172,6 +173,41 @@ def test_a_chunk_that_did_not_verify_is_not_read_from_the_mount_again(run_cluste
             result = await load(client, namespace_id, hashes)
             assert (result.blocks, result.miss) == (BLOCKS, MissReason.NONE), result
         assert daemon.mounted.off
+
+    run_cluster(body)
+
+
+def test_a_segment_that_was_short_or_replaced_is_read_anew(
+    run_cluster: Run, tmp_path: Path
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        await stored(await cluster.embedded("writer"), BLOCKS)
+        seen = tmp_path / "seen"
+        shutil.copytree(cluster.daemon_config.data, seen, ignore=shutil.ignore_patterns("index"))
+        segment = min((seen / "segments").iterdir())
+        whole = segment.read_bytes()
+        offset = len(whole) // 4096 // 2 * 4096
+        place = ChunkPlace(segment_number(segment.name) or 0, offset, 4096)
+        mount = SegmentMount(seen)
+
+        def read() -> bytes | None:
+            found: list[bytes | None] = []
+            mount.read([place], WAIT_S, lambda _, data, __: found.append(data and bytes(data)))
+            return found[0]
+
+        try:
+            segment.write_bytes(whole[:4096])
+            assert read() is None
+            segment.write_bytes(whole)
+            assert read() == whole[offset : offset + 4096], "it was opened while it was short"
+            other = tmp_path / "other"
+            other.write_bytes(b"\x5a" * len(whole))
+            other.replace(segment)
+            mount.doubt(place)
+            assert read() == b"\x5a" * 4096, "another file has its name"
+            assert len(mount._files) == 1
+        finally:
+            mount.close()
 
     run_cluster(body)
 

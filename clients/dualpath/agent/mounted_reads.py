@@ -233,6 +233,7 @@ class MountedReads:
             if job.transport.place(job.window, tag, target, data) == "rejected":
                 failed[index] = "rejected"
                 self._distrusted.add(at)
+                self.mount.doubt(place)
             self._placing.discard(at)
 
         places = [place for _, place in mine]

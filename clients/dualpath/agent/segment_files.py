@@ -1,7 +1,8 @@
 """Segment files that are open for reading: as many as needed, few of them idle.
 
 Owns the descriptors. A file is closed only while nobody reads it, so that no read ever meets a
-descriptor that stands for another file by now.
+descriptor that stands for another file by now. One that was read in vain is opened anew: on a
+shared mount it may have been short when it was opened, or another file has its name by now.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ IDLE_MAX = 256
 class _Open:
     file: DeviceFile
     readers: int = 0
+    doubted: bool = False
 
 
 class SegmentFiles:
@@ -58,6 +60,14 @@ class SegmentFiles:
                     self._open[segment].readers -= 1
                 self._close_idle(0 if self._closed else IDLE_MAX)
 
+    def doubt(self, segment: int) -> None:
+        """A read of this segment was in vain: open its file anew once nobody reads it."""
+        with self._lock:
+            found = self._open.get(segment)
+            if found is not None:
+                found.doubted = True
+                self._close_idle(IDLE_MAX)
+
     def close(self) -> None:
         """Lend no more; files that are being read are closed by their last reader."""
         with self._lock:
@@ -73,5 +83,7 @@ class SegmentFiles:
 
     def _close_idle(self, most: int) -> None:
         idle = [segment for segment, one in self._open.items() if not one.readers]
-        for segment in idle[: max(0, len(idle) - most)]:
-            self._open.pop(segment).file.close()
+        spare = max(0, len(idle) - most)
+        for number, segment in enumerate(idle):
+            if number < spare or self._open[segment].doubted:
+                self._open.pop(segment).file.close()

@@ -81,6 +81,10 @@ class SegmentMount:
             self._read_some(places[first:last], offsets, first, end, on_read)
             first = last
 
+    def doubt(self, place: ChunkPlace) -> None:
+        """What was read there is not what should be: open its file anew for the next read."""
+        self._files.doubt(place.segment)
+
     def close(self) -> None:
         """Let no read begin any more and close the files that are not being read."""
         self._files.close()
@@ -122,12 +126,16 @@ class SegmentMount:
                 stuck = True
                 for index, error in _ended(progress, end):
                     left.discard(index)
+                    if error:
+                        self.doubt(places[index])
                     start = offsets[index]
                     view = self._region.view[start : start + places[index].nbytes]
                     on_read(first + index, None if error else view, error)
                 stuck = bool(left)
         except (OSError, Unavailable) as error:
             reason = str(error)
+            for segment in {place.segment for place in places}:
+                self._files.doubt(segment)
         finally:
             # Whatever happened: a buffer that is not given back is lost for good.
             with self._lock:
