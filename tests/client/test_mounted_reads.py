@@ -192,7 +192,11 @@ def test_a_segment_that_was_short_or_replaced_is_read_anew(
 
         def read() -> bytes | None:
             found: list[bytes | None] = []
-            mount.read([place], WAIT_S, lambda _, data, __: found.append(data and bytes(data)))
+
+            def on_read(_: int, data: memoryview | None, __: str) -> None:
+                found.append(None if data is None else bytes(data))
+
+            mount.read([place], WAIT_S, on_read)
             return found[0]
 
         try:
