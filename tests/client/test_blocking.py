@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import TypeAlias
@@ -51,6 +52,12 @@ def use(client: BlockingKVClient, seed: str) -> None:
     with pytest.raises(InvalidRequest, match="relay:nobody"):
         bad.result()
     assert client.stats().loads_done >= 1
+    with pytest.raises(InvalidRequest, match="5 hashes"):
+        client.load(namespace_id, hashes[:-1], memory, PLACES, deadline_s=WAIT_S)
+    short = client.load(namespace_id, hashes, memory, PLACES, deadline_s=WAIT_S)
+    short.abort()
+    assert short.result() is short.result()
+    assert short.done
     memory.close()
 
 
@@ -88,5 +95,27 @@ def test_it_saves_and_loads_embedded_and_remote_and_from_several_threads(
             late.close()
 
         await asyncio.to_thread(work)
+
+    run_cluster(body)
+
+
+def test_a_wait_for_a_load_ends_with_its_client(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        def work() -> None:
+            with BlockingKVClient.embedded(cluster.config("embedded")) as client:
+                namespace_id = client.open_namespace(Namespace("model", LAYOUT))
+                hashes = chain(BLOCKS, "left behind")
+                memory = client.allocate(BLOCKS * LAYOUT.block_bytes)
+                loads = [
+                    client.load(namespace_id, hashes, memory, PLACES, deadline_s=WAIT_S)
+                    for _ in range(4)
+                ]
+            for load in loads:
+                with contextlib.suppress(Unavailable):
+                    assert load.result().blocks == 0
+            with pytest.raises(Unavailable, match="closed"):
+                client.load(namespace_id, hashes, memory, PLACES, deadline_s=WAIT_S)
+
+        await asyncio.wait_for(asyncio.to_thread(work), WAIT_S)
 
     run_cluster(body)

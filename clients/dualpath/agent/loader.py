@@ -214,11 +214,9 @@ class Loader:
         loads = self._loads[address]
         if not loads.first_looks.may_begin(load):
             return None, load
-        fresh = ActiveLoad(spec, load.layout, load.entry, load.started_at)
         answered = loads.first_looks.begin(load, spec.policy or self._config.policy)
         if answered is None:
-            self._starting[spec.load_id] = fresh
-            return None, fresh
+            return None, self._afresh(load)
         self._starting.pop(spec.load_id, None)
         try:
             async with asyncio.timeout(self._lookup_left_s(load)):
@@ -230,8 +228,13 @@ class Loader:
                 loads.first_looks.withdraw(load)
         if begun:
             return loads, load
-        self._starting[spec.load_id] = fresh
-        return None, fresh
+        return None, self._afresh(load)
+
+    def _afresh(self, load: ActiveLoad) -> ActiveLoad:
+        """In place of a load that was taken back: one that has not begun, as old as it."""
+        fresh = ActiveLoad(load.spec, load.layout, load.entry, load.started_at)
+        self._starting[load.spec.load_id] = fresh
+        return fresh
 
     async def _looked_up(self, load: ActiveLoad) -> tuple[DaemonLink, store_pb2.LookupResponse]:
         """The daemon of a load, and what it holds of the prefix; within the time for that."""

@@ -7,14 +7,18 @@ which everything happens; each method waits for it. Thread-safe. Deadlines are t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from dualpath.agent.config import AgentConfig
+from dualpath.agent.load_spec import LoadSpec
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, SaveResult
 from dualpath.agent.places import Places
-from dualpath.client.kv_client import KVClient
+from dualpath.client.kv_client import KVClient, load_spec
 from dualpath.client.load import Load
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
@@ -24,7 +28,10 @@ from dualpath.transfer.errors import Unavailable
 
 T = TypeVar("T")
 
+CLOSED = "the client is closed"
 JOIN_S_MAX = 10.0
+ALIVE_S = 1.0
+"""How often a wait for a load looks whether there is still a loop that can end it."""
 
 
 class _LoopThread:
@@ -43,10 +50,28 @@ class _LoopThread:
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Run in the loop and wait for the end."""
-        if not self._thread.is_alive():
+        try:
+            self.check()
+        except Unavailable:
             work.close()
-            raise Unavailable("the client is closed")
+            raise
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run in the loop, after all that was asked for before; do not wait."""
+        self.check()
+        with contextlib.suppress(RuntimeError):  # it has closed: `check` says so from now on
+            self._loop.call_soon_threadsafe(work)
+
+    def check(self) -> None:
+        """Raise Unavailable once it has ended."""
+        if not self.alive:
+            raise Unavailable(CLOSED)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs what it is given."""
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         """End the loop and its thread. Idempotent."""
@@ -56,33 +81,74 @@ class _LoopThread:
 
 
 class BlockingLoad:
-    """A load; see `dualpath.client.load.Load`."""
+    """A load; see `dualpath.client.load.Load`. It begins without a wait for the loop, and whoever
+    waits for its end is woken by that alone: each turn of the loop takes time from the load."""
 
-    def __init__(self, load: Load, thread: _LoopThread) -> None:
-        self._load = load
+    def __init__(self, client: KVClient, spec: LoadSpec, thread: _LoopThread) -> None:
+        self.load_id = spec.load_id
         self._thread = thread
-        self.load_id = load.load_id
+        self._load: Load | None = None
+        self._ended: Future[LoadResult] = Future()
+        thread.call(partial(self._begin, client, spec))
 
     def started(self) -> LoadStarted:
         """What the lookup found."""
-        return self._thread.wait(self._load.started())
+        return self._thread.wait(self._started())
 
     def wait_layer(self, layer: int) -> int:
         """Wait until layers [0, layer] are verified; for how many leading blocks."""
-        return self._thread.wait(self._load.wait_layer(layer))
+        return self._thread.wait(self._wait_layer(layer))
 
     def result(self) -> LoadResult:
         """Wait for the end."""
-        return self._thread.wait(self._load.result())
+        while True:
+            try:
+                return self._ended.result(ALIVE_S)
+            except TimeoutError:
+                closed = not self._thread.alive  # first: then nothing ends it any more
+                if self._ended.done():
+                    return self._ended.result()
+                if closed:
+                    raise Unavailable(CLOSED) from None
 
     @property
     def done(self) -> bool:
         """Whether the result is there."""
-        return self._load.done
+        return self._ended.done()
 
     def abort(self) -> None:
         """Give it up; afterwards nothing more is written into the memory."""
-        self._thread.wait(self._load.abort())
+        self._thread.wait(self._abort())
+
+    # In the loop, where whatever comes later finds the load begun.
+
+    def _begin(self, client: KVClient, spec: LoadSpec) -> None:
+        try:
+            self._load = client.begin(spec, self._end)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            self._ended.set_exception(error)
+
+    def _end(self, load: Load) -> None:
+        outcome = load.outcome
+        if isinstance(outcome, LoadResult):
+            self._ended.set_result(outcome)
+        else:
+            self._ended.set_exception(outcome)
+
+    async def _started(self) -> LoadStarted:
+        return await self._begun().started()
+
+    async def _wait_layer(self, layer: int) -> int:
+        return await self._begun().wait_layer(layer)
+
+    async def _abort(self) -> None:
+        await self._begun().abort()
+
+    def _begun(self) -> Load:
+        if self._load is None:
+            self._ended.result(0)  # raises why not
+        assert self._load is not None
+        return self._load
 
 
 class BlockingKVClient:
@@ -141,20 +207,18 @@ class BlockingKVClient:
         load_id: str = "",
     ) -> BlockingLoad:
         """See KVClient.load. Returns at once; wait on what it returns."""
-        load = self._thread.wait(
-            self._client.load(
-                namespace_id,
-                hashes,
-                memory,
-                places,
-                deadline_s=deadline_s,
-                policy=policy,
-                decode_peer=decode_peer,
-                paths=paths,
-                load_id=load_id,
-            )
+        spec = load_spec(
+            namespace_id,
+            hashes,
+            memory,
+            places,
+            deadline_s=deadline_s,
+            policy=policy,
+            decode_peer=decode_peer,
+            paths=paths,
+            load_id=load_id,
         )
-        return BlockingLoad(load, self._thread)
+        return BlockingLoad(self._client, spec, self._thread)
 
     def save(
         self,

@@ -9,7 +9,7 @@ the loss of the agent itself (Unavailable) are raised.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from dualpath.agent.config import AgentConfig
@@ -79,18 +79,23 @@ class KVClient:
 
         `load_id` must be unique among the agent's running loads; "" makes one up.
         """
-        spec = LoadSpec(
-            load_id=load_id or secrets.token_hex(8),
-            namespace_id=namespace_id,
-            hashes=tuple(hashes),
-            region=memory.handle,
-            places=places,
+        spec = load_spec(
+            namespace_id,
+            hashes,
+            memory,
+            places,
             deadline_s=deadline_s,
             policy=policy,
             decode_peer=decode_peer,
-            paths=tuple(paths),
+            paths=paths,
+            load_id=load_id,
         )
-        return Load(spec.load_id, self._session.load(spec), self._session.abort)
+        return self.begin(spec)
+
+    def begin(self, spec: LoadSpec, on_end: Callable[[Load], None] | None = None) -> Load:
+        """Start a load that was checked by `load_spec`; `on_end` is called in the loop when it has
+        ended."""
+        return Load(spec.load_id, self._session.load(spec), self._session.abort, on_end)
 
     async def save(
         self,
@@ -132,3 +137,29 @@ class KVClient:
 
     async def __aexit__(self, *_exc: object) -> None:
         await self.close()
+
+
+def load_spec(
+    namespace_id: bytes,
+    hashes: Sequence[bytes],
+    memory: EngineMemory,
+    places: Places,
+    *,
+    deadline_s: float,
+    policy: str,
+    decode_peer: str,
+    paths: Sequence[str],
+    load_id: str,
+) -> LoadSpec:
+    """The arguments of `KVClient.load`, checked; in any thread. Raises InvalidRequest."""
+    return LoadSpec(
+        load_id=load_id or secrets.token_hex(8),
+        namespace_id=namespace_id,
+        hashes=tuple(hashes),
+        region=memory.handle,
+        places=places,
+        deadline_s=deadline_s,
+        policy=policy,
+        decode_peer=decode_peer,
+        paths=tuple(paths),
+    )

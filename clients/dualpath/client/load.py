@@ -22,8 +22,11 @@ class Load:
         load_id: str,
         updates: AsyncIterator[LoadUpdate],
         abort: Callable[[str], Awaitable[None]],
+        on_end: Callable[[Load], None] | None = None,
     ) -> None:
+        """`on_end` is called in the loop as soon as it is `done`, once."""
         self.load_id = load_id
+        self._on_end = on_end
         self._abort = abort
         self._changed = asyncio.Condition()
         self._started: LoadStarted | None = None
@@ -41,14 +44,22 @@ class Load:
                     self._result = update.result
                     self._last = update
                     self._changed.notify_all()
+                if self._result is not None:
+                    self._tell_end()
         except BaseException as raised:  # noqa: BLE001 - handed to whoever waits
             error = raised
+        if self._result is None:
+            self._error = error or Unavailable("the agent ended the load without a result")
+        self._tell_end()
         async with self._changed:
-            if self._result is None:
-                self._error = error or Unavailable("the agent ended the load without a result")
             self._changed.notify_all()
         if isinstance(error, asyncio.CancelledError):
             raise error
+
+    def _tell_end(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(self)
 
     async def _until(self, predicate: Callable[[], bool]) -> None:
         async with self._changed:
@@ -80,6 +91,11 @@ class Load:
         if self._result is None:
             raise Unavailable("the agent ended the load without a result")
         return self._result
+
+    @property
+    def outcome(self) -> LoadResult | BaseException | None:
+        """The result, or what `result` raises; None until it is `done`."""
+        return self._result if self._result is not None else self._error
 
     @property
     def done(self) -> bool:
