@@ -24,7 +24,7 @@ from dualpath.kvstore.store_api import (
 from dualpath.transfer.errors import LeaseExpired
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 NAMESPACES = [
     Namespace(model="m", layout=KVLayout(layers=2, block_tokens=1, layer_bytes=150_000, dtype="x")),
@@ -39,6 +39,8 @@ CONFIG = StoreConfig(
 )
 OWNERS = st.sampled_from(["a", "b"])
 PATHS = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
+PICKS = st.integers(0, 1 << 32)
+"""Of what is there: drawn alike whatever that is, as the committer's pace may change it."""
 SPACES = st.integers(0, len(NAMESPACES) - 1)
 
 
@@ -141,10 +143,11 @@ class StoreMachine(RuleBasedStateMachine):
         data = bytes_of(space, block_hash)
         self.store.arena.view[start : start + len(data)] = data
 
-    @precondition(lambda self: self.held)
-    @rule(pick=st.randoms(use_true_random=False), durable=st.booleans(), lie=st.booleans())
-    def seal_one(self, pick: random.Random, durable: bool, lie: bool) -> None:
-        reservation_id = pick.choice(sorted(self.held))
+    @rule(pick=PICKS, durable=st.booleans(), lie=st.booleans())
+    def seal_one(self, pick: int, durable: bool, lie: bool) -> None:
+        if not self.held:
+            return
+        reservation_id = sorted(self.held)[pick % len(self.held)]
         space, block_hash, owner, expires, _ = self.held[reservation_id]
         if expires > self.now:
             self.fill(reservation_id)
@@ -159,10 +162,11 @@ class StoreMachine(RuleBasedStateMachine):
         if status is not SealStatus.EXPIRED or expires <= self.now:
             del self.held[reservation_id]
 
-    @precondition(lambda self: self.held)
-    @rule(pick=st.randoms(use_true_random=False))
-    def abandon(self, pick: random.Random) -> None:
-        reservation_id = pick.choice(sorted(self.held))
+    @rule(pick=PICKS)
+    def abandon(self, pick: int) -> None:
+        if not self.held:
+            return
+        reservation_id = sorted(self.held)[pick % len(self.held)]
         owner = self.held.pop(reservation_id)[2]
         self.store.abandon([reservation_id], owner=owner)
 
@@ -186,14 +190,15 @@ class StoreMachine(RuleBasedStateMachine):
     def never_reopened_full(self) -> bool:
         return self.present() >= self.sealed
 
-    @precondition(lambda self: self.leases)
-    @rule(pick=st.randoms(use_true_random=False))
-    def read(self, pick: random.Random) -> None:
-        lease_id = pick.choice(sorted(self.leases))
+    @rule(pick=PICKS)
+    def read(self, pick: int) -> None:
+        if not self.leases:
+            return
+        lease_id = sorted(self.leases)[pick % len(self.leases)]
         space, hashes, _, expires = self.leases[lease_id]
-        block = pick.randrange(len(hashes))
+        block = pick % len(hashes)
         layout = NAMESPACES[space].layout
-        chunk = pick.randrange(layout.chunk_count)
+        chunk = pick % layout.chunk_count
         try:
             with self.store.fetch(lease_id, block, chunk) as fetched:
                 found = bytes(fetched.region.view[fetched.slices.start : fetched.slices.end])
@@ -206,10 +211,11 @@ class StoreMachine(RuleBasedStateMachine):
         assert found == bytes_of(space, hashes[block])[offset : offset + nbytes]
         assert self.store.report_corrupt(lease_id, block, chunk) is False
 
-    @precondition(lambda self: self.leases)
-    @rule(pick=st.randoms(use_true_random=False), renew=st.booleans())
-    def renew_or_release(self, pick: random.Random, renew: bool) -> None:
-        lease_id = pick.choice(sorted(self.leases))
+    @rule(pick=PICKS, renew=st.booleans())
+    def renew_or_release(self, pick: int, renew: bool) -> None:
+        if not self.leases:
+            return
+        lease_id = sorted(self.leases)[pick % len(self.leases)]
         space, hashes, owner, expires = self.leases[lease_id]
         if not renew:
             self.store.release(lease_id, owner=owner)
