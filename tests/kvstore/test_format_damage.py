@@ -19,6 +19,7 @@ from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.chain import chain_hashes, parents_of
 from dualpath.kvstore.directory_format import (
     ASIDE_MAX,
+    INVALIDATED_NAME,
     RETAINED_NAME,
     STORE_FORMAT,
     _summed,
@@ -320,6 +321,29 @@ def test_a_folder_in_place_of_a_small_file_is_put_aside(
     assert served(data, namespace, content) == BLOCKS
     assert not (data / name).is_dir()
     assert (data / "damaged" / f"{name}.1").is_dir()
+
+
+@pytest.mark.parametrize("name", ["CLEAN", "index.snapshot", RETAINED_NAME, INVALIDATED_NAME])
+def test_a_pipe_in_place_of_a_small_file_is_not_waited_for(
+    data: Path, namespace: Namespace, content: Content, name: str
+) -> None:
+    (data / name).unlink(missing_ok=True)
+    os.mkfifo(data / name)
+    assert served(data, namespace, content) == BLOCKS
+    assert served(data, namespace, content) == BLOCKS
+
+
+def test_a_pipe_in_place_of_meta_or_of_a_namespace_is_not_waited_for(
+    data: Path, namespace: Namespace, content: Content
+) -> None:
+    path = data / NAMESPACES_NAME / f"{namespace.id.hex()}.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert served(data, namespace, content) == BLOCKS
+    (data / "META").unlink()
+    os.mkfifo(data / "META")
+    with pytest.raises(Corrupt, match="META"):
+        BlockStore.open(data, CONFIG)
 
 
 def test_an_index_of_noise_is_set_aside_and_rebuilt(

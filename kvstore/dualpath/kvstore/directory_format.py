@@ -20,6 +20,7 @@ import xxhash
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.psync_device import sync_directory
+from dualpath.kvstore.regular_file import NotRegularError, open_regular, read_regular
 from dualpath.transfer.errors import Corrupt, InvalidRequest
 
 STORE_FORMAT = 3
@@ -84,7 +85,7 @@ def read_meta(root: Path) -> Meta:
     """Raises Corrupt, or InvalidRequest for a newer format."""
     path = root / "META"
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
         fields = json.loads(raw)
     except (OSError, ValueError) as error:
         raise Corrupt(
@@ -125,11 +126,11 @@ def read_clean(root: Path) -> CleanStamp | None:
     Corrupt."""
     path = root / "CLEAN"
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError:
         return None
-    except IsADirectoryError as error:
-        raise Corrupt(f"{path} is a directory") from error
+    except NotRegularError as error:
+        raise Corrupt(str(error)) from error
     try:
         fields = json.loads(raw)
         if not isinstance(fields, dict):
@@ -178,11 +179,11 @@ def write_cuts(root: Path, cuts: Iterable[Cut]) -> None:
 def _read_rows(path: Path, name: str, decoded: Callable[..., _Row]) -> tuple[_Row, ...]:
     """The one list of a file, each row decoded. Raises Corrupt."""
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError:
         return ()
-    except IsADirectoryError as error:
-        raise Corrupt(f"{path} is a directory") from error
+    except NotRegularError as error:
+        raise Corrupt(str(error)) from error
     try:
         fields = json.loads(raw)
         if raw != _summed(fields):
@@ -205,11 +206,12 @@ def stamp_index(root: Path) -> IndexStamp | None:
     buffer = bytearray(_HASHED_BYTES)
     nbytes = 0
     try:
-        with (root / "index" / "data.mdb").open("rb", buffering=0) as file:
+        fd = open_regular(root / "index" / "data.mdb", os.O_RDONLY)
+        with open(fd, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:count])
                 nbytes += count
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, NotRegularError):
         return None
     return IndexStamp(nbytes, digest.hexdigest())
 
@@ -222,7 +224,7 @@ def namespace_text(namespace: Namespace) -> bytes:
 def read_namespace(path: Path) -> Namespace:
     """Raises Corrupt."""
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
         fields = json.loads(raw)
         fields["layout"] = KVLayout(**fields["layout"])
         namespace = Namespace(**fields)

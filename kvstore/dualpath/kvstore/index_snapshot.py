@@ -27,6 +27,7 @@ import numpy as np
 from dualpath.kvstore.block_columns import BlockColumns
 from dualpath.kvstore.checksum import xxh3_64
 from dualpath.kvstore.psync_device import sync_directory
+from dualpath.kvstore.regular_file import open_regular
 from dualpath.kvstore.store_api import HASH_BYTES_MAX
 from dualpath.transfer.errors import Corrupt
 from numpy.typing import NDArray
@@ -137,7 +138,7 @@ def _aligned(offset: int) -> int:
 
 def read_snapshot(path: Path, header_crc: int, state: SnapshotState) -> IndexSnapshot:
     """Read and check. Raises Corrupt, also where it is another's; OSError."""
-    with path.open("rb") as file:
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
         header = _read_header(file, path, header_crc)
         found = SnapshotState(
             str(header.get("store")),
@@ -160,7 +161,7 @@ def read_snapshot(path: Path, header_crc: int, state: SnapshotState) -> IndexSna
 def check_snapshot(path: Path, header_crc: int | None = None) -> int:
     """Verify every byte of a snapshot; return how many blocks it has. For a check of files that
     nobody uses; with `header_crc` it must be that one. Raises Corrupt, OSError."""
-    with path.open("rb") as file:
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
         header = _read_header(file, path, header_crc)
         end = file.tell()
         for entry in header.get("columns", ()):
@@ -176,7 +177,7 @@ def check_snapshot(path: Path, header_crc: int | None = None) -> int:
 
 def store_id_of(path: Path) -> str:
     """The id of the store that wrote it, by a header whose CRC holds. Raises Corrupt, OSError."""
-    with path.open("rb") as file:
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
         return str(_read_header(file, path, None).get("store", ""))
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import stat
 from pathlib import Path
 
 from dualpath.kvstore.device import ALIGN_BYTES
 from dualpath.kvstore.fd_file import FdFile
+from dualpath.kvstore.regular_file import open_regular
 from dualpath.kvstore.thread_progress import BatchThreads, ThreadProgress
 from dualpath.kvstore.transfer_batch import TransferBatch
 
@@ -66,7 +66,7 @@ class PsyncDevice:
 
     def open(self, name: str) -> FdFile:
         """See Device."""
-        return FdFile(_opened_file(self._path / name, self._flags))
+        return FdFile(open_regular(self._path / name, self._flags))
 
     def remove(self, name: str) -> None:
         """See Device."""
@@ -87,20 +87,6 @@ class PsyncDevice:
     def write_batch(self, batch: TransferBatch) -> ThreadProgress:
         """See Device."""
         return self._threads.write(batch)
-
-
-def _opened_file(path: Path, flags: int) -> int:
-    """A descriptor of a file of bytes. Raises OSError for anything else in its place: to open a
-    pipe waits for its other end, for ever if need be."""
-    fd = os.open(path, flags | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        os.set_blocking(fd, True)  # io_uring would give up where a read has to wait
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def sync_directory(path: Path) -> None:
