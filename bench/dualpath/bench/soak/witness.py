@@ -1,11 +1,12 @@
 """What a store has promised, noted by a witness inside its process at the moment it happens.
 
-A note is a byte and a key (namespace id, then hash): `+` visible, `-` gone, `D` durable, `~` about
-to be stored, `X` invalidated for good; `!` and `=`, without a key, enclose the `+` of what an
-opening has found. Notes leave the process at once, through `note`, which must survive the process;
-so that after a crash it is known what must be there. `-` is noted under the store's lock before the
-durable record is deleted, and `D` after the commit, while the block is still there and before
-anybody hears that it is durable; so a note is never later than what it forbids.
+A note is a byte and a key (namespace id, then hash): `+` visible, `-` gone, `D` durable, `~` handed
+to the committer, so that a crash may leave it there unseen, `X` invalidated for good; `!` and `=`,
+without a key, enclose the `+` of what an opening has found. Notes leave the process at once,
+through `note`, which must survive the process; so that after a crash it is known what must be
+there. `-` is noted under the store's lock before the durable record is deleted, and `D` after the
+commit, while the block is still there and before anybody hears that it is durable; so a note is
+never later than what it forbids.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -55,6 +56,14 @@ class Witness:
         events = store.events
         stored, removed, cleared = events.stored, events.removed, events.cleared
         settle = store._writer._settle
+        committer = store._writer._committer
+        assert committer is not None
+        submit = committer.submit
+
+        def on_submitted(jobs: Sequence[CommitJob]) -> None:
+            for job in jobs:
+                note(b"~" + job.record.key)
+            submit(jobs)
 
         def on_stored(namespace_id: bytes, block_hash: bytes, parent: bytes) -> None:
             with self._lock:
@@ -92,14 +101,13 @@ class Witness:
         events.removed = on_removed  # type: ignore[method-assign]
         events.cleared = on_cleared  # type: ignore[method-assign]
         store._writer._settle = on_settled  # type: ignore[method-assign]
+        committer.submit = on_submitted  # type: ignore[method-assign]
 
     @contextmanager
     def storing(self, keys: Collection[bytes]) -> Iterator[None]:
-        """These blocks are being stored: from now on they may be there, invalidated or not."""
+        """These blocks are being stored: what is invalidated meanwhile may stay or come."""
         with self._lock:
             self._storing.update(keys)
-            for key in keys:
-                self._note(b"~" + key)
         try:
             yield
         finally:
