@@ -12,6 +12,7 @@ from dualpath.agent import attachments as module
 from dualpath.agent.attachments import Attachment, Attachments
 from dualpath.agent.relay_job import Requester
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX
+from dualpath.proto import first_message
 from dualpath.proto.v1 import agent_pb2, common_pb2
 from dualpath.transfer.errors import DeadlineExceeded, InvalidRequest, Overloaded
 
@@ -98,7 +99,7 @@ def test_refusals_that_are_read_come_in_messages_that_grpc_takes() -> None:
 
 
 def test_a_stream_without_a_first_message_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_MESSAGE_S_MAX", 0.01)
+    monkeypatch.setattr(first_message, "FIRST_MESSAGE_S_MAX", 0.01)
 
     async def silent() -> AsyncIterator[agent_pb2.RelayRequest]:
         await asyncio.Event().wait()

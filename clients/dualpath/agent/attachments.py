@@ -23,9 +23,9 @@ from dualpath.agent.network import Network
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_job import FAILURE_OF_REASON, Requester, Source
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX
+from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2, common_pb2
 from dualpath.transfer.errors import (
-    DeadlineExceeded,
     DualPathError,
     InvalidRequest,
     Overloaded,
@@ -43,7 +43,6 @@ UNREAD_MAX = 1 << 14
 """Most progress entries that wait to be read,"""
 UNREAD_TAGS_MAX = 1 << 18
 """and most failed chunks in them: an agent that does not read ends, and they with it."""
-FIRST_MESSAGE_S_MAX = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -125,13 +124,7 @@ class Attachments:
         self, requests: AsyncIterator[agent_pb2.RelayRequest]
     ) -> AsyncGenerator[agent_pb2.RelayResponse, None]:
         """Run one Relay stream until either side ends it."""
-        try:
-            async with asyncio.timeout(FIRST_MESSAGE_S_MAX):
-                first = await anext(requests, None)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"no first message with the session within {FIRST_MESSAGE_S_MAX:.0f} s"
-            ) from None
+        first = await first_message(requests)
         if first is None:
             return
         attachment = self._find(first.session)

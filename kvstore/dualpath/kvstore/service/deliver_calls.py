@@ -24,10 +24,10 @@ from dualpath.kvstore.service.gate import Gate
 from dualpath.kvstore.service.lease_owners import LeaseOwners
 from dualpath.kvstore.service.messages import checked_session, grant_of, progress_message
 from dualpath.kvstore.service.ticket import TicketMint
+from dualpath.proto.first_message import first_message
 from dualpath.proto.status import Context
 from dualpath.proto.v1 import common_pb2, store_pb2
 from dualpath.transfer.errors import (
-    DeadlineExceeded,
     DualPathError,
     InvalidRequest,
     LeaseExpired,
@@ -36,7 +36,6 @@ from dualpath.transfer.errors import (
     Unavailable,
 )
 
-FIRST_MESSAGE_S_MAX = 10.0
 CANCELS_MAX = 4096
 FOUND_MAX = 64
 """Most answers to look-ups of one stream that wait to be read."""
@@ -108,14 +107,9 @@ class DeliverCalls:
         self, requests: AsyncIterator[store_pb2.DeliverRequest], caller: Caller, context: Context
     ) -> AsyncIterator[store_pb2.DeliverResponse]:
         """See store.proto."""
-        try:
-            first = await asyncio.wait_for(anext(requests), FIRST_MESSAGE_S_MAX)
-        except StopAsyncIteration:
+        first = await first_message(requests)
+        if first is None:
             return
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"no first message with the session within {FIRST_MESSAGE_S_MAX:.0f} s"
-            ) from None
         attachment = self._attachments.of_session(checked_session(first.session), caller)
         if attachment.peer_id in self._streams:
             # The client lost the old one, though this side may not know yet.
