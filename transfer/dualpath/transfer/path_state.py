@@ -104,7 +104,7 @@ class PathState:
             return measured
         return min(measured, self.limit_bytes_per_s) if measured else self.limit_bytes_per_s
 
-    def look(self, now: float, *, alone: bool = False) -> None:
+    def look(self, now: float, *, alone: bool) -> None:
         """Fix `rate` and `window` for the decisions of this moment; `alone`: no other is up."""
         self.rate = self.rate_bytes_per_s(now)
         if not self.rate and self._overtaken:
