@@ -256,7 +256,7 @@ class _Stream:
         self._ended = False
         self.wake = asyncio.Event()
         self._telling = False
-        self._found: deque[store_pb2.Found] = deque()
+        self._found: deque[tuple[store_pb2.Found, int]] = deque()  # and its bytes
         self._found_bytes = 0
         self._room = asyncio.Event()
         self._stopped: Unavailable | None = None
@@ -279,8 +279,9 @@ class _Stream:
             )
         found = self._calls.take(self._attachment.peer_id, self._attachment.principal, request)
         if found is not None:
-            self._found.append(found)
-            self._found_bytes += found.ByteSize()
+            nbytes = found.ByteSize()  # encodes it, so not twice
+            self._found.append((found, nbytes))
+            self._found_bytes += nbytes
             self.wake.set()
 
     async def read(self, requests: AsyncIterator[store_pb2.DeliverRequest]) -> None:
@@ -305,8 +306,8 @@ class _Stream:
             self.wake.clear()
             while not self._ended:
                 if self._found:
-                    found = self._found.popleft()
-                    self._found_bytes -= found.ByteSize()
+                    found, nbytes = self._found.popleft()
+                    self._found_bytes -= nbytes
                     self._room.set()
                     yield store_pb2.DeliverResponse(found=found)
                     continue
