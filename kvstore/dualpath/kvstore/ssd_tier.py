@@ -1,16 +1,17 @@
 """Slots on SSD: segments on a device, within a budget of bytes.
 
 Bookkeeping (`take`, `give`, `shrink`, `take_retired`) is memory only and needs the caller's lock.
-I/O (`ensure`, `read`, `sync`, `remove`) may run beside it; `ensure` and everything
-that writes is for one thread. Blocks are written by `data_pump`. A segment's file comes into
-being when its first block is to be written. Empty segments of one class make way for another class;
+I/O (`ensure`, `read`, `sync`, `remove`) may run beside it; `ensure` and everything that writes is
+for one thread. Blocks are written by `data_pump`. A segment's file comes into being when its first
+block is to be written. Empty segments of one class make way for another class;
 their files go through `take_retired`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 
 import numpy as np
 from dualpath.kvstore import segment as segments
@@ -181,21 +182,15 @@ class SsdTier:
         file = self._files.pop(segment, None)
         if file is not None:
             file.close()
-        try:
+        with self._flushing(segment):
             self.device.remove(segment_name(segment))
-        except OSError:
-            self._note_failed_flush(segment)
-            raise
 
     def ensure(self, segment: int) -> None:
         """Make the segment's file exist. Raises OSError (ENOSPC, EIO, ...)."""
         if segment in self._files:
             return
-        try:
+        with self._flushing(segment):
             self._make(segment)
-        except OSError:
-            self._note_failed_flush(segment)
-            raise
 
     def _make(self, segment: int) -> None:
         geometry = self._geometry[segment]
@@ -245,18 +240,21 @@ class SsdTier:
     def sync(self, segment: int) -> None:
         """Make what was written to a segment durable, since its last failed flush. Raises
         OSError."""
-        try:
+        with self._flushing(segment):
             self._files[segment].sync()
-        except OSError:
-            self._note_failed_flush(segment)
-            raise
 
     def failed_flushes(self, segment: int) -> int:
         """How many flushes have failed so far that may have cost what was written to a segment."""
         return self._failed_flushes[self._flushed_with(segment)]
 
-    def _note_failed_flush(self, segment: int) -> None:
-        self._failed_flushes[self._flushed_with(segment)] += 1
+    @contextmanager
+    def _flushing(self, segment: int) -> Iterator[None]:
+        """Note what fails within as a failed flush."""
+        try:
+            yield
+        except OSError:
+            self._failed_flushes[self._flushed_with(segment)] += 1
+            raise
 
     def _flushed_with(self, segment: int) -> int:
         """Segments on a raw device are flushed all at once."""
