@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dualpath.kvstore.directory_format import write_durably
+from dualpath.kvstore.regular_file import read_regular
 from dualpath.kvstore.scrub_pace import ScrubPace
 from dualpath.kvstore.scrubber import Position, Scrubber
 from dualpath.kvstore.store_api import ScrubStep, Tier
@@ -105,7 +106,7 @@ class BackgroundScrub:
 
     def _load(self) -> Position:
         try:
-            found = json.loads(self._path.read_bytes())
+            found = json.loads(read_regular(self._path))
             return int(found["segment"]), int(found["slot"])
         except (OSError, ValueError, TypeError, KeyError):
             return 0, 0

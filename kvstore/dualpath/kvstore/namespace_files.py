@@ -15,6 +15,7 @@ from pathlib import Path
 from dualpath.kvstore import directory_format
 from dualpath.kvstore.directory_format import ASIDE_MAX, namespace_text, write_durably
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.regular_file import read_regular
 from dualpath.transfer.errors import Corrupt
 
 NAMESPACES_NAME = "namespaces"
@@ -145,5 +146,5 @@ class NamespaceFiles:
 def _write(folder: Path, namespace: Namespace) -> None:
     path = folder / (namespace.id.hex() + _SUFFIX)
     content = namespace_text(namespace)
-    if not path.exists() or path.read_bytes() != content:
+    if not path.exists() or read_regular(path) != content:
         write_durably(path, content)
