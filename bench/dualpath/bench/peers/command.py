@@ -25,7 +25,7 @@ SIZES = {"64K": 64 << 10, "256K": 256 << 10, "1M": 1 << 20, "4M": 4 << 20}
 _EPILOG = """examples:
   dualpath bench peers --install                 everything; installs the peers the first time
   dualpath bench peers --only dualpath-tcp,mooncake-tcp,redhare-tcp --blocks 1M,4M
-  dualpath bench peers --mib 1024 --piece 256    a put or get moves 256 MiB at once
+  dualpath bench peers --mib 512 --piece 256     a put or get moves 256 MiB at once
   dualpath bench peers --mib 64 --rounds 1       tries everything with little data
 
 Each peer runs in an environment of its own below --environments, pinned versions, only on loopback.
