@@ -11,8 +11,9 @@ import pytest
 from dualpath.transfer.chunk_queue import ChunkQueue, ChunkState
 from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.dispatch_config import DispatchConfig
-from dualpath.transfer.dispatcher import Dispatcher, Grant
+from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.grant import Grant
 from dualpath.transfer.placement import PathKind, policy_named
 
 CHUNK = 256 << 10

@@ -8,8 +8,9 @@ import pytest
 from dualpath.transfer.chunk_queue import ChunkState
 from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.dispatch_config import DispatchConfig
-from dualpath.transfer.dispatcher import UNBLAMED_REASONS, Dispatcher
+from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.grant import UNBLAMED_REASONS
 from dualpath.transfer.placement import POLICY_NAMES, PathKind, policy_named
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st

@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def view(name: str, queue_bytes: int = 0, up: bool = True, rate: float = 0) -> PathView:
+def view(
+    name: str, queue_bytes: int = 0, up: bool = True, rate: float = 0, spare: bool = False
+) -> PathView:
     kind = PathKind.DIRECT if name == "direct" else PathKind.RELAY
-    return PathView(name, kind, up, queue_bytes, 0, rate)
+    return PathView(name, kind, up, queue_bytes, 0, rate, spare=spare)
 
 
 def load(turn: int = 0, decode_peer: str = "") -> LoadView:
@@ -29,7 +31,13 @@ def load(turn: int = 0, decode_peer: str = "") -> LoadView:
 def path_views(draw: st.DrawFn) -> list[PathView]:
     names = ["direct", *(relay_path(f"d{index}") for index in range(draw(st.integers(0, 4))))]
     return [
-        view(name, draw(st.integers(0, 5)), draw(st.booleans()), draw(st.floats(0, 1e9)))
+        view(
+            name,
+            draw(st.integers(0, 5)),
+            draw(st.booleans()),
+            draw(st.floats(0, 1e9)),
+            name != "direct" and draw(st.booleans()),
+        )
         for name in names
     ]
 
@@ -47,9 +55,12 @@ def test_a_policy_names_only_up_paths_and_some_path_whenever_one_is_up(
 
 
 @given(path_views())
-def test_split_uses_all_up_paths(paths: list[PathView]) -> None:
+def test_split_uses_all_up_paths_and_spare_ones_only_in_place_of_direct(
+    paths: list[PathView],
+) -> None:
     chosen = policy_named("split").paths_for(load(), paths)
-    assert set(chosen) == {path.name for path in paths if path.up}
+    direct = paths[0].up
+    assert set(chosen) == {path.name for path in paths if path.up and not (path.spare and direct)}
 
 
 @given(path_views())

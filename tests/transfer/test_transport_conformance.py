@@ -12,6 +12,7 @@ from dualpath.transfer.conformance import CHECKS, TransportPair
 from dualpath.transfer.conformance_scene import READER, WRITER
 from dualpath.transfer.fault_plan import FaultPlan
 from dualpath.transfer.fault_transport import FaultTransport
+from dualpath.transfer.lane_marks import LaneMarks
 from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
 from dualpath.transfer.region import Region
 from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
@@ -51,6 +52,31 @@ def tcp(writer_lost: OnPeerLost, reader_lost: OnPeerLost) -> Iterator[TransportP
 
 
 @contextmanager
+def tcp_with_a_stream_a_lane(
+    writer_lost: OnPeerLost, reader_lost: OnPeerLost
+) -> Iterator[TransportPair]:
+    each = LaneMarks((10, 12, 8, 1))
+    writer = TcpTransport(
+        WRITER, writer_lost, TcpConfig(queue_bytes_max=QUEUE_BYTES_MAX, marks=each)
+    )
+    reader = TcpTransport(READER, reader_lost)
+    with pair_of(writer, reader, "127.0.0.1:0") as pair:
+        yield pair
+
+
+@contextmanager
+def paced_tcp_with_two_streams(
+    writer_lost: OnPeerLost, reader_lost: OnPeerLost
+) -> Iterator[TransportPair]:
+    marks, fast = LaneMarks((0, 0, 8, 8)), 600e6
+    config = TcpConfig(queue_bytes_max=QUEUE_BYTES_MAX, send_bytes_per_s=fast)
+    writer = TcpTransport(WRITER, writer_lost, config)
+    reader = TcpTransport(READER, reader_lost, TcpConfig(marks=marks, receive_bytes_per_s=fast))
+    with pair_of(writer, reader, "127.0.0.1:0") as pair:
+        yield pair
+
+
+@contextmanager
 def paced_tcp(writer_lost: OnPeerLost, reader_lost: OnPeerLost) -> Iterator[TransportPair]:
     fast = 600e6
     writer = TcpTransport(
@@ -81,6 +107,17 @@ def faultless(writer_lost: OnPeerLost, reader_lost: OnPeerLost) -> Iterator[Tran
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("make_pair", [memory, tcp, paced_tcp, shm, faultless])
+@pytest.mark.parametrize(
+    "make_pair",
+    [
+        memory,
+        tcp,
+        tcp_with_a_stream_a_lane,
+        paced_tcp,
+        paced_tcp_with_two_streams,
+        shm,
+        faultless,
+    ],
+)
 def test_a_transport_keeps_the_contract(make_pair: Callable[..., object], check: str) -> None:
     CHECKS[check](make_pair)  # type: ignore[arg-type]

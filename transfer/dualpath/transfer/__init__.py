@@ -3,7 +3,7 @@
 from dualpath.transfer.conformance import check_transport
 from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.dispatch_config import DispatchConfig
-from dualpath.transfer.dispatcher import Dispatcher, Grant
+from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import (
     Corrupt,
     DeadlineExceeded,
@@ -18,6 +18,7 @@ from dualpath.transfer.errors import (
 )
 from dualpath.transfer.fault_plan import FaultPlan
 from dualpath.transfer.fault_transport import FaultTransport
+from dualpath.transfer.grant import Grant
 from dualpath.transfer.lane import SAVE_FLOOR, Lane
 from dualpath.transfer.links import Link, LinkGraph, LinkKind, Path
 from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport

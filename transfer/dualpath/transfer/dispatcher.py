@@ -27,11 +27,17 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from dualpath.transfer.chunk_queue import ChunkQueue, ChunkState
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.grant import (
+    CANCELLED_REASON,
+    OVERLOADED_REASON,
+    OVERTAKEN_REASON,
+    UNBLAMED_REASONS,
+    Grant,
+)
 from dualpath.transfer.overtaking import overtaken
 from dualpath.transfer.path_state import PathCondition, PathState
 from dualpath.transfer.path_table import PathTable
@@ -45,21 +51,6 @@ from dualpath.transfer.placement import (
 from dualpath.transfer.queued_load import QueuedLoad
 
 CHUNKS_PER_LOAD_MAX = 1 << 20
-OVERLOADED_REASON = "overloaded"
-CANCELLED_REASON = "cancelled"
-OVERTAKEN_REASON = "overtaken"
-UNBLAMED_REASONS = frozenset({OVERLOADED_REASON, CANCELLED_REASON, OVERTAKEN_REASON})
-"""Reasons of `failed` that are no attempt of the chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Fetch these chunks of a load by this path, in this order; `nbytes` together."""
-
-    load_id: str
-    path: str
-    chunks: tuple[int, ...]
-    nbytes: int
 
 
 class Dispatcher:
@@ -95,6 +86,14 @@ class Dispatcher:
             return
         path.condition = PathCondition.UP if up else PathCondition.DOWN
         self._replace_loads("path_up" if up else "path_down")
+
+    def set_spare(self, name: str, spare: bool, now: float) -> None:
+        """Tell whether a path arrives by the device that binds the direct one; see PathView."""
+        self._see(now)
+        path = self._paths.known(name)
+        if path.spare is not spare:
+            path.spare = spare
+            self._replace_loads("path_spare")
 
     def report_queue(self, name: str, queue_bytes: int, now: float) -> None:
         """What the path's node says waits there for others. Unknown path: no effect."""

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import cast
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
-from dualpath.transfer.lane_queue import LaneQueue
+from dualpath.transfer.lane_queue import LaneQueue, PeerLanes
 from dualpath.transfer.slice_table import TableReader
 from dualpath.transfer.transport import (
     BATCH_WRITES_MAX,
@@ -145,21 +145,29 @@ class Fragment:
 
 
 class Outbox:
-    """Pending writes of one connection. Times are seconds of one monotonic clock."""
+    """Pending writes of one stream to a peer. Times are seconds of one monotonic clock.
 
-    def __init__(self, peer: str, queue_bytes_max: int) -> None:
+    With `shared`, which the outboxes of the peer's other streams have too, order and bound hold
+    over all of them."""
+
+    def __init__(self, peer: str, queue_bytes_max: int, shared: PeerLanes | None = None) -> None:
         self.peer = peer
-        self.queued_bytes = 0
+        self._shared = shared or PeerLanes()
         self._queue_bytes_max = queue_bytes_max
-        self._lanes: LaneQueue[PendingWrite] = LaneQueue()
+        self._lanes: LaneQueue[PendingWrite] = LaneQueue(self._shared)
         self._pending: dict[int, PendingWrite] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._next_ident = 1
 
     @property
+    def queued_bytes(self) -> int:
+        """Bytes without a completion of the peer, by all of its streams."""
+        return self._shared.queued_bytes
+
+    @property
     def waiting(self) -> bool:
-        """Whether there is anything to send."""
-        return len(self._lanes) > 0
+        """Whether there is anything to send now."""
+        return self._lanes.next_lane() is not None
 
     def add(self, write: Write, on_completion: OnCompletion, now: float) -> PendingWrite:
         """Queue a checked write; raises Overloaded if the peer has too much waiting."""
@@ -197,7 +205,7 @@ class Outbox:
         if len(self._deadlines) > 2 * len(self._pending) + _STALE_DEADLINES:
             self._deadlines = [each for each in self._deadlines if each[1] in self._pending]
             heapq.heapify(self._deadlines)
-        self.queued_bytes += nbytes
+        self._shared.queued_bytes += nbytes
         return pending
 
     def next_fragment(self, nbytes_max: int) -> Fragment | None:
@@ -231,7 +239,7 @@ class Outbox:
         """Take the write out, if it has no completion yet."""
         pending = self._pending.pop(ident, None)
         if pending is not None:
-            self.queued_bytes -= pending.nbytes
+            self._shared.queued_bytes -= pending.nbytes
             if pending.sent < pending.nbytes:
                 self._lanes.remove(pending.write.lane, pending)
         return pending
@@ -258,7 +266,7 @@ class Outbox:
         self._pending.clear()
         self._lanes.clear()
         self._deadlines.clear()
-        self.queued_bytes = 0
+        self._shared.queued_bytes -= sum(each.nbytes for each in pending)
         return pending
 
     def __len__(self) -> int:

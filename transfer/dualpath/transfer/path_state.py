@@ -55,6 +55,7 @@ class PathState:
         "queue",
         "rate",
         "retry_at_s",
+        "spare",
         "window",
     )
 
@@ -72,6 +73,7 @@ class PathState:
         self.largest_bytes = 0
         self.progress_at_s = 0.0
         self.retry_at_s = 0.0
+        self.spare = False
         self.paused_until_s = -math.inf
         self.rate = 0.0
         self.window = 0

@@ -104,6 +104,8 @@ class PathTable:
                 path.inflight_bytes + round(bound[path.name]) + path.reported_bytes(now),
                 path.inflight_bytes,
                 rates[path.name],
+                path.estimate.settled,
+                path.spare,
             )
             for path in self.hinted(hint)
         ]

@@ -39,7 +39,9 @@ class PathView:
     """What a policy may know about a path.
 
     `queue_bytes` wait at the storage link of the path: our own bytes that are bound for it or in
-    flight on it, and what its node reported of others. `rate_bytes_per_s` 0: unknown.
+    flight on it, and what its node reported of others. `rate_bytes_per_s` 0: unknown; `settled`:
+    measured for long enough to plan with. `spare`: it arrives by the very device that binds the
+    direct path, so that it can take that one's place, but adds nothing to it.
     """
 
     name: str
@@ -48,6 +50,8 @@ class PathView:
     queue_bytes: int
     inflight_bytes: int
     rate_bytes_per_s: float
+    settled: bool = False
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +131,20 @@ class ShorterQueuePolicy:
 
 
 class SplitPolicy:
-    """Chunks of one load over every up path; a path with free credit takes the next one."""
+    """Chunks of one load over every up path that adds something; a path with free credit takes the
+    next one."""
 
     name = "split"
     fixed = False
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
-        """All up paths, direct first."""
+        """All up paths, direct first; spare ones only in place of a direct path that is down."""
         direct = [path.name for path in paths if path.up and path.kind is PathKind.DIRECT]
-        relays = [path.name for path in paths if path.up and path.kind is PathKind.RELAY]
+        relays = [
+            path.name
+            for path in paths
+            if path.up and path.kind is PathKind.RELAY and not (path.spare and direct)
+        ]
         return (*direct, *relays)
 
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateConfig:
     """`memory_s`: busy seconds after which an observation weighs 1/e; `known_after_s`: busy
-    seconds before there is an estimate."""
+    seconds before there is an estimate, `settled_after_s`: before others may count on it."""
 
     memory_s: float = 0.25
     known_after_s: float = 0.005
+    settled_after_s: float = 0.125
 
     def __post_init__(self) -> None:
-        assert 0 < self.known_after_s < self.memory_s
+        assert 0 < self.known_after_s < self.settled_after_s < self.memory_s
 
 
 class RateEstimate:
@@ -40,6 +41,11 @@ class RateEstimate:
     def busy(self) -> bool:
         """Whether there is something to carry."""
         return self._busy_since is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether so much was seen that more is built on it than the next chunk."""
+        return self._time_s >= self._config.settled_after_s and self._bytes > 0
 
     def begin(self, now: float) -> None:
         """There is work from now on; no effect while busy."""

@@ -15,6 +15,7 @@ import itertools
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dualpath.transfer.errors import InvalidRequest, Unavailable
@@ -38,7 +39,16 @@ class Region:
     this process apart, also after one was closed.
     """
 
-    __slots__ = ("__weakref__", "_mmap", "fd", "nbytes", "read_only", "serial", "view")
+    __slots__ = (
+        "__weakref__",
+        "_mmap",
+        "before_close",
+        "fd",
+        "nbytes",
+        "read_only",
+        "serial",
+        "view",
+    )
 
     _serials = itertools.count(1)
 
@@ -49,6 +59,8 @@ class Region:
         self.serial = next(Region._serials)
         self.fd = fd
         self._mmap = mapping
+        self.before_close: list[Callable[[int], None]] = []
+        """Called with `serial`: whoever has registered the memory somewhere lets it go."""
 
     @staticmethod
     def anonymous(nbytes: int) -> Region:
@@ -150,6 +162,8 @@ class Region:
 
     def close(self) -> None:
         """Drop the mapping and the descriptor. Raises BufferError while views are held."""
+        while self.before_close:
+            self.before_close.pop()(self.serial)
         self.view.release()
         if self._mmap is not None:
             self._mmap.close()

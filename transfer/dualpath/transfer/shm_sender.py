@@ -19,6 +19,7 @@ from dualpath.transfer.outbox import NONE_REFUSED, Fragment, Outbox, PendingWrit
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import PAGE_BYTES, Region
 from dualpath.transfer.stream_sender import StreamSender, Truncated
+from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.transport import WRITE_BYTES_MAX, WriteStatus
 
 PLEDGE_REGION = 0
@@ -41,8 +42,9 @@ class ShmSender(StreamSender):
         outbox: Outbox,
         counters: PeerCounters,
         inflight_bytes_max: int,
+        turns: StreamTurns,
     ) -> None:
-        super().__init__(sock, outbox, Pacer(0), counters, WRITE_BYTES_MAX)
+        super().__init__(sock, outbox, Pacer(0), counters, WRITE_BYTES_MAX, turns)
         self._fragment_bytes = WRITE_BYTES_MAX  # a name is as long for any write
         self._inflight_bytes_max = inflight_bytes_max
         self._page_sent = False

@@ -23,9 +23,9 @@ from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import F_SEAL_SHRINK, Region
 from dualpath.transfer.shm_receiver import ShmReceiver
 from dualpath.transfer.shm_sender import ShmSender
-from dualpath.transfer.stream_receiver import StreamReceiver
-from dualpath.transfer.stream_sender import StreamSender
+from dualpath.transfer.stream_connection import Stream
 from dualpath.transfer.stream_transport import StreamTransport, seconds_left
+from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.transport import OnBatchCompletion, OnPeerLost, WriteBatch
 from dualpath.transfer.write_split import write_split
 
@@ -112,12 +112,18 @@ class ShmTransport(StreamTransport):
             raise
         return sock
 
-    def _halves(
-        self, sock: socket.socket, outbox: Outbox, counters: PeerCounters, stop: threading.Event
-    ) -> tuple[StreamSender, StreamReceiver]:
-        sender = ShmSender(sock, outbox, counters, self._config.inflight_bytes_max)
+    def _stream(
+        self,
+        index: int,
+        sock: socket.socket,
+        outbox: Outbox,
+        counters: PeerCounters,
+        turns: StreamTurns,
+        stop: threading.Event,
+    ) -> Stream:
+        sender = ShmSender(sock, outbox, counters, self._config.inflight_bytes_max, turns)
         receiver = ShmReceiver(sock, outbox.peer, self._windows, sender, counters, stop)
-        return sender, receiver
+        return Stream(sock, sender, receiver)
 
     def _check_source(self, region: Region) -> None:
         if region.fd < 0:

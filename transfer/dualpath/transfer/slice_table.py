@@ -155,17 +155,24 @@ class TableReader:
         self.ends = table.ends()
 
     def buffers(self, view: memoryview, offset: int, nbytes: int, limit: int) -> list[memoryview]:
-        """The pieces of bytes [offset, offset + nbytes) in `view`, at most `limit` of them."""
+        """The pieces of bytes [offset, offset + nbytes) in `view`, at most `limit` of them; parts
+        that adjoin are one."""
         table, ends = self.table, self.ends
         index = bisect_right(ends, offset)
         inside = offset - (ends[index - 1] if index else 0)
         solid = table.solid
         found: list[memoryview] = []
+        begin = end = -1  # of the last piece
         while nbytes and len(found) < limit:
             take = min(table.sizes[index] - inside, nbytes)
             if solid:
                 start = table.bases[index] + table.skips[index] + inside
-                found.append(view[start : start + take])
+                if start == end:
+                    found.pop()
+                else:
+                    begin = start
+                end = start + take
+                found.append(view[begin:end])
             else:
                 for at, size in table.part(index).part(inside, take).pieces():
                     found.append(view[at : at + size])

@@ -1,6 +1,7 @@
-"""One connection of a stream transport: both halves, their threads and their end.
+"""One connection of a stream transport: its streams, their threads and their end.
 
-Guarantees that a connection ends once, whoever notices first: pending writes complete, both
+A stream has two halves. There is one stream, or one for each class of lanes that the network tells
+apart. Guarantees that a connection ends once, whoever notices first: pending writes complete, both
 threads stop, the socket is closed by the last of them, and the transport is told.
 """
 
@@ -10,12 +11,16 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from dualpath.transfer.errors import DualPathError
+from dualpath.transfer.lane import Lane
 from dualpath.transfer.stream_frame import MalformedFrame
-from dualpath.transfer.stream_receiver import PeerClosed, StreamReceiver
-from dualpath.transfer.stream_sender import StreamSender, Truncated
+from dualpath.transfer.stream_receiver import PeerClosed
+from dualpath.transfer.stream_sender import Truncated
 from dualpath.transfer.transport import (
     OnBatchCompletion,
     OnCompletion,
@@ -30,34 +35,82 @@ OnEnd = Callable[["StreamConnection", str], None]
 """Called once, without locks, when a connection ended for any reason but `close`."""
 
 
-class StreamConnection:
-    """Running from `start` to `end`; the threads are daemons, joined by `join`."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        peer: str,
-        sender: StreamSender,
-        receiver: StreamReceiver,
-        stop: threading.Event,
-        on_end: OnEnd,
-    ) -> None:
-        self.peer = peer
-        self._socket = sock
-        self._sender = sender
-        self._receiver = receiver
-        self._stop = stop
-        self._on_end = on_end
-        self._ended = threading.Lock()  # taken by whoever ends the connection, never released
-        self._threads = (
-            threading.Thread(target=self._send, name=f"dualpath-send-{peer}", daemon=True),
-            threading.Thread(target=self._receive, name=f"dualpath-receive-{peer}", daemon=True),
-        )
+class SendingHalf(Protocol):
+    """What a connection needs of the side that writes; StreamSender is the usual one."""
 
     @property
     def queued_bytes(self) -> int:
         """Bytes of writes that have no completion yet."""
-        return self._sender.queued_bytes
+
+    def submit(self, write: Write, on_completion: OnCompletion, truncate_at: int = -1) -> None:
+        """See StreamSender.submit."""
+
+    def submit_batch(self, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
+        """See StreamSender.submit_batch."""
+
+    def run(self) -> None:
+        """Send until the connection ends."""
+
+    def end(self, status: WriteStatus, reason: str) -> bool:
+        """Complete all pending writes with `status`; False if that was done before."""
+
+    def release(self) -> None:
+        """Give up what it holds; called once, after both threads have stopped."""
+
+
+class ReceivingHalf(Protocol):
+    """What a connection needs of the side that receives."""
+
+    def run(self) -> None:
+        """Receive until the connection ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A socket and who sends and receives by it."""
+
+    sock: socket.socket
+    sender: SendingHalf
+    receiver: ReceivingHalf
+
+
+class StreamConnection:
+    """Running from `start` to `end`; the threads are daemons, joined by `join`.
+
+    Writes of a lane go by `streams[stream_of(lane)]`."""
+
+    def __init__(
+        self,
+        peer: str,
+        streams: Sequence[Stream],
+        stream_of: Callable[[Lane], int],
+        stop: threading.Event,
+        on_end: OnEnd,
+    ) -> None:
+        self.peer = peer
+        self._streams = streams
+        self._senders = {lane: streams[stream_of(lane)].sender for lane in Lane}
+        self._stop = stop
+        self._on_end = on_end
+        self._ended = threading.Lock()  # taken by whoever ends the connection, never released
+        self._threads: list[threading.Thread] = []
+        for stream in streams:
+            send = partial(self._send, stream)
+            sending = threading.Thread(target=send, name=f"dualpath-send-{peer}", daemon=True)
+            receive = partial(self._receive, stream, sending)
+            name = f"dualpath-receive-{peer}"
+            receiving = threading.Thread(target=receive, name=name, daemon=True)
+            self._threads += (sending, receiving)
+
+    @property
+    def first(self) -> Stream:
+        """The first of its streams."""
+        return self._streams[0]
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of writes that have no completion yet."""
+        return self.first.sender.queued_bytes
 
     def start(self) -> None:
         """Begin to send and to receive."""
@@ -66,18 +119,19 @@ class StreamConnection:
 
     def submit(self, write: Write, on_completion: OnCompletion, truncate_at: int = -1) -> None:
         """Queue a checked write; see StreamSender.submit."""
-        self._sender.submit(write, on_completion, truncate_at)
+        self._senders[write.lane].submit(write, on_completion, truncate_at)
 
     def submit_batch(self, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
         """Queue a checked batch; see StreamSender.submit_batch."""
-        self._sender.submit_batch(batch, on_completion)
+        self._senders[batch.lane].submit_batch(batch, on_completion)
 
     def end(self, reason: str, *, closing: bool = False) -> None:
         """End the connection; nothing if it has ended. `closing`: by our own `close`."""
         if not self._ended.acquire(blocking=False):
             return
         self._stop.set()
-        self._sender.end(WriteStatus.CLOSED if closing else WriteStatus.LOST, reason)
+        for stream in self._streams:
+            stream.sender.end(WriteStatus.CLOSED if closing else WriteStatus.LOST, reason)
         if not closing:
             self._on_end(self, reason)
 
@@ -92,31 +146,28 @@ class StreamConnection:
             if thread is not threading.current_thread()
         )
 
-    def _send(self) -> None:
-        try:
-            self._sender.run()
-        except (OSError, Truncated) as error:
-            self.end(str(error) or type(error).__name__)
-        except Exception as error:  # noqa: BLE001 - a bug must not leave it half alive
-            _log.exception("sending to %r failed", self.peer)
-            self.end(f"internal error: {error}")
+    def _send(self, stream: Stream) -> None:
+        self._run(stream.sender.run)
 
-    def _receive(self) -> None:
+    def _receive(self, stream: Stream, sending: threading.Thread) -> None:
+        self._run(stream.receiver.run)
+        sending.join()
+        stream.sender.release()
+        with contextlib.suppress(OSError):
+            stream.sock.close()
+
+    def _run(self, half: Callable[[], None]) -> None:
         try:
-            self._receiver.run()
+            half()
         except PeerClosed:
             self.end("closed by the peer")
         except MalformedFrame as error:
             self.end(f"malformed: {error}")
-        except (OSError, DualPathError) as error:
+        except (OSError, DualPathError, Truncated) as error:
             self.end(str(error) or type(error).__name__)
-        except Exception as error:  # noqa: BLE001 - as above
-            _log.exception("receiving from %r failed", self.peer)
+        except Exception as error:  # noqa: BLE001 - a bug must not leave it half alive
+            _log.exception("the connection to %r failed", self.peer)
             self.end(f"internal error: {error}")
-        self._threads[0].join()
-        self._sender.release()
-        with contextlib.suppress(OSError):
-            self._socket.close()
 
     def __repr__(self) -> str:
         state = "ended" if self._stop.is_set() else "open"

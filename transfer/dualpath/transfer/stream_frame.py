@@ -19,7 +19,9 @@ from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import BATCH_WRITES_MAX, WRITE_BYTES_MAX
 
-STREAM_VERSION = 2
+STREAM_VERSION = 3
+STREAMS_MAX = len(Lane)
+"""Most streams of one connection."""
 FRAGMENT_BYTES_MAX = 8 << 20
 """Most payload bytes of one frame."""
 BODY_BYTES_MAX = 8192
@@ -29,7 +31,7 @@ ACKS_MAX = 256
 
 _PREFIX = struct.Struct("<BBHI")
 PREFIX_BYTES = _PREFIX.size
-_HELLO = struct.Struct("<8sHB16s")
+_HELLO = struct.Struct("<8sBBB16s")
 _WELCOME = struct.Struct("<8sHB")
 _WRITE = struct.Struct("<QQIQB6Q")
 _BATCH = struct.Struct("<QQIQBQQQH")
@@ -72,15 +74,17 @@ class FrameType(enum.IntEnum):
     WRITE_FROM = 10
     BATCH = 11
     RESULTS = 12
+    STREAMS = 13
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The dialler's first frame."""
+    """The dialler's first frame; it would like that many streams."""
 
     version: int
     name: str
     invitation: bytes
+    streams: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,13 @@ class Deny:
     """The acceptor's answer to a Hello that it turns down; the connection ends."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Before Welcome: the dialler opens a further stream with each of these invitations."""
+
+    invitations: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +199,7 @@ Frame = (
     Hello
     | Welcome
     | Deny
+    | Streams
     | WriteFrame
     | BatchFrame
     | DataFrame
@@ -204,10 +216,11 @@ def _frame(kind: FrameType, body: bytes, payload: int = 0) -> bytes:
     return _PREFIX.pack(kind, 0, len(body), payload) + body
 
 
-def hello(name: str, invitation: bytes, version: int = STREAM_VERSION) -> bytes:
+def hello(name: str, invitation: bytes, version: int = STREAM_VERSION, streams: int = 1) -> bytes:
     """Encode Hello."""
     raw = name.encode()
-    return _frame(FrameType.HELLO, _HELLO.pack(_MAGIC, version, len(raw), invitation) + raw)
+    head = _HELLO.pack(_MAGIC, version, streams - 1, len(raw), invitation)
+    return _frame(FrameType.HELLO, head + raw)
 
 
 def welcome(name: str) -> bytes:
@@ -220,6 +233,11 @@ def deny(reason: str) -> bytes:
     """Encode Deny; a long reason is cut."""
     raw = reason.encode()[:_DENY_TEXT_BYTES_MAX]
     return _frame(FrameType.DENY, raw)
+
+
+def streams(invitations: Sequence[bytes]) -> bytes:
+    """Encode Streams."""
+    return _frame(FrameType.STREAMS, b"".join(invitations))
 
 
 def _write_body(
@@ -247,17 +265,8 @@ def batch(
 ) -> bytes:
     """Encode the head of a BatchFrame; the caller sends the payload behind it."""
     parts = len(table)
-    head = _BATCH.pack(
-        ident,
-        key,
-        generation,
-        first_tag,
-        lane,
-        table.stride,
-        table.count,
-        table.length,
-        parts,
-    )
+    shape = (table.stride, table.count, table.length, parts)
+    head = _BATCH.pack(ident, key, generation, first_tag, lane, *shape)
     body = struct.pack(f"<{2 * parts}Q{parts}I", *table.bases, *table.skips, *table.sizes)
     return _frame(FrameType.BATCH, head + body, payload)
 
@@ -355,9 +364,11 @@ def _magic(value: bytes) -> None:
 
 
 def _parse_hello(body: memoryview, payload: int) -> Frame:
-    magic, version, nbytes, invitation = _HELLO.unpack_from(body)
+    magic, version, further, nbytes, invitation = _HELLO.unpack_from(body)
     _magic(magic)
-    return Hello(version, _name(body, _HELLO.size, nbytes), invitation)
+    if further >= STREAMS_MAX:
+        raise MalformedFrame(f"{further} further streams; there are {STREAMS_MAX} at most")
+    return Hello(version, _name(body, _HELLO.size, nbytes), invitation, further + 1)
 
 
 def _parse_welcome(body: memoryview, payload: int) -> Frame:
@@ -368,6 +379,16 @@ def _parse_welcome(body: memoryview, payload: int) -> Frame:
 
 def _parse_deny(body: memoryview, payload: int) -> Frame:
     return Deny(bytes(body[:_DENY_TEXT_BYTES_MAX]).decode(errors="replace"))
+
+
+def _parse_streams(body: memoryview, payload: int) -> Frame:
+    count, rest = divmod(body.nbytes, INVITATION_BYTES)
+    if rest or not 1 <= count < STREAMS_MAX:
+        raise MalformedFrame(f"invitations of {body.nbytes} bytes to further streams")
+    raw = bytes(body)
+    return Streams(
+        tuple(raw[i : i + INVITATION_BYTES] for i in range(0, len(raw), INVITATION_BYTES))
+    )
 
 
 def _write_of(body: memoryview, payload: int) -> WriteFrame:
@@ -456,6 +477,7 @@ _DECODERS: dict[int, Callable[[memoryview, int], Frame]] = {
     FrameType.HELLO: _parse_hello,
     FrameType.WELCOME: _parse_welcome,
     FrameType.DENY: _parse_deny,
+    FrameType.STREAMS: _parse_streams,
     FrameType.WRITE: _parse_write,
     FrameType.DATA: _parse_data,
     FrameType.CANCEL: _parse_cancel,

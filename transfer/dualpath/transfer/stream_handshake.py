@@ -1,14 +1,15 @@
 """Opening a stream connection: invitation, version and names, within a time limit.
 
 Reads exactly the bytes of one frame, so that nothing of what follows is taken (on Unix sockets
-a descriptor may be attached to it). Both functions leave the socket non-blocking.
+a descriptor may be attached to it). At the end of the handshake the socket does not block.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NoReturn
 
 from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.errors import DeadlineExceeded, PermissionDenied, Unavailable
@@ -20,16 +21,76 @@ HANDSHAKE_FRAME_BYTES_MAX = 1024
 
 
 def introduce(
-    sock: socket.socket, own_name: str, peer: str, invitation: bytes, deadline: float
-) -> None:
-    """The dialler's side. Raises PermissionDenied, Unavailable or DeadlineExceeded."""
+    sock: socket.socket,
+    own_name: str,
+    peer: str,
+    invitation: bytes,
+    deadline: float,
+    streams: int = 1,
+) -> tuple[bytes, ...]:
+    """The dialler's side. Returns invitations to further streams; if there are any, the acceptor's
+    welcome comes (`await_welcome`) once these have been opened.
+
+    Raises PermissionDenied, Unavailable or DeadlineExceeded.
+    """
+    hello = frames.hello(own_name, invitation, streams=streams)
+    answer = _answer(sock, peer, deadline, hello)
+    if isinstance(answer, frames.Streams):
+        return answer.invitations
+    _check_welcome(answer, peer)
+    sock.setblocking(False)
+    return ()
+
+
+def await_welcome(sock: socket.socket, peer: str, deadline: float) -> None:
+    """What is left of the dialler's side after further streams. Raises as `introduce`."""
+    _check_welcome(_answer(sock, peer, deadline), peer)
+    sock.setblocking(False)
+
+
+def receive_hello(sock: socket.socket) -> frames.Hello:
+    """The acceptor's side up to what the dialler says.
+
+    What the peer calls itself is only for messages: the invitation names it. Raises
+    PermissionDenied (another version; the peer was told), OSError or MalformedFrame.
+    """
+    said = _receive(sock, time.monotonic() + HANDSHAKE_S)
+    if not isinstance(said, frames.Hello):
+        raise MalformedFrame(f"{type(said).__name__} instead of a handshake")
+    if said.version != frames.STREAM_VERSION:
+        turn_down(sock, f"stream version {said.version}, this side speaks {frames.STREAM_VERSION}")
+    return said
+
+
+def turn_down(sock: socket.socket, reason: str) -> NoReturn:
+    """Tell the dialler why not, and raise PermissionDenied."""
+    _send(sock, frames.deny(reason), time.monotonic() + HANDSHAKE_S)
+    raise PermissionDenied(reason)
+
+
+def send_streams(sock: socket.socket, invitations: Sequence[bytes]) -> None:
+    """Ask the dialler to open further streams before it is welcomed."""
+    _send(sock, frames.streams(invitations), time.monotonic() + HANDSHAKE_S)
+
+
+def send_welcome(sock: socket.socket, own_name: str) -> None:
+    """The acceptor's answer, once it is ready to receive."""
+    _send(sock, frames.welcome(own_name), time.monotonic() + HANDSHAKE_S)
+    sock.setblocking(False)
+
+
+def _answer(sock: socket.socket, peer: str, deadline: float, question: bytes = b"") -> frames.Frame:
     try:
-        _send(sock, frames.hello(own_name, invitation), deadline)
-        answer = _receive(sock, deadline)
+        if question:
+            _send(sock, question, deadline)
+        return _receive(sock, deadline)
     except TimeoutError as error:
         raise DeadlineExceeded(f"{peer!r} did not answer the handshake in time") from error
     except (OSError, MalformedFrame) as error:
         raise Unavailable(f"handshake with {peer!r} failed: {error}") from error
+
+
+def _check_welcome(answer: frames.Frame, peer: str) -> None:
     if isinstance(answer, frames.Deny):
         raise PermissionDenied(f"{peer!r} turned the connection down: {answer.reason}")
     if not isinstance(answer, frames.Welcome):
@@ -40,35 +101,6 @@ def introduce(
             f"{frames.STREAM_VERSION}; upgrade the older one",
             reason="version",
         )
-    sock.setblocking(False)
-
-
-def receive_introduction(sock: socket.socket, redeem: Callable[[bytes], str]) -> str:
-    """The acceptor's side up to the answer: the name that the peer was invited under.
-
-    What the peer calls itself is only for messages: the invitation names it.
-
-    Raises PermissionDenied (the peer was told), OSError or MalformedFrame.
-    """
-    deadline = time.monotonic() + HANDSHAKE_S
-    said = _receive(sock, deadline)
-    if not isinstance(said, frames.Hello):
-        raise MalformedFrame(f"{type(said).__name__} instead of a handshake")
-    reason = peer = ""
-    if said.version != frames.STREAM_VERSION:
-        reason = f"stream version {said.version}, this side speaks {frames.STREAM_VERSION}"
-    elif not (peer := redeem(said.invitation)):
-        reason = f"no invitation of {said.name!r}: it is wrong, used or expired"
-    if reason:
-        _send(sock, frames.deny(reason), deadline)
-        raise PermissionDenied(reason)
-    return peer
-
-
-def send_welcome(sock: socket.socket, own_name: str) -> None:
-    """The acceptor's answer, once it is ready to receive."""
-    _send(sock, frames.welcome(own_name), time.monotonic() + HANDSHAKE_S)
-    sock.setblocking(False)
 
 
 def _send(sock: socket.socket, frame: bytes, deadline: float) -> None:

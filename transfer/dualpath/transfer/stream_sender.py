@@ -24,6 +24,7 @@ from dualpath.transfer.memfd_channel import send_with_fds
 from dualpath.transfer.outbox import NONE_REFUSED, Fragment, Outbox, PendingWrite, deliver
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
+from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.transport import (
     OnBatchCompletion,
     OnCompletion,
@@ -58,6 +59,7 @@ class StreamSender:
         pacer: Pacer,
         counters: PeerCounters,
         fragment_bytes: int,
+        turns: StreamTurns,
     ) -> None:
         self._socket = sock
         self._outbox = outbox
@@ -66,7 +68,8 @@ class StreamSender:
         self._fragment_bytes_min = min(fragment_bytes, pacer.piece_bytes)
         self._fragment_bytes = self._fragment_bytes_min
         self._interrupt = bytearray(1)
-        self._changed = threading.Condition()  # guards what follows
+        self._turns = turns
+        self._changed = turns.join()  # guards what follows
         self._ended = False
         self._acks: deque[tuple[int, int]] = deque()  # (ident, code)
         self._control: deque[bytes] = deque()
@@ -209,6 +212,8 @@ class StreamSender:
                 expired = self._expire(now)
                 control = self._take_control()
                 fragment = None if control is not None else self._next_fragment(now)
+                if fragment is not None:
+                    self._turns.wake_others(self._changed)
                 if control is None and fragment is None and not expired:
                     self._changed.wait(self._idle_s(now))
                     continue
@@ -323,6 +328,8 @@ class StreamSender:
 
     def _expire(self, now: float) -> list[PendingWrite]:
         expired = self._outbox.expire(now)
+        if expired:
+            self._turns.wake_others(self._changed)
         for pending in expired:
             if 0 < pending.sent < pending.nbytes:
                 self._control.append(frames.cancel(pending.ident))

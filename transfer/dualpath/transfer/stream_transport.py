@@ -27,17 +27,26 @@ from dualpath.transfer.errors import (
     Unavailable,
 )
 from dualpath.transfer.invitations import INVITATION_BYTES, Invitations, check_peer_name
+from dualpath.transfer.lane import Lane
 from dualpath.transfer.ledger import Ledger, PeerCounters
 from dualpath.transfer.outbox import Outbox, check_batch, check_write
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
-from dualpath.transfer.stream_connection import StreamConnection
+from dualpath.transfer.stream_connection import Stream, StreamConnection
 from dualpath.transfer.stream_frame import MalformedFrame
-from dualpath.transfer.stream_handshake import introduce, receive_introduction, send_welcome
-from dualpath.transfer.stream_receiver import StreamReceiver
-from dualpath.transfer.stream_sender import StreamSender
+from dualpath.transfer.stream_gathering import Gatherings
+from dualpath.transfer.stream_handshake import (
+    HANDSHAKE_S,
+    await_welcome,
+    introduce,
+    receive_hello,
+    send_streams,
+    send_welcome,
+    turn_down,
+)
+from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.transport import (
     OnArrival,
     OnBatchCompletion,
@@ -82,6 +91,7 @@ class StreamTransport(ABC):
         self._receive_pacer = receive_pacer
         self._windows = WindowTable()
         self._invitations = Invitations()
+        self._gatherings = Gatherings()
         self._ledger = Ledger()
         self._lock = threading.Lock()  # guards what follows
         self._connections: dict[str, StreamConnection] = {}
@@ -109,10 +119,25 @@ class StreamTransport(ABC):
         """A connected socket. Raises OSError, or InvalidRequest for the address."""
 
     @abstractmethod
-    def _halves(
-        self, sock: socket.socket, outbox: Outbox, counters: PeerCounters, stop: threading.Event
-    ) -> tuple[StreamSender, StreamReceiver]:
-        """Prepare the socket and make the halves of its connection."""
+    def _stream(
+        self,
+        index: int,
+        sock: socket.socket,
+        outbox: Outbox,
+        counters: PeerCounters,
+        turns: StreamTurns,
+        stop: threading.Event,
+    ) -> Stream:
+        """Prepare the socket of a connection's stream `index` and make its halves."""
+
+    @property
+    def _streams(self) -> int:
+        """How many streams a connection has on our account; the peer may want more."""
+        return 1
+
+    def _stream_of(self, lane: Lane) -> int:
+        """By which of them the lane goes."""
+        return 0
 
     def _check_source(self, region: Region) -> None:  # noqa: B027 - most take any region
         """Raise InvalidRequest if `region` cannot be written from."""
@@ -152,20 +177,30 @@ class StreamTransport(ABC):
         with self._lock:
             self._check_open()
         deadline = time.monotonic() + deadline_s
+        socks: list[socket.socket] = []
         try:
-            sock = self._dial(address, deadline)
+            socks.append(self._dialled(peer, address, deadline))
+            secrets = introduce(socks[0], self._own_name, peer, invitation, deadline, self._streams)
+            for secret in secrets:
+                socks.append(self._dialled(peer, address, deadline))
+                introduce(socks[-1], self._own_name, peer, secret, deadline)
+            if secrets:
+                await_welcome(socks[0], peer, deadline)
+            connection = self._connection(socks, peer)
+            self._register(connection)
+        except BaseException:
+            for sock in socks:
+                sock.close()
+            raise
+        connection.start()
+
+    def _dialled(self, peer: str, address: str, deadline: float) -> socket.socket:
+        try:
+            return self._dial(address, deadline)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{peer!r} at {address} did not answer in time") from error
         except OSError as error:
             raise Unavailable(f"cannot reach {peer!r} at {address}: {error}") from error
-        try:
-            introduce(sock, self._own_name, peer, invitation, deadline)
-            connection = self._connection(sock, peer)
-            self._register(connection)
-        except BaseException:
-            sock.close()
-            raise
-        connection.start()
 
     def disconnect(self, peer: str) -> None:
         """See Transport.disconnect."""
@@ -261,6 +296,7 @@ class StreamTransport(ABC):
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
         os.eventfd_write(self._wake_fd, 1)
+        self._gatherings.close()
         self._windows.close()
         for connection in connections:
             connection.end("closed", closing=True)
@@ -284,14 +320,16 @@ class StreamTransport(ABC):
         if self._closed:
             raise Unavailable("the transport is closed", reason="closed")
 
-    def _connection(self, sock: socket.socket, peer: str) -> StreamConnection:
-        stop = threading.Event()
-        outbox = Outbox(peer, self._queue_bytes_max)
+    def _connection(self, socks: Sequence[socket.socket], peer: str) -> StreamConnection:
+        stop, turns = threading.Event(), StreamTurns()
         with self._lock:
             connected = dict(self._connections)
         counters = self._ledger.of(peer, connected)
-        sender, receiver = self._halves(sock, outbox, counters, stop)
-        return StreamConnection(sock, peer, sender, receiver, stop, self._connection_ended)
+        streams = []
+        for index, sock in enumerate(socks):
+            outbox = Outbox(peer, self._queue_bytes_max, turns.lanes)
+            streams.append(self._stream(index, sock, outbox, counters, turns, stop))
+        return StreamConnection(peer, streams, self._stream_of, stop, self._connection_ended)
 
     def _register(self, connection: StreamConnection) -> None:
         """Make it the peer's connection; the one it had before is lost."""
@@ -392,28 +430,46 @@ class StreamTransport(ABC):
         sock.close()
 
     def _greet(self, sock: socket.socket) -> None:
+        try:
+            said = receive_hello(sock)
+            if (gathering := self._gatherings.take(said.invitation)) is not None:
+                send_welcome(sock, self._own_name)
+                if not self._gatherings.hand_over(gathering, said.invitation, sock):
+                    sock.close()
+                return
+            peer = self._invitations.redeem(said.invitation, time.monotonic())
+            if not peer:
+                turn_down(sock, f"no invitation of {said.name!r}: it is wrong, used or expired")
+            self._admit(sock, peer, max(said.streams, self._streams))
+        except (OSError, MalformedFrame, DualPathError) as error:
+            _log.info("%s turned a caller down: %s", self._own_name, error)
+            sock.close()
+        finally:
+            with self._lock:
+                self._handshakes.pop(sock, None)
+
+    def _admit(self, sock: socket.socket, peer: str, streams: int) -> None:
+        """Open the connection to a caller that was invited. Raises as the handshake."""
+        further: Sequence[socket.socket] = ()
         connection = None
         try:
-            peer = receive_introduction(
-                sock,
-                lambda secret: self._invitations.redeem(secret, time.monotonic()),
-            )
-            connection = self._connection(sock, peer)
+            if streams > 1:
+                with self._gatherings.open(streams - 1) as gathering:
+                    send_streams(sock, gathering.invitations)
+                    further = gathering.wait(HANDSHAKE_S)
+            connection = self._connection((sock, *further), peer)
             self._register(connection)
             with self._lock:
                 # From here on it is the connection's socket; `close` ends that.
                 self._handshakes.pop(sock, None)
             send_welcome(sock, self._own_name)
-        except (OSError, MalformedFrame, DualPathError) as error:
-            _log.info("%s turned a caller down: %s", self._own_name, error)
+        except BaseException as error:
             if connection is not None:
                 connection.end(f"handshake failed: {error}")
-            sock.close()
-        else:
-            connection.start()
-        finally:
-            with self._lock:
-                self._handshakes.pop(sock, None)
+            for each in further:
+                each.close()
+            raise
+        connection.start()
 
 
 def seconds_left(deadline: float) -> float:

@@ -8,23 +8,39 @@ without a copy of our own.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.lane import Lane
+from dualpath.transfer.lane_marks import LaneMarks, priority_of
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.outbox import Outbox
 from dualpath.transfer.pacer import Pacer
+from dualpath.transfer.stream_connection import Stream
 from dualpath.transfer.stream_frame import FRAGMENT_BYTES_MAX
 from dualpath.transfer.stream_receiver import StreamReceiver
 from dualpath.transfer.stream_sender import StreamSender
 from dualpath.transfer.stream_transport import StreamTransport, seconds_left
+from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.transport import OnPeerLost
 
 LISTEN_BACKLOG = 128
 PACED_RECEIVE_BUFFER_BYTES = 512 << 10
 """A paced receiver keeps the socket's buffer small, so that the sender feels the limit."""
+
+_CONGESTION = re.compile(r"[a-z][a-z0-9_]{0,14}")
+
+
+def check_congestion(name: str) -> None:
+    """Raise InvalidRequest unless `name` could be a congestion control of the kernel."""
+    if not _CONGESTION.fullmatch(name):
+        raise InvalidRequest(
+            f"tcp_congestion {name!r} is no congestion control; "
+            "/proc/sys/net/ipv4/tcp_available_congestion_control lists those of this kernel"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +52,10 @@ class TcpConfig:
     kernel's tuning). `congestion` is used where the kernel has it. `vanished_s` is after how
     long a peer that answers nothing is given up. `fragment_bytes` is what one write sends at
     least before a more urgent one may overtake it: more where that takes hardly any time.
-    `queue_bytes_max` bounds the bytes without a completion of one peer.
+    `queue_bytes_max` bounds the bytes without a completion of one peer. `marks` are the DSCP of
+    the lanes; a peer gets a stream for each different one. `unsent_bytes_max` bounds what waits in
+    the kernel unsent (0: as much as fits), and with it what an urgent write waits for; few bytes
+    stay in the caches.
     """
 
     receive_bytes_per_s: float = 0
@@ -47,6 +66,8 @@ class TcpConfig:
     fragment_bytes: int = 512 << 10
     queue_bytes_max: int = 256 << 20
     connections_max: int = 256
+    marks: LaneMarks = field(default_factory=LaneMarks)
+    unsent_bytes_max: int = 256 << 10
 
     def __post_init__(self) -> None:
         if not 1 <= self.fragment_bytes <= FRAGMENT_BYTES_MAX:
@@ -55,7 +76,9 @@ class TcpConfig:
             )
         if self.vanished_s < 1:
             raise InvalidRequest(f"vanished_s is at least 1, not {self.vanished_s}")
-        if min(self.socket_buffer_bytes, self.queue_bytes_max, self.connections_max) < 0:
+        check_congestion(self.congestion)
+        limits = self.socket_buffer_bytes, self.queue_bytes_max, self.connections_max
+        if min(*limits, self.unsent_bytes_max) < 0:
             raise InvalidRequest("sizes and limits of a TcpConfig are not negative")
 
 
@@ -113,15 +136,31 @@ class TcpTransport(StreamTransport):
             raise
         return sock
 
-    def _halves(
-        self, sock: socket.socket, outbox: Outbox, counters: PeerCounters, stop: threading.Event
-    ) -> tuple[StreamSender, StreamReceiver]:
+    @property
+    def _streams(self) -> int:
+        return len(self._config.marks.classes)
+
+    def _stream_of(self, lane: Lane) -> int:
+        return self._config.marks.stream_of(lane)
+
+    def _stream(
+        self,
+        index: int,
+        sock: socket.socket,
+        outbox: Outbox,
+        counters: PeerCounters,
+        turns: StreamTurns,
+        stop: threading.Event,
+    ) -> Stream:
         self._tune(sock)
-        sender = StreamSender(sock, outbox, self._send_pacer, counters, self._config.fragment_bytes)
+        mark_socket(sock, self._config.marks.of_stream(index))
+        sender = StreamSender(
+            sock, outbox, self._send_pacer, counters, self._config.fragment_bytes, turns
+        )
         receiver = StreamReceiver(
             sock, outbox.peer, self._windows, self._receive_pacer, sender, counters, stop
         )
-        return sender, receiver
+        return Stream(sock, sender, receiver)
 
     def _size_buffers(self, sock: socket.socket) -> None:
         # Before connect and listen, or the window's scale is fixed already.
@@ -143,10 +182,27 @@ class TcpTransport(StreamTransport):
         sock.setsockopt(
             socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._config.vanished_s * 1000)
         )
+        if self._config.unsent_bytes_max:
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self._config.unsent_bytes_max
+            )
         with contextlib.suppress(OSError):  # the kernel lacks it: its default serves
             sock.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._config.congestion.encode()
             )
+
+
+def mark_socket(sock: socket.socket, dscp: int) -> None:
+    """Have the socket's packets carry `dscp`, and go out with the priority that belongs to it."""
+    if not dscp:
+        return
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, dscp << 2)
+        with contextlib.suppress(OSError):  # it matters only where it carries IPv4
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, dscp << 2)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, dscp << 2)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority_of(dscp))
 
 
 def parse_address(address: str) -> tuple[str, int]:

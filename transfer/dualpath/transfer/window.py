@@ -98,6 +98,13 @@ class LandingLock:
                 self.interrupt[0] = 0
                 yield
 
+    def close(self, landing: Landing) -> bool:
+        """Let nothing more into `landing`; say whether it was open. A transport whose bytes go in
+        without this lock (by a network card) overrides it, to wait for them as well."""
+        with self.fencing():
+            was_open, landing.open = landing.open, False
+            return was_open
+
 
 class Landing:
     """One accepted write on its way into a region.
@@ -130,9 +137,7 @@ class Landing:
 
     def close(self) -> bool:
         """Let nothing more in; say whether it was still open."""
-        with self.lock.fencing():
-            was_open, self.open = self.open, False
-            return was_open
+        return self.lock.close(self)
 
     @property
     def hashed(self) -> bool:
@@ -273,10 +278,17 @@ class WindowTable:
         return landing
 
     def begin_table(
-        self, peer: str, key: int, generation: int, first_tag: int, targets: SliceTable
+        self,
+        peer: str,
+        key: int,
+        generation: int,
+        first_tag: int,
+        targets: SliceTable,
+        lock: LandingLock | None = None,
     ) -> list[Landing | str]:
-        """Accept the writes of a batch: a landing each, or the reason of its refusal."""
-        lock = LandingLock()
+        """Accept the writes of a batch: a landing each, or the reason of its refusal. They share
+        `lock`, a plain one by default."""
+        lock = lock or LandingLock()
         with self._lock:
             record = self._record(key, generation)
             if record is None:
