@@ -26,7 +26,7 @@ MODEL := $(STAMP)-model-$(PROJECT)
 TORCH ?= torch==2.13.0
 PROTOS := $(wildcard proto/dualpath/proto/v*/*.proto)
 
-.PHONY: help demo demo-model test lint format bench bench-store bench-peers soak proto env clean distclean
+.PHONY: help demo demo-model test test-rdma lint format bench bench-store bench-peers soak proto env clean distclean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -54,6 +54,12 @@ demo-model: $(RUN) ## A real model's KV through the store and back (installs tor
 
 test: $(DEV) ## The default tests (under 10 minutes)
 	@$(PY) -m pytest -m 'not slow and not root' $(ARGS)
+
+test-rdma: $(DEV) ## The RDMA transport over real verbs, in a virtual machine (about a minute)
+	@status=0
+	$(PY) tests/transfer/rdma_vm/boot.py $(ARGS) || status=$$?
+	if [ "$$status" -eq 75 ]; then exit 0; fi
+	exit "$$status"
 
 lint: $(DEV) ## ruff, mypy --strict and the import contract
 	@set -x
