@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from dualpath.agent import attachments as module
 from dualpath.agent.attachments import Attachment, Attachments
+from dualpath.agent.holdings import Holdings
 from dualpath.agent.relay_job import Requester
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX
 from dualpath.proto import first_message
@@ -25,6 +26,7 @@ class _Relay:
 
     def __init__(self) -> None:
         self.closed: list[Requester] = []
+        self.holdings = Holdings(None, 1.0)
 
     def open(self, name: str, peer: str) -> Requester:
         return Requester(name, peer)

@@ -124,10 +124,11 @@ def test_a_load_that_cannot_end_in_time_is_a_shorter_prefix(run_cluster: Run) ->
         places = Places.contiguous(LAYOUT, 24)
         load = await client.load(namespace_id, hashes, memory, places, deadline_s=1.0)
         result = await load.result()
-        assert result.blocks < 24
+        # Some blocks are whole, though layers come before blocks.
+        assert 1 <= result.blocks < 24
         assert result.miss is MissReason.DEADLINE
-        assert result.events["deadline"] == 1
-        good = Places(places.layer_stride_bytes, places.base_bytes[: result.blocks or 1])
+        assert result.events["shortened"] >= 1
+        good = Places(places.layer_stride_bytes, places.base_bytes[: result.blocks])
         assert wrong_blocks(memory, good, hashes[: result.blocks]) == []
         # Fenced: what follows is not touched by writes of the load that ended.
         memory.view[:] = b"\x5a" * memory.nbytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,8 +21,9 @@ from dualpath.agent.outcome import LoadResult, LoadStarted, MissReason
 from dualpath.agent.regions import EngineRegion
 from dualpath.kvstore.layout import KVLayout
 from dualpath.proto.v1 import store_pb2
-from dualpath.transfer.dispatcher import Grant
+from dualpath.transfer.chunk_queue import ChunkState
 from dualpath.transfer.errors import DualPathError
+from dualpath.transfer.grant import Grant
 from dualpath.transfer.slice_table import SliceTable
 from numpy.typing import NDArray
 
@@ -61,6 +62,10 @@ class ActiveLoad:
         self.refreshing: asyncio.Task[None] | None = None
         self.delegating: asyncio.Task[None] | None = None
         self.reports: list[asyncio.Task[None]] = []
+        self.distrusted: set[int] = set()
+        """Chunks that came corrupt: relays are to read them from storage."""
+        self.held_bytes: Counter[str] = Counter()
+        """By path: what a relay did not have to read, as far as it has said so."""
         self.aborted = False
         self.refreshes = 0
         self.events: Counter[str] = Counter()
@@ -131,6 +136,29 @@ class ActiveLoad:
         armed = ArmedChunks(first_tag, indices, blocks.tolist(), chunks.tolist(), targets, ())
         return armed if self.looking else replace(armed, checksums=self.checksums_of(armed))
 
+    def describe(self, chunks: Mapping[ChunkState, int]) -> str:
+        """For the log: how many chunks are in each state, and what its grants wait for."""
+        lease = self.refreshing or self.looking
+        waits = "lease" if lease else "tickets" if self.delegating else "nothing"
+        counts = ", ".join(f"{count} {state.name.lower()}" for state, count in chunks.items())
+        return (
+            f"load {self.spec.load_id} (chunks: {counts}; {len(self.held)} grants held for {waits})"
+        )
+
+    def take_from_held(self, path: str, chunks: Collection[int]) -> set[int]:
+        """Those of `chunks` whose grants on `path` are held: they are held no longer."""
+        taken: set[int] = set()
+        kept = []
+        for grant in self.held:
+            left = grant.chunks
+            if grant.path == path:
+                taken.update(each for each in grant.chunks if each in chunks)
+                left = tuple(each for each in grant.chunks if each not in chunks)
+            if left:
+                kept.append(replace(grant, chunks=left))
+        self.held = kept
+        return taken
+
     def checksums_of(self, armed: ArmedChunks) -> list[int]:
         """What chunks must hash to; 0 for those of blocks that were not found."""
         at = np.array(armed.blocks, np.int64) * len(self._sizes) + armed.chunks
@@ -186,6 +214,7 @@ class ActiveLoad:
             elapsed_s=now - self.started_at,
             lookup_s=self.lookup_s,
             nbytes=blocks * self.layout.block_bytes,
+            held_bytes=dict(+self.held_bytes),
         )
         self.changed()
         return self.result

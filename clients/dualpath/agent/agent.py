@@ -12,15 +12,21 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 
 from dualpath.agent.attachments import Attachments
+from dualpath.agent.compute_transport import compute_transport, tcp_config
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.daemon_loads import DaemonLoads
+from dualpath.agent.hand_offs import HandOffs
+from dualpath.agent.handed_request import HandedRequests
+from dualpath.agent.holdings import Holdings
+from dualpath.agent.intakes import Intakes
 from dualpath.agent.loader import Loader
 from dualpath.agent.network import MakeTransport, Network
+from dualpath.agent.receiver import Receiver
 from dualpath.agent.regions import Regions
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_link import RelayLink
@@ -34,7 +40,7 @@ from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
 from dualpath.transfer.placement import DIRECT_PATH, policy_named, relay_path
 from dualpath.transfer.region import Region
 from dualpath.transfer.shm_transport import ShmTransport
-from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
+from dualpath.transfer.tcp_transport import TcpTransport
 from dualpath.transfer.transport import OnPeerLost, Transport
 
 NAMESPACES_MAX = 4096
@@ -43,7 +49,7 @@ NAMESPACES_MAX = 4096
 class Agent:
     """See the module docstring. Make it, `start` it and `stop` it in the same loop.
 
-    `make_storage` and `make_compute` replace the TCP transports (tests put faults there).
+    `make_storage` and `make_compute` replace the transports (tests put faults there).
     """
 
     def __init__(
@@ -59,8 +65,8 @@ class Agent:
         self.server_id = secrets.token_hex(8)
         self.namespaces: dict[bytes, Namespace] = {}
         self.regions = Regions()
-        self._make_storage = make_storage or _tcp(config.storage_limit_bytes_per_s)
-        self._make_compute = make_compute or _tcp(config.compute_limit_bytes_per_s)
+        self._make_storage = make_storage or _storage_tcp(config)
+        self._make_compute = make_compute or compute_transport(config)
         self._started_at = time.monotonic()
         self._stack = contextlib.AsyncExitStack()
 
@@ -91,7 +97,12 @@ class Agent:
             _listen(self.compute.transport, config.data_listen)
         staging = Region.anonymous(config.staging_bytes // SLAB_BYTES * SLAB_BYTES)
         stack.callback(_close_region, staging)
-        self.relay = Relay(Staging(staging), self.compute, loop, self._own_queue_changed)
+        self.holdings = Holdings(
+            self._hold_region() if relaying else None, config.hold_s, cache=config.hold_cache
+        )
+        self.relay = Relay(
+            Staging(staging), self.holdings, self.compute, loop, self._own_queue_changed
+        )
         stack.callback(self.relay.shutdown)
         self._make_links()
         for daemon in self.daemons.values():
@@ -132,7 +143,41 @@ class Agent:
             loop,
         )
         self.saver = Saver(config, self.daemons, self.regions, self.namespaces, loop)
+        self._make_hand_offs(loop)
         self._connect(stack)
+
+    def _make_hand_offs(self, loop: asyncio.AbstractEventLoop) -> None:
+        config, holdings = self.config, self.holdings
+        self.hand_offs = HandOffs(config, self.relays, self.regions, self.loader, loop)
+        events = self.hand_offs.events
+        self.handed = HandedRequests(holdings, config.hold_s, events, loop)
+        self.intakes = Intakes(
+            self.attachments,
+            self.handed,
+            holdings,
+            self.compute,
+            events,
+            config.deadline_s_max,
+            loop,
+        )
+        self.receiver = Receiver(
+            config,
+            self.handed,
+            holdings,
+            self.regions,
+            self.loader,
+            self.compute,
+            self.self_relay,
+            loop,
+        )
+
+    def _hold_region(self) -> Region | None:
+        nbytes = self.config.hold_bytes // SLAB_BYTES * SLAB_BYTES
+        if not nbytes:
+            return None
+        region = Region.anonymous(nbytes)
+        self._stack.callback(_close_region, region)
+        return region
 
     def _make_links(self) -> None:
         config = self.config
@@ -155,7 +200,7 @@ class Agent:
             relay.name: RelayLink(
                 relay,
                 config.daemons,
-                {"tcp": self.compute},
+                {self.compute.transport.name: self.compute},
                 self._relay_changed,
                 self._relay_queue,
                 name=config.name,
@@ -176,6 +221,9 @@ class Agent:
             relay.link.start()
         stack.callback(self.attachments.close)
         stack.push_async_callback(self.loader.close)
+        for part in (self.handed, self.intakes, self.receiver):
+            stack.callback(part.close)
+        stack.push_async_callback(self.hand_offs.close)
 
     def _networks_of(self, daemon: str) -> Mapping[str, Network]:
         if daemon.startswith("unix:"):
@@ -211,6 +259,10 @@ class Agent:
             loads.self_relay_lost()
 
     # Calls that are not loads or saves.
+
+    def abort(self, load_ids: Sequence[str]) -> int:
+        """End loads and receives; fenced when this returns. Says how many there were."""
+        return self.loader.abort(load_ids) + self.receiver.abort(load_ids)
 
     async def open_namespace(self, namespace: Namespace) -> bytes:
         """Make a namespace known, also to daemons that are away now, once they come."""
@@ -256,6 +308,8 @@ class Agent:
         events = Counter(self.loader.events)
         events.update(self.saver.events)
         events.update(self.relay.events)
+        for part in (self.holdings, self.hand_offs, self.receiver):
+            events.update(part.events)
         for daemon in self.daemons.values():
             if daemon.mounted is not None:
                 events.update(daemon.mounted.counts())
@@ -276,6 +330,7 @@ class Agent:
             loads_done=self.loader.done,
             relayed_bytes=self.relay.relayed_bytes,
             events=dict(self.events()),
+            holdings=self._holding_stats(),
         )
         response.link.extend(
             (
@@ -300,6 +355,21 @@ class Agent:
         response.path.extend(self._path_stats())
         return response
 
+    def _holding_stats(self) -> agent_pb2.HoldingStats:
+        return agent_pb2.HoldingStats(
+            capacity_bytes=self.holdings.capacity_bytes,
+            used_bytes=self.holdings.used_bytes,
+            pinned_bytes=self.holdings.pinned_bytes,
+            requests=self.holdings.requests,
+            retained_bytes=self.relay.retained_bytes,
+            served_bytes=self.relay.served_bytes,
+            handed_off_bytes=self.hand_offs.sent_bytes,
+            taken_bytes=self.intakes.taken_bytes,
+            received_bytes=self.receiver.received_bytes,
+            hand_offs_active=len(self.hand_offs) + len(self.intakes),
+            receives_active=len(self.receiver),
+        )
+
     def _storage_rate(self) -> float:
         own = sum(
             view.rate_bytes_per_s
@@ -322,11 +392,9 @@ class Agent:
         return list(merged.values())
 
 
-def _tcp(limit_bytes_per_s: float) -> MakeTransport:
+def _storage_tcp(settings: AgentConfig) -> MakeTransport:
     def make(name: str, on_peer_lost: OnPeerLost) -> Transport:
-        config = TcpConfig(
-            receive_bytes_per_s=limit_bytes_per_s, send_bytes_per_s=limit_bytes_per_s
-        )
+        config = tcp_config(settings, settings.storage_limit_bytes_per_s)
         return TcpTransport(name, on_peer_lost, config)
 
     return make

@@ -6,17 +6,21 @@ Every handler checks its request here or in the value that it makes; errors beco
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 from dualpath.agent.agent import Agent
+from dualpath.agent.hand_off_spec import HandOffSpec, LayerGate
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, SaveResult
 from dualpath.agent.places import Places
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.namespace_message import namespace_of
 from dualpath.kvstore.store_api import TIERS
+from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, common_pb2, store_pb2
+from dualpath.transfer.errors import InvalidRequest
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
@@ -51,18 +55,50 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: agent_pb2.LoadRequest, context: Any
     ) -> AsyncIterator[agent_pb2.LoadEvent]:
         """Run a load; the stream's end is the load's."""
-        spec = LoadSpec(
-            load_id=request.load_id,
-            namespace_id=request.namespace_id,
-            hashes=tuple(request.hash),
-            region=request.places.region,
-            places=_places_of(request.places),
-            deadline_s=request.deadline_ms / 1000,
-            policy=request.policy,
-            decode_peer=request.decode_peer,
-            paths=tuple(request.path),
+        updates = self._agent.loader.load(_load_spec(request))
+        try:
+            async for update in updates:
+                yield event_of(update)
+        finally:
+            await updates.aclose()
+
+    async def HandOff(
+        self, request_iterator: AsyncIterator[agent_pb2.HandOffRequest], context: Any
+    ) -> agent_pb2.HandOffResponse:
+        """Give the KV of a request to its decode agent."""
+        first = await first_message(request_iterator)
+        if first is None:
+            raise InvalidRequest("a hand-off begins with what is handed off")
+        spec = HandOffSpec(
+            request=first.request,
+            decode_peer=first.decode_peer,
+            namespace_id=first.namespace_id,
+            hashes=tuple(first.hash),
+            region=first.places.region,
+            places=_places_of(first.places),
+            deadline_s=first.deadline_ms / 1000,
         )
-        updates = self._agent.loader.load(spec)
+        gate = LayerGate()
+        reader = asyncio.create_task(_follow(first, request_iterator, gate))
+        try:
+            result = await self._agent.hand_offs.run(spec, gate)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+        return agent_pb2.HandOffResponse(
+            blocks=result.blocks,
+            sent_bytes=result.sent_bytes,
+            held_bytes=result.held_bytes,
+            reason=result.reason,
+            detail=result.detail,
+            elapsed_s=result.elapsed_s,
+        )
+
+    async def Receive(
+        self, request: agent_pb2.LoadRequest, context: Any
+    ) -> AsyncIterator[agent_pb2.LoadEvent]:
+        """Run a receive; the stream's end is its own."""
+        updates = self._agent.receiver.receive(_load_spec(request))
         try:
             async for update in updates:
                 yield event_of(update)
@@ -84,7 +120,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     async def Abort(self, request: agent_pb2.AbortRequest, context: Any) -> agent_pb2.AbortResponse:
         """End loads; their writes are fenced."""
-        return agent_pb2.AbortResponse(aborted=self._agent.loader.abort(request.load_id))
+        return agent_pb2.AbortResponse(aborted=self._agent.abort(request.load_id))
 
     async def Attach(
         self, request: common_pb2.AttachRequest, context: Any
@@ -103,11 +139,58 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         finally:
             await responses.aclose()
 
+    async def Take(
+        self, request_iterator: AsyncIterator[agent_pb2.TakeRequest], context: Any
+    ) -> AsyncIterator[agent_pb2.TakeResponse]:
+        """Take a hand-off of an attached agent in."""
+        responses = self._agent.intakes.serve(request_iterator)
+        try:
+            async for response in responses:
+                yield response
+        finally:
+            await responses.aclose()
+
     async def Stats(
         self, request: agent_pb2.AgentStatsRequest, context: Any
     ) -> agent_pb2.AgentStatsResponse:
         """Counters and gauges."""
         return self._agent.stats()
+
+
+async def _follow(
+    first: agent_pb2.HandOffRequest,
+    requests: AsyncIterator[agent_pb2.HandOffRequest],
+    gate: LayerGate,
+) -> None:
+    """Open the gate as the engine says."""
+
+    def follow(request: agent_pb2.HandOffRequest) -> None:
+        if request.layers_done:
+            gate.done(request.layers_done - 1)
+        if request.abort:
+            gate.abort()
+
+    try:
+        follow(first)
+        async for request in requests:
+            follow(request)
+    finally:
+        gate.close()
+
+
+def _load_spec(request: agent_pb2.LoadRequest) -> LoadSpec:
+    return LoadSpec(
+        load_id=request.load_id,
+        namespace_id=request.namespace_id,
+        hashes=tuple(request.hash),
+        region=request.places.region,
+        places=_places_of(request.places),
+        deadline_s=request.deadline_ms / 1000,
+        policy=request.policy,
+        decode_peer=request.decode_peer,
+        paths=tuple(request.path),
+        request=request.request,
+    )
 
 
 def event_of(update: LoadUpdate) -> agent_pb2.LoadEvent:
@@ -129,7 +212,8 @@ def _add_result(event: agent_pb2.LoadEvent, result: LoadResult) -> None:
     event.miss = result.miss.proto
     event.detail = result.detail
     event.share.extend(
-        agent_pb2.PathShare(path=path, bytes=nbytes) for path, nbytes in result.shares.items()
+        agent_pb2.PathShare(path=path, bytes=nbytes, held_bytes=result.held_bytes.get(path, 0))
+        for path, nbytes in result.shares.items()
     )
     event.events.update(result.events)
     event.elapsed_s = result.elapsed_s

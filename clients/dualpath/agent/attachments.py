@@ -14,7 +14,7 @@ import itertools
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from dualpath.agent.config import check_name
@@ -65,6 +65,8 @@ class Attachment:
     """What it was told of our attachment at each daemon that it named."""
     told_queue_bytes: int = -1
     expiry: asyncio.TimerHandle | None = None
+    on_close: dict[object, Callable[[str], None]] = field(default_factory=dict)
+    """Called with the reason when it ends."""
 
 
 class Attachments:
@@ -127,7 +129,7 @@ class Attachments:
         first = await first_message(requests)
         if first is None:
             return
-        attachment = self._find(first.session)
+        attachment = self.find(first.session)
         if attachment.streaming:
             raise InvalidRequest("this attachment has a Relay stream already")
         attachment.streaming = True
@@ -163,7 +165,8 @@ class Attachments:
         for attachment in tuple(self._by_session.values()):
             self._close(attachment, "this agent stops")
 
-    def _find(self, session: bytes) -> Attachment:
+    def find(self, session: bytes) -> Attachment:
+        """The attachment of a session. Raises PermissionDenied."""
         for known, attachment in self._by_session.items():
             if hmac.compare_digest(known, session):
                 return attachment
@@ -209,6 +212,7 @@ class Attachments:
                 Source(daemon, ticket=request.ticket),
                 request.grant,
                 lambda progress: self._add(attachment, progress),
+                request.known if request.HasField("known") else None,
             )
         except DualPathError as error:
             failure = FAILURE_OF_REASON.get(error.reason, common_pb2.CHUNK_FAILURE_INVALID)
@@ -242,7 +246,10 @@ class Attachments:
             peer_id = link.peer_id if link.up else ""
             if peer_id != told:
                 attachment.announced[address] = peer_id
-                responses.append(agent_pb2.RelayResponse(daemon=address, daemon_peer_id=peer_id))
+                holds = self._relay.holdings.capacity_bytes > 0
+                responses.append(
+                    agent_pb2.RelayResponse(daemon=address, daemon_peer_id=peer_id, holds=holds)
+                )
         while attachment.progress:
             batch = [attachment.progress.popleft()]
             tags = len(batch[0].failed_tag)
@@ -266,5 +273,7 @@ class Attachments:
             attachment.expiry.cancel()
         self._by_session.pop(attachment.session, None)
         self._relay.close(attachment.requester)
+        for on_close in tuple(attachment.on_close.values()):
+            on_close(reason)
         self._compute.forget(attachment.peer_id)
         log.info("agent %s left: %s", attachment.peer_id, reason)

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from dualpath.kvstore.service.config import ServerFiles
 from dualpath.proto.tls import Tls
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.lane_marks import LaneMarks
+from dualpath.transfer.rdma.config import SERVICE_LEVEL_MAX
+from dualpath.transfer.tcp_transport import check_congestion
 
 DAEMONS_MAX = 64
 RELAYS_MAX = 256
 STAGING_BYTES_MIN = 8 << 20
 NAME_CHARS_MAX = 64
+COMPUTE_TRANSPORTS = ("tcp", "rdma")
 _NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{NAME_CHARS_MAX}}}")
 
 
@@ -55,6 +59,13 @@ class AgentConfig:
     segment files ourselves."""
     policy: str = "split"
     staging_bytes: int = 64 << 20
+    hold_bytes: int = 64 << 20
+    """Memory for chunks of requests whose decode engine runs on this node: kept of what we relay
+    for them, and handed over by their prefill nodes; less than 1 MiB: none is kept."""
+    hold_s: float = 120.0
+    """How long chunks are kept for a request that nobody asks for."""
+    hold_cache: bool = True
+    """Keep chunks that no request needs any more while there is room, to serve them again."""
     storage_limit_bytes_per_s: float = 0.0
     compute_limit_bytes_per_s: float = 0.0
     token: str = field(default="", repr=False)
@@ -76,6 +87,20 @@ class AgentConfig:
     tls_name: str = ""
     """Name to expect in the certificates of daemons and peers, instead of the host dialled."""
     metrics_listen: str = ""
+    lane_dscp: tuple[str, ...] = ()
+    """`lane=DSCP`: how the packets of a lane are marked, with load-prefill, load-decode, save,
+    background or all; 8 (CS1) where not given, 0 to leave them unmarked. Lanes with different marks
+    get connections of their own."""
+    tcp_congestion: str = "cubic"
+    """Congestion control of data connections; the kernel's default where it lacks this one."""
+    compute_transport: str = "tcp"
+    """How bytes go between agents: `tcp`, or `rdma`, which all agents of a cluster need then."""
+    rdma_device: str = ""
+    """Name of the RDMA device, as ibv_devices lists it; not needed where there is one."""
+    rdma_gid_index: int = -1
+    """Row of the port's table of GIDs; -1: that of RoCE v2 with an IPv4 address."""
+    rdma_service_level: int = 0
+    """InfiniBand service level of our traffic, 0..15; RoCE goes by `lane_dscp`."""
     stall_s: float = 1.0
     """A path with grants in flight and no arrival for this long gives its chunks back."""
     deadline_s_max: float = 600.0
@@ -105,13 +130,20 @@ class AgentConfig:
             raise InvalidRequest(
                 f"staging_bytes must be at least {STAGING_BYTES_MIN}, not {self.staging_bytes}"
             )
-        _ = self.tls, self.server_files  # raises what does not go together
+        _ = self.tls, self.server_files, self.lane_marks  # raises what does not go together
+        check_congestion(self.tcp_congestion)
+        self._check_compute_transport()
         for name in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
             if getattr(self, name) < 0:
                 raise InvalidRequest(f"{name} must not be negative: {getattr(self, name)}")
         for name in ("stall_s", "deadline_s_max", "lookup_timeout_s", "lease_s", "loads_max"):
             if getattr(self, name) <= 0:
                 raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}")
+        if self.hold_bytes < 0 or self.hold_s <= 0:
+            raise InvalidRequest(
+                f"hold_bytes must not be negative, and hold_s positive: {self.hold_bytes}, "
+                f"{self.hold_s}"
+            )
 
     def _check_addresses(self) -> None:
         for address in self.daemons:
@@ -124,6 +156,26 @@ class AgentConfig:
                 f"data_listen {self.data_listen!r} is no address that peers can dial: give it the "
                 "host of this node on the compute network"
             )
+
+    def _check_compute_transport(self) -> None:
+        if self.compute_transport not in COMPUTE_TRANSPORTS:
+            raise InvalidRequest(
+                f"compute_transport is one of {', '.join(COMPUTE_TRANSPORTS)}, not "
+                f"{self.compute_transport!r}"
+            )
+        if not 0 <= self.rdma_service_level <= SERVICE_LEVEL_MAX:
+            raise InvalidRequest(
+                f"rdma_service_level is 0..{SERVICE_LEVEL_MAX}, not {self.rdma_service_level}"
+            )
+        if self.compute_transport != "tcp" and self.compute_limit_bytes_per_s:
+            raise InvalidRequest(
+                "compute_limit_bytes_per_s paces tcp only; limit RDMA at the switch or the card"
+            )
+
+    @property
+    def lane_marks(self) -> LaneMarks:
+        """`lane_dscp`, parsed. Raises InvalidRequest."""
+        return LaneMarks.parse(self.lane_dscp)
 
     @property
     def mount_paths(self) -> dict[str, str]:

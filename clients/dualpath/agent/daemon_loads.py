@@ -16,6 +16,7 @@ from functools import partial
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.first_looks import FirstLooks
+from dualpath.agent.load_forecast import LoadForecast
 from dualpath.agent.load_refresh import LoadRefresh
 from dualpath.agent.load_routes import LoadRoutes
 from dualpath.agent.load_window import LoadWindow
@@ -29,8 +30,9 @@ from dualpath.agent.self_relay import SelfRelay
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX, message_of
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.dispatch_config import DispatchConfig
-from dualpath.transfer.dispatcher import OVERTAKEN_REASON, Dispatcher, Grant
+from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import DualPathError, PathDown
+from dualpath.transfer.grant import CANCELLED_REASON, OVERTAKEN_REASON, Grant
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_named, relay_path
 
@@ -78,6 +80,7 @@ class DaemonLoads:
         self._again = False
         self._refresh = LoadRefresh(daemon, by_path, lease_s)
         self.dispatcher = Dispatcher(config)
+        self._forecast = LoadForecast()
         self.first_looks = FirstLooks(self, self._routes, self._refresh, loop, lease_s)
         now = loop.time()
         self.dispatcher.add_path(DIRECT_PATH, PathKind.DIRECT, now, storage_limit_bytes_per_s)
@@ -104,6 +107,7 @@ class DaemonLoads:
         wanted = {name: self._routes.up(name) for name in self.path_names}
         for name, is_up in wanted.items():
             if is_up and not up[name]:
+                self.dispatcher.set_spare(name, self._routes.spare(name), now)
                 self.dispatcher.set_up(name, True, now)
             elif not is_up:
                 self._lose(name, "path_lost")
@@ -167,7 +171,8 @@ class DaemonLoads:
         load.deadline_timer = self._loop.call_at(
             load.deadline_at, self.end, load, MissReason.DEADLINE, "the deadline passed"
         )
-        load.entry.on_gone[load] = partial(self._memory_gone, load)
+        gone = MissReason.UNAVAILABLE, "its memory was taken back", "aborted"
+        load.entry.on_gone[load] = partial(self.end, load, *gone)
         placed = self.dispatcher.paths_of(spec.load_id)
         self._refresh.delegate(load, placed, self.sendable, self._refused)
         self.pump()
@@ -187,25 +192,15 @@ class DaemonLoads:
         if not load.progress.complete:
             load.miss, load.detail = miss, detail
             load.events[event or miss.value] += 1
-            log.warning("%s ended early, %s: %s", self._describe(load), miss.value, detail)
+            log.warning(
+                "%s, placed on %s of %s, ended early, %s: %s",
+                load.describe(self.dispatcher.progress(load_id)),
+                self.dispatcher.paths_of(load_id),
+                {view.name: view.up for view in self.views()},
+                miss.value,
+                detail,
+            )
         return self._finish(load)
-
-    def _describe(self, load: ActiveLoad) -> str:
-        """One line for the log: where the chunks of a load are, and which paths are up."""
-        load_id = load.spec.load_id
-        chunks = {
-            state.name.lower(): count for state, count in self.dispatcher.progress(load_id).items()
-        }
-        paths = {view.name: view.up for view in self.views()}
-        lease = load.refreshing or load.looking
-        waits = "lease" if lease else "tickets" if load.delegating else "nothing"
-        return (
-            f"load {load_id} (chunks {chunks}, {len(load.held)} grants held for {waits}, "
-            f"placed on {self.dispatcher.paths_of(load_id)}, paths up {paths})"
-        )
-
-    def _memory_gone(self, load: ActiveLoad) -> None:
-        self.end(load, MissReason.UNAVAILABLE, "its memory was taken back", "aborted")
 
     def _finish(self, load: ActiveLoad) -> LoadResult:
         load_id = load.spec.load_id
@@ -305,6 +300,26 @@ class DaemonLoads:
             self._take_back(grant)
         for grant in self.dispatcher.grants(now):
             self._send(grant)
+        for late in self._forecast.late(self.loads, self.dispatcher.paths_of, self.views, now):
+            load = self.loads.get(late.load_id)
+            if load is not None and load.looking is None:
+                load.events["shortened"] += 1
+                self.cut(load, late.blocks, "deadline", str(late))
+                self._ask_anew(load)
+                self._check_done(load)
+
+    def _ask_anew(self, load: ActiveLoad) -> None:
+        """Fence and cancel what is under way, so that nobody sends what is wanted no more."""
+        load_id, now = load.spec.load_id, self._loop.time()
+        for path in tuple(load.windows):
+            self._close_window(load, path)
+        self._arrivals.drain()  # those that had landed before the fence
+        if load_id in self.loads:
+            load.held.clear()
+            for path, chunks in self.dispatcher.inflight(load_id).items():
+                for index in chunks:
+                    self.dispatcher.failed(load_id, index, path, CANCELLED_REASON, now)
+            self._again = True
 
     def _take_back(self, grant: Grant) -> None:
         """Fence chunks on a slow path, so that an idle one can fetch them sooner."""
@@ -317,9 +332,7 @@ class DaemonLoads:
         if window is not None:
             tags = [tag for tag, index in window.outstanding.items() if index in wanted]
             taken.update(window.fence(tags).values())
-        for held in load.held:  # not even sent
-            if held.path == grant.path:
-                taken.update(wanted.intersection(held.chunks))
+        taken.update(load.take_from_held(grant.path, wanted))  # not even sent
         now = self._loop.time()
         for index in taken:
             self.dispatcher.failed(grant.load_id, index, grant.path, OVERTAKEN_REASON, now)
@@ -419,6 +432,7 @@ class DaemonLoads:
                 nbytes = load.verified(fresh, window.path)
                 self._stalls[window.path] = 0
                 self.counts.verified(window.path, nbytes, landed.waits_s)
+            load.distrusted.update(landed.corrupt)
             for index in landed.corrupt:
                 self._failed(load, window.path, index, "corrupt", "checksum does not hold")
         for load in touched.values():
@@ -433,6 +447,8 @@ class DaemonLoads:
         if progress.done:
             window.grant_ids.discard(progress.grant_id)
         load = self.loads.get(window.load_id)
+        if load is not None:
+            load.held_bytes[window.path] += progress.held_bytes
         if load is None or not progress.failed_tag:
             return
         unlanded = window.fence(progress.failed_tag)
@@ -451,7 +467,7 @@ class DaemonLoads:
         load.events[reason] += 1
         if reason in ("lease_expired", "denied") and load.refreshes < REFRESHES_MAX:
             # Not the chunk's fault: it waits until the load has a lease (and tickets) again.
-            self.dispatcher.failed(load_id, index, path, "cancelled", now)
+            self.dispatcher.failed(load_id, index, path, CANCELLED_REASON, now)
             if load.refreshing is None:
                 load.refreshes += 1
                 self._refresh.renew(load, self.sendable, self.cut)
@@ -467,19 +483,7 @@ class DaemonLoads:
 
     async def renew_leases(self, lease_s: float) -> None:
         """Extend the leases of all running loads, in one call."""
-        by_lease = {load.lease_id: load for load in self.loads.values() if load.lease_id}
-        if not by_lease or not self.daemon.up:
-            return
-        try:
-            expired = await self.daemon.renew(tuple(by_lease), lease_s)
-        except DualPathError as error:
-            log.warning("leases at daemon %s were not renewed: %s", self.daemon.address, error)
-            return
-        for lease_id in expired:
-            load = by_lease[lease_id]
-            if self.loads.get(load.spec.load_id) is load and load.refreshing is None:
-                load.events["lease_expired"] += 1
-                self._refresh.renew(load, self.sendable, self.cut)
+        await self._refresh.renew_all(self.loads, lease_s, self.sendable, self.cut)
 
     def self_relay_lost(self) -> None:
         """Our own compute connection broke: what went through it goes again."""

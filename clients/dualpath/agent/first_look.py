@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dualpath.agent.daemon_link import OnFound
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX
 from dualpath.proto.v1 import store_pb2
-from dualpath.transfer.dispatcher import Grant
+from dualpath.transfer.grant import Grant
 
 FIRST_BYTES = 64 << 20
 """What is asked for with the look-up: enough to keep a link busy until the answer has come."""

@@ -76,6 +76,22 @@ class LoadProgress:
         return self._complete
 
     @property
+    def left_bytes(self) -> int:
+        """What is not verified yet of the valid blocks; chunks count as of one size."""
+        chunks = self._valid * self._chunks - self._verified
+        return chunks * self._layout.block_bytes // self._chunks
+
+    def fitting(self, nbytes: float) -> int:
+        """Length of the longest prefix of which no more than `nbytes` are not verified yet."""
+        chunk_bytes = self._layout.block_bytes / self._chunks
+        nbytes = max(0.0, nbytes)
+        for block in range(self._valid):
+            nbytes -= (self._chunks - self._by_block[block]) * chunk_bytes
+            if nbytes < 0:
+                return block
+        return self._valid
+
+    @property
     def blocks(self) -> int:
         """Blocks of the load at its start, by which its indices count."""
         return self._blocks

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping
 
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.known_chunks import known_chunks
 from dualpath.agent.network import Network
 from dualpath.agent.open_grants import OnProgress
 from dualpath.agent.relay_link import RelayLink
 from dualpath.agent.self_relay import SelfRelay
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.errors import PathDown
+from dualpath.transfer.nics import devices_towards
 from dualpath.transfer.placement import DIRECT_PATH
 
 
@@ -45,6 +47,15 @@ class LoadRoutes:
             return self.daemon.up
         return self.daemon.up and bool(self.relays[path].peer_id_at(self.daemon.address))
 
+    def spare(self, path: str) -> bool:
+        """Whether the bytes of a relay come by the network device by which the direct path's do,
+        so that it adds nothing to them."""
+        relay = self.relays.get(path)
+        direct = self.daemon.link.attached
+        if relay is None or relay.link.attached is None or direct is None or self.daemon.mounted:
+            return False
+        return bool(devices_towards(direct.address) & devices_towards(relay.link.attached.address))
+
     def network(self, load: ActiveLoad, path: str) -> Network:
         """Where the bytes of a load arrive on this path. Raises PathDown."""
         if path in self.relays or load.entry.behind_compute_link:
@@ -57,9 +68,14 @@ class LoadRoutes:
         self, load: ActiveLoad, path: str, grant: common_pb2.ChunkGrant, on_progress: OnProgress
     ) -> int:
         """Ask for chunks; returns the grant's id on this path. Raises PathDown, Overloaded."""
-        if path in self.relays:
+        relay = self.relays.get(path)
+        if relay is not None:
             ticket = load.tickets[path][1]
-            return self.relays[path].submit(self.daemon.address, ticket, grant, on_progress)
+            known = None
+            if relay.holds:
+                retain = relay.name == load.spec.decode_peer
+                known = known_chunks(load, grant, retain=retain)
+            return relay.submit(self.daemon.address, ticket, grant, on_progress, known)
         if load.entry.behind_compute_link:
             return self._self_relay.submit(self.daemon, load.lease_id, grant, on_progress)
         if load.looking is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dualpath.agent.holdings import REQUEST_CHARS_MAX
 from dualpath.agent.outcome import LoadResult, LoadStarted
 from dualpath.agent.places import Places
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BYTES_MIN
@@ -21,7 +22,8 @@ class LoadSpec:
     """A load of the longest stored prefix of `hashes` into `places` of region `region`.
 
     `deadline_s` is time left from now. Empty `policy`: the agent's. `paths` restricts the paths
-    ("direct", "relay:NAME"); empty: all. `decode_peer` names the request's own decode agent.
+    ("direct", "relay:NAME"); empty: all. `decode_peer` names the request's own decode agent, which
+    keeps what it relays for a later hand-off if there is a `request`.
     """
 
     load_id: str
@@ -33,8 +35,11 @@ class LoadSpec:
     policy: str = ""
     decode_peer: str = ""
     paths: tuple[str, ...] = ()
+    request: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.request) > REQUEST_CHARS_MAX:
+            raise InvalidRequest(f"a request's name has at most {REQUEST_CHARS_MAX} characters")
         if not 1 <= len(self.load_id) <= LOAD_ID_CHARS_MAX:
             raise InvalidRequest(f"load_id has 1..{LOAD_ID_CHARS_MAX} characters")
         check_hashes(self.hashes)

@@ -54,7 +54,7 @@ def snapshot_of(agent: Agent) -> AgentSnapshot:
         loaded_blocks=loader.loaded_blocks,
         saved_blocks=agent.saver.saved_blocks,
         tier_blocks=dict(loader.tier_blocks),
-        misses=dict(loader.misses),
+        misses=loader.misses + agent.receiver.misses,
         link_chunks={
             "storage": sum(network.received_chunks for network in storage),
             "compute_in": agent.compute.received_chunks,
@@ -95,6 +95,11 @@ class AgentCollector(Collector):
         for name, text, value in (
             ("dualpath_agent_loads", "Loads that ended", stats.loads_done),
             ("dualpath_agent_relayed_bytes", "Payload relayed", stats.relayed_bytes),
+            ("dualpath_agent_retained_bytes", "Relayed and kept", stats.holdings.retained_bytes),
+            ("dualpath_agent_served_bytes", "Relayed unread", stats.holdings.served_bytes),
+            ("dualpath_agent_handed_off_bytes", "Handed off", stats.holdings.handed_off_bytes),
+            ("dualpath_agent_taken_bytes", "Brought by hand-offs", stats.holdings.taken_bytes),
+            ("dualpath_agent_received_bytes", "Received", stats.holdings.received_bytes),
             ("dualpath_agent_requested_blocks", "Blocks asked for", now.requested_blocks),
             ("dualpath_agent_loaded_blocks", "Blocks loaded and verified", now.loaded_blocks),
             ("dualpath_agent_saved_blocks", "Blocks sealed by saves", now.saved_blocks),
@@ -131,6 +136,24 @@ def _gauges(stats: agent_pb2.AgentStatsResponse) -> Iterator[Metric]:
             stats.staging_capacity_bytes,
         ),
         ("dualpath_agent_staging_used_bytes", "Staging in use", stats.staging_used_bytes),
+        (
+            "dualpath_agent_holdings_capacity_bytes",
+            "Memory for held chunks",
+            stats.holdings.capacity_bytes,
+        ),
+        ("dualpath_agent_holdings_used_bytes", "Holdings in use", stats.holdings.used_bytes),
+        (
+            "dualpath_agent_holdings_pinned_bytes",
+            "Held for running requests",
+            stats.holdings.pinned_bytes,
+        ),
+        (
+            "dualpath_agent_hand_offs_active",
+            "Hand-offs under way",
+            stats.holdings.hand_offs_active,
+        ),
+        ("dualpath_agent_receives_active", "Receives under way", stats.holdings.receives_active),
+        ("dualpath_agent_holdings_requests", "Requests that hold", stats.holdings.requests),
     ):
         yield GaugeMetricFamily(name, text, value)
 

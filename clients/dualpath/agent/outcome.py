@@ -30,6 +30,7 @@ class MissReason(enum.Enum):
     DEADLINE = "deadline"
     OVERLOADED = "overloaded"
     UNAVAILABLE = "unavailable"
+    PEER_LOST = "peer_lost"
 
     @staticmethod
     def of_proto(value: int) -> MissReason:
@@ -75,7 +76,8 @@ class LoadResult:
 
     `shares` are verified payload bytes by path, `events` what went wrong on the way by reason
     (corrupt, path_lost, stalled, refused, deadline, ...); `miss` is NONE if every requested
-    block was loaded. Times are seconds since the request.
+    block was loaded. Times are seconds since the request. `held_bytes` are what relays served from
+    their holdings instead of from storage, by path, as far as they had said so at the end.
     """
 
     blocks: int
@@ -87,6 +89,7 @@ class LoadResult:
     elapsed_s: float
     lookup_s: float
     nbytes: int
+    held_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

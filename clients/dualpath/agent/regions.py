@@ -29,7 +29,7 @@ class EngineRegion:
     """Ours to unmap."""
     pins: int = 0
     gone: bool = False
-    on_gone: dict[object, Callable[[], None]] = field(default_factory=dict)
+    on_gone: dict[object, Callable[[], object]] = field(default_factory=dict)
     """What must happen before the memory goes: abort and fence, synchronously."""
 
 

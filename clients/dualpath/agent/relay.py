@@ -4,10 +4,13 @@ Owns the staging memory, the queues of the requesters and each chunk from its gr
 Serves requesters by turns, chunk by chunk, so that a greedy one slows nobody; asks the daemon for
 as much as the storage link carries in a short time, in batches; forwards each chunk from the
 transport thread on which it arrived. Backpressure is the staging: while a requester does not take
-its chunks, only its own share of the slots is held.
+its chunks, only its own share of the slots is held. What is to be kept for a request of this node's
+decode engine (*retain*) goes through the holdings instead, if they have room, and stays there; what
+they have is forwarded from there without a storage read.
 
 Guarantees that every granted chunk ends once, written or reported as failed, and that a slot is
-used again only after no write can reach or read it. Does not verify: the loader does, end to end.
+used again only after no write can reach or read it. Does not verify, but for what it keeps: the
+loader does, end to end.
 """
 
 from __future__ import annotations
@@ -16,33 +19,37 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.holdings import Holdings
+from dualpath.agent.known_chunks import names_of
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
 from dualpath.agent.relay_job import (
-    FAILURE_OF_REASON,
+    FAILURE_OF_STATUS,
     REASON_OF_FAILURE,
+    Ended,
     RelayChunk,
     RelayGrant,
     Requester,
     Source,
     Stage,
+    failure_of,
 )
+from dualpath.agent.relay_serving import RelayServing
 from dualpath.agent.relay_turns import RelayTurns
-from dualpath.agent.slice_table import slices_of, table_of
+from dualpath.agent.relay_upstream import RelayUpstream
+from dualpath.agent.slice_table import slices_of
 from dualpath.agent.staging import SLAB_BYTES, Staging
-from dualpath.proto.v1 import common_pb2
+from dualpath.proto.v1 import agent_pb2, common_pb2
 from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.rates import RateEstimate
 from dualpath.transfer.region import RegionDescriptor
-from dualpath.transfer.slices import Slices
-from dualpath.transfer.transport import Arrival, Completion, Write, WriteStatus
+from dualpath.transfer.transport import Completion, Write
 
 if TYPE_CHECKING:
     from dualpath.agent.relay_job import ChunkFailure
@@ -59,33 +66,6 @@ TELL_S = 0.05
 
 log = logging.getLogger(__name__)
 
-_FAILURE_OF_STATUS = {
-    WriteStatus.REFUSED: common_pb2.CHUNK_FAILURE_REFUSED,
-    WriteStatus.LOST: common_pb2.CHUNK_FAILURE_PEER_LOST,
-    WriteStatus.EXPIRED: common_pb2.CHUNK_FAILURE_DEADLINE,
-    WriteStatus.CLOSED: common_pb2.CHUNK_FAILURE_CANCELLED,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """What a transport thread reports of a chunk: written (failure None) or not."""
-
-    chunk: RelayChunk
-    failure: ChunkFailure | None
-    detail: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class _Upstream:
-    """Reads of one daemon: our window on the staging, and what is in flight there."""
-
-    daemon: DaemonLink
-    network: Network | None = None
-    window: RegionDescriptor | None = None
-    reading: dict[int, RelayChunk] = field(default_factory=dict)
-    grant_ids: set[int] = field(default_factory=set)
-
 
 class Relay:
     """See the module docstring. All methods belong to the loop. `on_queue` is called now and then
@@ -94,13 +74,19 @@ class Relay:
     def __init__(
         self,
         staging: Staging,
+        holdings: Holdings,
         compute: Network,
         loop: asyncio.AbstractEventLoop,
         on_queue: Callable[[], None],
         credit: CreditConfig | None = None,
     ) -> None:
         self.staging = staging
+        self.holdings = holdings
         self.relayed_bytes = 0
+        self.retained_bytes = 0
+        """Of it, read into the holdings and kept there,"""
+        self.served_bytes = 0
+        """and forwarded from there without a storage read."""
         self.relayed_chunks = 0
         self.read_bytes = 0
         """Bytes that wait for the storage link or are in flight on it."""
@@ -111,11 +97,11 @@ class Relay:
         self._credit = credit or CreditConfig()
         self._rate = RateEstimate()
         self._reading_bytes = 0
-        self._next_tag = 1
         self._requesters: dict[str, Requester] = {}
-        self._turns = RelayTurns(staging, self._credit)
-        self._upstreams: dict[str, _Upstream] = {}
-        self._ended: Mailbox[_Ended] = Mailbox(loop, self._on_ended)
+        self._turns = RelayTurns(staging, holdings, self._credit)
+        self._serving = RelayServing()
+        self._upstream = RelayUpstream(staging, holdings, self._forward)
+        self._ended: Mailbox[Ended] = Mailbox(loop, self._on_ended)
         self._landed: Mailbox[RelayChunk] = Mailbox(loop, self._on_landed)
         self._reports: dict[RelayGrant, None] = {}
         self._sweep: asyncio.TimerHandle | None = None
@@ -147,8 +133,10 @@ class Relay:
         source: Source,
         grant: common_pb2.ChunkGrant,
         on_progress: Callable[[common_pb2.GrantProgress], None],
+        known: agent_pb2.KnownChunks | None = None,
     ) -> None:
-        """Queue a grant; it ends by progress with `done`. Raises InvalidRequest, Overloaded."""
+        """Queue a grant; it ends by progress with `done`. `known` says what its chunks are.
+        Raises InvalidRequest, Overloaded."""
         if grant.grant_id in requester.grants:
             raise InvalidRequest(f"grant_id {grant.grant_id} is in use on this stream")
         targets = slices_of(grant)
@@ -158,7 +146,7 @@ class Relay:
             raise InvalidRequest("a relayed chunk has at least one byte")
         if (
             len(requester.grants) >= GRANTS_MAX
-            or len(requester.queue) + len(targets) > QUEUED_CHUNKS_MAX
+            or len(requester.queue) + len(requester.held_queue) + len(targets) > QUEUED_CHUNKS_MAX
         ):
             raise Overloaded("too much waits at this relay already", retry_after_s=0.1)
         if not source.daemon.up:
@@ -167,6 +155,7 @@ class Relay:
             lane = Lane(grant.lane)
         except ValueError as error:
             raise InvalidRequest(f"unknown lane {grant.lane}") from error
+        names = names_of(grant, known)
         record = RelayGrant(
             grant_id=grant.grant_id,
             requester=requester,
@@ -176,14 +165,22 @@ class Relay:
             deadline_at=self._loop.time() + grant.deadline_ms / 1000,
             on_progress=on_progress,
             open_chunks=len(targets),
+            request=known.request if known is not None else "",
         )
         requester.grants[record.grant_id] = record
-        for block, chunk, tag, target in zip(
-            grant.block, grant.chunk, grant.tag, targets, strict=True
+        fresh = known is not None and known.fresh
+        for index, (block, number, tag, target) in enumerate(
+            zip(grant.block, grant.chunk, grant.tag, targets, strict=True)
         ):
-            requester.queue.append(RelayChunk(record, block, chunk, tag, target))
+            chunk = RelayChunk(record, block, number, tag, target)
+            chunk.name = names[index] if names else None
+            if self._serve(chunk, fresh=fresh):
+                continue
+            requester.queue.append(chunk)
             requester.waiting_bytes += target.nbytes
             self.read_bytes += target.nbytes
+        if record.held_bytes:
+            self._to_report(record)
         self._turns.add(requester)
         self._queue_changed()
         self._arm_sweep()
@@ -209,9 +206,7 @@ class Relay:
             common_pb2.CHUNK_FAILURE_PEER_LOST,
             f"daemon: {reason}",
         )
-        upstream = self._upstreams.get(daemon.address)
-        if upstream is not None:
-            upstream.grant_ids.clear()
+        self._upstream.daemon_lost(daemon)
         self._pump()
 
     def shutdown(self) -> None:
@@ -221,10 +216,7 @@ class Relay:
                 timer.cancel()
         for requester in tuple(self._requesters.values()):
             self.close(requester)
-        for upstream in self._upstreams.values():
-            if upstream.window is not None and upstream.network is not None:
-                upstream.network.transport.revoke(upstream.window)
-        self._upstreams.clear()
+        self._upstream.close()
 
     def read_rate_bytes_per_s(self) -> float:
         """What the storage link last carried for requesters; 0 while unknown."""
@@ -234,108 +226,96 @@ class Relay:
         """Bytes that wait here for the storage link on behalf of everybody else."""
         return self.read_bytes - requester.waiting_bytes - requester.reading_bytes
 
+    # Serving what is held.
+
+    def _serve(self, chunk: RelayChunk, *, fresh: bool) -> bool:
+        """Let a chunk that is held be forwarded from there; False if it has to be read."""
+        held = self.holdings.find(chunk.name) if chunk.name is not None else None
+        if held is None or not held.held or held.nbytes != chunk.target.nbytes:
+            return False
+        grant, requester = chunk.grant, chunk.grant.requester
+        if fresh:
+            self.holdings.doubt(held)
+            return False
+        if grant.request:
+            try:
+                self.holdings.pin(held, grant.request, self._loop.time())
+            except Overloaded:
+                grant.request = ""
+        self.holdings.use(held)
+        chunk.held, chunk.slot, chunk.served = held, held.slot, True
+        grant.held_bytes += chunk.target.nbytes
+        requester.held_queue.append(chunk)
+        self._serving.add(requester)
+        return True
+
     # Reading.
 
     def _pump(self) -> None:
-        """Ask daemons for chunks, by turns, while there is credit and room."""
+        """Forward what is held, and ask daemons for chunks, by turns, while there is credit and
+        room."""
+        while (chunk := self._serving.next()) is not None:
+            self._write(chunk)
+        now = self._loop.time()
         window = self._credit.window_bytes(self._rate.bytes_per_s(self._loop.time()))
         batch = self._credit.batch_bytes(window)
         # Wait for a worthwhile batch, so that there is no message a chunk.
         if self._reading_bytes and window - self._reading_bytes < batch:
             return
-        batches: dict[tuple[str, int, bytes, Lane], list[RelayChunk]] = {}
-        while (chunk := self._turns.next(self._reading_bytes, window)) is not None:
+        batches: dict[tuple[str, int, bytes, Lane, bool], list[RelayChunk]] = {}
+        while (chunk := self._turns.next(self._reading_bytes, window, now)) is not None:
             self._reading_bytes += chunk.target.nbytes
             source = chunk.grant.source
-            key = (source.daemon.address, source.lease_id, source.ticket, chunk.grant.lane)
+            key = (
+                source.daemon.address,
+                source.lease_id,
+                source.ticket,
+                chunk.grant.lane,
+                chunk.held is not None,
+            )
             batches.setdefault(key, []).append(chunk)
         for chunks in batches.values():
-            self._read(chunks)
+            self._read(chunks, now)
 
-    def _read(self, chunks: list[RelayChunk]) -> None:
-        now = self._loop.time()
-        grant = chunks[0].grant
-        source = grant.source
-        targets: list[tuple[int, Slices]] = []
-        for chunk in chunks:
-            assert chunk.slot is not None
-            chunk.upstream_tag = self._next_tag
-            self._next_tag += 1
-            # One shape for all sizes of chunks, as a table needs it.
-            where = Slices(chunk.slot.offset, SLAB_BYTES, 1, SLAB_BYTES, 0, chunk.slot.nbytes)
-            targets.append((chunk.upstream_tag, where))
+    def _read(self, chunks: list[RelayChunk], now: float) -> None:
         self._rate.begin(now)
+        daemon = chunks[0].grant.source.daemon
         try:
-            upstream = self._upstream(source.daemon)
-            assert upstream.network is not None
-            assert upstream.window is not None
-            for chunk in chunks:
-                upstream.reading[chunk.upstream_tag] = chunk
-            upstream.network.transport.arm(upstream.window, targets)
-            for chunk in chunks:
-                chunk.armed = True
-            deadline_s = max(chunk.grant.deadline_at for chunk in chunks) - now
-            grant_id = source.daemon.deliver(
-                common_pb2.ChunkGrant(
-                    window=upstream.window.to_bytes(),
-                    lane=grant.lane,
-                    deadline_ms=max(1, round(deadline_s * 1000)),
-                    block=[chunk.block for chunk in chunks],
-                    chunk=[chunk.chunk for chunk in chunks],
-                    tag=[tag for tag, _ in targets],
-                    target=table_of([where for _, where in targets]),
-                ),
-                partial(self._on_read_progress, upstream),
-                lease_id=source.lease_id,
-                ticket=source.ticket,
-            )
-            upstream.grant_ids.add(grant_id)
+            self._upstream.read(chunks, now, partial(self._on_read_progress, daemon))
         except DualPathError as error:
             for chunk in chunks:
-                self._fail(chunk, _failure_of(error), str(error))
+                self._fail(chunk, failure_of(error), str(error))
 
-    def _upstream(self, daemon: DaemonLink) -> _Upstream:
-        """The window on the staging through which this daemon writes."""
-        upstream = self._upstreams.setdefault(daemon.address, _Upstream(daemon))
-        network = daemon.link.network
-        if network is None:
-            raise DualPathError(f"daemon {daemon.address} is away", reason="peer_lost")
-        if upstream.network is not network:
-            if upstream.network is not None and upstream.window is not None:
-                upstream.network.transport.revoke(upstream.window)
-            region = self.staging.region
-            upstream.network = network
-            upstream.window = network.transport.expose(
-                region, 0, region.nbytes, partial(self._forward, upstream)
-            )
-        return upstream
-
-    def _on_read_progress(self, upstream: _Upstream, progress: common_pb2.GrantProgress) -> None:
-        if progress.done:
-            upstream.grant_ids.discard(progress.grant_id)
+    def _on_read_progress(self, daemon: DaemonLink, progress: common_pb2.GrantProgress) -> None:
         self._landed.drain()
         for tag, failure in zip(progress.failed_tag, progress.failure, strict=True):
-            chunk = upstream.reading.get(tag)
+            chunk = self._upstream.asked(daemon, tag)
             if chunk is not None:
                 self._fail(chunk, failure, progress.detail)
         self._pump()
 
     # Forwarding.
 
-    def _forward(self, upstream: _Upstream, arrival: Arrival) -> bool:
+    def _forward(self, chunk: RelayChunk) -> None:
         """A chunk lies in its slot. On a transport thread: nothing here but the write."""
-        chunk = upstream.reading.get(arrival.tag)
-        if chunk is None or chunk.slot is None:
-            return False
-        grant = chunk.grant
         self._landed.put(chunk)
+        if not chunk.intact:
+            corrupt = common_pb2.CHUNK_FAILURE_CORRUPT
+            self._ended.put(Ended(chunk, corrupt, "checksum does not hold at the relay"))
+            return
+        self._write(chunk)
+
+    def _write(self, chunk: RelayChunk) -> None:
+        """Write a chunk from its slot to its requester. On any thread."""
+        grant = chunk.grant
+        assert chunk.slot is not None
         left_s = grant.deadline_at - self._loop.time()
         if left_s <= 0:
             late = common_pb2.CHUNK_FAILURE_DEADLINE
-            self._ended.put(_Ended(chunk, late, "arrived past the deadline"))
-            return True
+            self._ended.put(Ended(chunk, late, "arrived past the deadline"))
+            return
         write = Write(
-            self.staging.region,
+            (self.staging if chunk.held is None else self.holdings).region,
             chunk.slot.slices,
             grant.window,
             chunk.target,
@@ -348,30 +328,30 @@ class Relay:
                 grant.requester.peer, write, partial(self._written, chunk)
             )
         except DualPathError as error:
-            self._ended.put(_Ended(chunk, _failure_of(error), str(error)))
-        return True
+            self._ended.put(Ended(chunk, failure_of(error), str(error)))
 
     def _written(self, chunk: RelayChunk, completion: Completion) -> None:
         """On a transport thread: the write of a chunk ended."""
-        failure = _FAILURE_OF_STATUS.get(completion.status)
-        self._ended.put(_Ended(chunk, failure, completion.detail))
+        failure = FAILURE_OF_STATUS.get(completion.status)
+        self._ended.put(Ended(chunk, failure, completion.detail))
 
     def _on_landed(self, chunks: list[RelayChunk]) -> None:
         now = self._loop.time()
         for chunk in chunks:
-            upstream = self._upstreams.get(chunk.grant.source.daemon.address)
-            if upstream is not None:
-                upstream.reading.pop(chunk.upstream_tag, None)
+            self._upstream.landed(chunk)
             if chunk.stage is Stage.READING:
                 self._no_longer_reading(chunk)
                 self._rate.landed(chunk.target.nbytes, now)
                 chunk.stage = Stage.FORWARDING
+                if chunk.held is not None and chunk.intact:
+                    self.holdings.filled(chunk.held)
+                    self.retained_bytes += chunk.target.nbytes
         if not self._reading_bytes:
             self._rate.end()
         self._queue_changed()
         self._pump()
 
-    def _on_ended(self, items: list[_Ended]) -> None:
+    def _on_ended(self, items: list[Ended]) -> None:
         self._landed.drain()
         for item in items:
             self._end(item.chunk, item.failure, item.detail)
@@ -382,14 +362,8 @@ class Relay:
     def _fail(self, chunk: RelayChunk, failure: ChunkFailure, detail: str) -> None:
         """End a chunk that waits or is being read; one that landed is left to its write."""
         if chunk.stage is Stage.READING:
-            upstream = self._upstreams[chunk.grant.source.daemon.address]
-            if chunk.armed:
-                assert upstream.network is not None
-                assert upstream.window is not None
-                tag = chunk.upstream_tag
-                if tag not in upstream.network.transport.disarm(upstream.window, (tag,)):
-                    return
-            upstream.reading.pop(chunk.upstream_tag, None)
+            if not self._upstream.withdraw(chunk):
+                return
             self._no_longer_reading(chunk)
         elif chunk.stage is not Stage.WAITING:
             return
@@ -410,10 +384,14 @@ class Relay:
                 requester.waiting_bytes -= chunk.target.nbytes
                 self.read_bytes -= chunk.target.nbytes
                 self._fail(chunk, failure, detail)
-        for upstream in self._upstreams.values():
-            for chunk in tuple(upstream.reading.values()):
-                if chosen(chunk):
-                    self._fail(chunk, failure, detail)
+            held = [chunk for chunk in requester.held_queue if chosen(chunk)]
+            if held:
+                requester.held_queue = deque(c for c in requester.held_queue if not chosen(c))
+            for chunk in held:
+                self._fail(chunk, failure, detail)
+        for chunk in self._upstream.reading():
+            if chosen(chunk):
+                self._fail(chunk, failure, detail)
         self._queue_changed()
 
     def _no_longer_reading(self, chunk: RelayChunk) -> None:
@@ -424,9 +402,16 @@ class Relay:
 
     def _end(self, chunk: RelayChunk, failure: ChunkFailure | None, detail: str) -> None:
         assert chunk.stage is not Stage.OVER, "a chunk ended twice"
+        if chunk.served and chunk.stage is Stage.FORWARDING:
+            self._serving.ended(chunk)
         chunk.stage = Stage.OVER
         grant, requester = chunk.grant, chunk.grant.requester
-        if chunk.slot is not None:
+        if chunk.held is not None:
+            if not chunk.held.held:
+                self.holdings.discard(chunk.held)
+            self.holdings.unuse(chunk.held)
+            chunk.held = chunk.slot = None
+        elif chunk.slot is not None:
             self.staging.give_back(chunk.slot)
             requester.staged_bytes -= chunk.target.nbytes
             chunk.slot = None
@@ -435,6 +420,7 @@ class Relay:
             requester.relayed_bytes += chunk.target.nbytes
             self.relayed_bytes += chunk.target.nbytes
             self.relayed_chunks += 1
+            self.served_bytes += chunk.target.nbytes if chunk.served else 0
         else:
             grant.failures.append((chunk.tag, failure))
             grant.detail = grant.detail or detail
@@ -442,15 +428,19 @@ class Relay:
         if grant.open_chunks == 0:
             requester.grants.pop(grant.grant_id, None)
         if grant.failures or grant.open_chunks == 0:
-            if not self._reports:
-                # Later, so that one message carries a burst and no caller is re-entered.
-                self._loop.call_soon(self._report)
-            self._reports[grant] = None
+            self._to_report(grant)
+
+    def _to_report(self, grant: RelayGrant) -> None:
+        if not self._reports:
+            # Later, so that one message carries a burst and no caller is re-entered.
+            self._loop.call_soon(self._report)
+        self._reports[grant] = None
 
     def _report(self) -> None:
         grants, self._reports = self._reports, {}
         for grant in grants:
             failures, grant.failures = grant.failures, []
+            held_bytes, grant.held_bytes = grant.held_bytes, 0
             if grant.requester.closed:
                 continue
             grant.on_progress(
@@ -461,6 +451,7 @@ class Relay:
                     failure=[failure for _, failure in failures],
                     queue_bytes=self.others_read_bytes(grant.requester),
                     detail=grant.detail,
+                    held_bytes=held_bytes,
                 )
             )
 
@@ -473,13 +464,14 @@ class Relay:
     def _on_sweep(self) -> None:
         self._sweep = None
         now = self._loop.time()
+        self.holdings.expire(now)
         self._fail_where(
             lambda chunk: chunk.grant.deadline_at <= now,
             common_pb2.CHUNK_FAILURE_DEADLINE,
             "waited at the relay past the deadline",
         )
         self._pump()
-        if any(requester.grants for requester in self._requesters.values()):
+        if self.holdings.requests or any(each.grants for each in self._requesters.values()):
             self._arm_sweep()
 
     def _queue_changed(self) -> None:
@@ -492,7 +484,3 @@ class Relay:
         for requester in tuple(self._requesters.values()):
             if requester.on_queue is not None:
                 requester.on_queue()
-
-
-def _failure_of(error: DualPathError) -> ChunkFailure:
-    return FAILURE_OF_REASON.get(error.reason, common_pb2.CHUNK_FAILURE_PEER_LOST)

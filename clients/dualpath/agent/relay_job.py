@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.holdings import ChunkName, HeldChunk
 from dualpath.agent.staging import Slot
 from dualpath.proto.v1 import common_pb2
+from dualpath.transfer.errors import DualPathError
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.region import RegionDescriptor
 from dualpath.transfer.slices import Slices
+from dualpath.transfer.transport import WriteStatus
 
 if TYPE_CHECKING:
     ChunkFailure: TypeAlias = common_pb2.ChunkFailure.ValueType
@@ -27,11 +30,11 @@ class Stage(enum.Enum):
     """Where a chunk stands."""
 
     WAITING = "waiting"
-    """For credit at the storage link and for a slot."""
+    """For credit at the storage link and for a slot; or, if it is held, for its turn."""
     READING = "reading"
     """Asked of the daemon; its slot is armed."""
     FORWARDING = "forwarding"
-    """In its slot, being written to the requester."""
+    """In its slot, staged or held, being written to the requester."""
     OVER = "over"
 
 
@@ -56,13 +59,18 @@ class RelayGrant:
     deadline_at: float
     on_progress: Callable[[common_pb2.GrantProgress], None]
     open_chunks: int = 0
+    request: str = ""
+    """Its chunks are kept for this request; "": only passed on."""
+    held_bytes: int = 0
+    """Not read from storage, and not told yet."""
     failures: list[tuple[int, ChunkFailure]] = field(default_factory=list)
     detail: str = ""
 
 
 @dataclass(slots=True, eq=False)
 class RelayChunk:
-    """One chunk: `tag` and `target` are the requester's, `upstream_tag` is ours."""
+    """One chunk: `tag` and `target` are the requester's, `upstream_tag` is ours. `slot` is in the
+    holdings if there is a `held`, else in the staging."""
 
     grant: RelayGrant
     block: int
@@ -73,12 +81,29 @@ class RelayChunk:
     upstream_tag: int = 0
     armed: bool = False
     slot: Slot | None = None
+    name: ChunkName | None = None
+    """What it is, if the requester has said so."""
+    held: HeldChunk | None = None
+    served: bool = False
+    """Was held when it was asked for."""
+    intact: bool = True
+    """Of one that is read into the holdings: whether it has come with its checksum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What a transport thread reports of a chunk: written (failure None) or not."""
+
+    chunk: RelayChunk
+    failure: ChunkFailure | None
+    detail: str = ""
 
 
 @dataclass(slots=True, eq=False)
 class Requester:
     """Who asks: an attached agent, or this agent itself. `peer` is its name in the compute
-    network. Bytes: `waiting_bytes` in its queue, `staged_bytes` in slots."""
+    network. `held_queue` is of chunks that are held here. Bytes: `waiting_bytes` in its queue,
+    `staged_bytes` in slots of the staging, `serving_bytes` of held ones in flight."""
 
     name: str
     peer: str
@@ -88,8 +113,11 @@ class Requester:
     staged_bytes: int = 0
     reading_bytes: int = 0
     relayed_bytes: int = 0
+    held_queue: deque[RelayChunk] = field(default_factory=deque)
+    serving_bytes: int = 0
     closed: bool = False
     in_turns: bool = False
+    in_serving: bool = False
     on_queue: Callable[[], None] | None = None
     """Called when what it should know of the node's read queue may have changed."""
 
@@ -106,3 +134,14 @@ FAILURE_OF_REASON: dict[str, ChunkFailure] = {
     "invalid": common_pb2.CHUNK_FAILURE_INVALID,
 }
 REASON_OF_FAILURE = {failure: reason for reason, failure in FAILURE_OF_REASON.items()}
+FAILURE_OF_STATUS: dict[WriteStatus, ChunkFailure] = {
+    WriteStatus.REFUSED: common_pb2.CHUNK_FAILURE_REFUSED,
+    WriteStatus.LOST: common_pb2.CHUNK_FAILURE_PEER_LOST,
+    WriteStatus.EXPIRED: common_pb2.CHUNK_FAILURE_DEADLINE,
+    WriteStatus.CLOSED: common_pb2.CHUNK_FAILURE_CANCELLED,
+}
+
+
+def failure_of(error: DualPathError) -> ChunkFailure:
+    """What a chunk is reported with that ended in this error."""
+    return FAILURE_OF_REASON.get(error.reason, common_pb2.CHUNK_FAILURE_PEER_LOST)

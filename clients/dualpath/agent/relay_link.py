@@ -42,6 +42,8 @@ class RelayLink:
         if not daemons:
             raise InvalidRequest("a relay needs a daemon to read from: configure one")
         self.name = relay.name
+        self.holds = False
+        """Whether it keeps chunks, and is to be told what those of a grant are."""
         self._daemons = tuple(daemons)
         self._on_change = on_change
         self._on_queue = on_queue
@@ -91,6 +93,7 @@ class RelayLink:
     ) -> None:
         """Note the relay's attachment at the first daemon."""
         self._peer_ids = {first.daemon or self._daemons[0]: first.daemon_peer_id}
+        self.holds = first.holds
 
     def on_up(self) -> None:
         """Ask for the other daemons and tell the owner."""
@@ -114,16 +117,28 @@ class RelayLink:
         self._grants.clear()
         self._on_change(self)
 
+    def take(self) -> Any:
+        """Open a Take stream for a hand-off; only while the link is up."""
+        return self._stub.Take(metadata=self.link.metadata)
+
     # Grants.
 
     def submit(
-        self, daemon: str, ticket: bytes, grant: common_pb2.ChunkGrant, on_progress: OnProgress
+        self,
+        daemon: str,
+        ticket: bytes,
+        grant: common_pb2.ChunkGrant,
+        on_progress: OnProgress,
+        known: agent_pb2.KnownChunks | None = None,
     ) -> int:
-        """Ask the relay for chunks; returns the grant's id. Raises PathDown."""
+        """Ask the relay for chunks, `known` if it `holds`; returns the grant's id. Raises
+        PathDown."""
         if not self.peer_id_at(daemon):
             raise PathDown(f"relay {self.name} has no session at daemon {daemon}")
         grant.grant_id = self._grants.next_id
-        self.link.send(agent_pb2.RelayRequest(daemon=daemon, ticket=ticket, grant=grant))
+        self.link.send(
+            agent_pb2.RelayRequest(daemon=daemon, ticket=ticket, grant=grant, known=known)
+        )
         return self._grants.add(on_progress)
 
     def cancel(self, grant_ids: Iterable[int]) -> None:

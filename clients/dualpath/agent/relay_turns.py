@@ -2,23 +2,27 @@
 
 Serves requesters by turns, one chunk each, and the chunks of one in the order of its grants. A
 chunk starts only within the credit of the storage link and with a slot in the staging; no
-requester holds so much of the staging that another could not get as much.
+requester holds so much of the staging that another could not get as much. What is to be kept for a
+request is read into the holdings, if they have room.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
+from dualpath.agent.holdings import Holdings
 from dualpath.agent.relay_job import RelayChunk, Requester, Stage
 from dualpath.agent.staging import Staging
 from dualpath.transfer.credit import CreditConfig
+from dualpath.transfer.errors import Overloaded
 
 
 class RelayTurns:
     """See the module docstring."""
 
-    def __init__(self, staging: Staging, credit: CreditConfig) -> None:
+    def __init__(self, staging: Staging, holdings: Holdings, credit: CreditConfig) -> None:
         self._staging = staging
+        self._holdings = holdings
         self._credit = credit
         self._ring: deque[Requester] = deque()
 
@@ -28,7 +32,7 @@ class RelayTurns:
             requester.in_turns = True
             self._ring.append(requester)
 
-    def next(self, reading_bytes: int, window_bytes: int) -> RelayChunk | None:
+    def next(self, reading_bytes: int, window_bytes: int, now: float) -> RelayChunk | None:
         """Take the chunk that is read next, with its slot, or None if nothing may start now.
 
         `reading_bytes` are in flight on the storage link, `window_bytes` may be.
@@ -42,20 +46,44 @@ class RelayTurns:
             nbytes = requester.queue[0].target.nbytes
             if not self._credit.allows(window_bytes, reading_bytes, nbytes):
                 return None
-            if requester.staged_bytes and requester.staged_bytes + nbytes > self._share():
-                self._ring.rotate(-1)
-                continue
-            slot = self._staging.take(nbytes)
-            if slot is None:
-                return None
+            if not self._retain(requester.queue[0], now):
+                if requester.staged_bytes and requester.staged_bytes + nbytes > self._share():
+                    self._ring.rotate(-1)
+                    continue
+                slot = self._staging.take(nbytes)
+                if slot is None:
+                    return None
+                requester.queue[0].slot = slot
+                requester.staged_bytes += nbytes
             self._ring.rotate(-1)
             chunk = requester.queue.popleft()
             requester.waiting_bytes -= nbytes
-            requester.staged_bytes += nbytes
             requester.reading_bytes += nbytes
-            chunk.slot, chunk.stage = slot, Stage.READING
+            chunk.stage = Stage.READING
             return chunk
         return None
+
+    def _retain(self, chunk: RelayChunk, now: float) -> bool:
+        """Give a chunk that is to be kept a slot in the holdings, if it may have one."""
+        request, name = chunk.grant.request, chunk.name
+        if not request or name is None:
+            return False
+        holdings = self._holdings
+        try:
+            held = holdings.find(name)
+            if held is not None:  # another reads it: the request needs no second one
+                holdings.pin(held, request, now)
+                return False
+            held = holdings.fill(name, chunk.target.nbytes)
+            if held is None:
+                chunk.grant.request = ""  # nor would the next of its chunks find any
+                holdings.events["retain_no_room"] += 1
+                return False
+            chunk.held, chunk.slot = held, held.slot
+            holdings.pin(held, request, now)
+        except Overloaded:
+            holdings.events["retain_no_room"] += 1
+        return chunk.held is not None
 
     def _share(self) -> int:
         return self._staging.capacity_bytes // (1 + max(1, len(self._ring)))

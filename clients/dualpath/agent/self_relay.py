@@ -47,6 +47,11 @@ class SelfRelay:
         """Whether grants can be submitted."""
         return self._requester is not None
 
+    @property
+    def peer(self) -> str:
+        """The name by which this agent writes to itself, "" while it is not connected."""
+        return "" if self._requester is None else self._requester.peer
+
     async def ensure(self) -> None:
         """Connect to ourselves, if we are not. Raises Unavailable, DeadlineExceeded, ..."""
         async with self._lock:

@@ -12,15 +12,19 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from dualpath.agent.config import check_address
 from dualpath.cli.finding import Finding, Status
 from dualpath.cli.probe_memory import memory_findings
 from dualpath.cli.probe_network import network_findings
 from dualpath.cli.probe_software import software_findings
 from dualpath.cli.probe_storage import storage_findings
+from dualpath.cli.topology import Topology
+from dualpath.transfer.errors import InvalidRequest
 
 _EXAMPLE = """example:
   dualpath doctor
-  dualpath doctor --data DIR --json"""
+  dualpath doctor --data DIR --json
+  dualpath doctor --topology --towards 10.0.1.1:7070 --towards 10.0.2.5:7081"""
 
 
 class DoctorCommand:
@@ -36,9 +40,25 @@ class DoctorCommand:
             "--data", default=".", metavar="DIR", help="data directory of the daemon (default .)"
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument(
+            "--topology",
+            action="store_true",
+            help="show network devices, disks, NUMA nodes instead",
+        )
+        parser.add_argument(
+            "--towards",
+            action="append",
+            default=[],
+            metavar="HOST:PORT",
+            help="with --topology: which device leads to this daemon or relay (again for others)",
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         """Probe and print."""
+        if args.topology:
+            return _show_topology(args)
+        if args.towards:
+            raise InvalidRequest("--towards goes with --topology")
         findings = [
             *software_findings(),
             *storage_findings(Path(args.data)),
@@ -55,6 +75,14 @@ class DoctorCommand:
         for finding in fatal:
             print(f"missing: {finding.name}: {finding.detail}", file=sys.stderr)
         return 1 if fatal else 0
+
+
+def _show_topology(args: argparse.Namespace) -> int:
+    for address in args.towards:
+        check_address(address, unix=False)
+    found = Topology.of_machine(args.towards)
+    print(json.dumps(found.to_json()) if args.json else "\n".join(found.lines()))
+    return 0
 
 
 def _as_json(findings: list[Finding]) -> dict[str, object]:

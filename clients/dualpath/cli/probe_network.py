@@ -8,6 +8,9 @@ import subprocess
 from pathlib import Path
 
 from dualpath.cli.finding import Finding, Status
+from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.rdma.port_choice import choose_port
+from dualpath.transfer.rdma.pyverbs_device import REMEDY, PyverbsVerbs
 
 _TIMEOUT_S = 10.0
 # All of it happens in a network namespace that ends with the child.
@@ -24,18 +27,37 @@ def network_findings() -> list[Finding]:
 
 def _rdma() -> Finding:
     try:
-        devices = sorted(path.name for path in Path("/sys/class/infiniband").iterdir())
-    except OSError:
-        devices = []
-    if devices:
-        return Finding(name="RDMA devices", status=Status.OK, detail=", ".join(devices))
-    return Finding(
-        name="RDMA devices",
-        status=Status.ABSENT,
-        detail="none in /sys/class/infiniband",
-        cost="nothing in this version, which moves blocks over TCP and shared memory",
-        remedy="a NIC with verbs, its kernel driver and rdma-core",
-    )
+        verbs = PyverbsVerbs()
+        found = [_rdma_port(verbs, name) for name in verbs.devices()]
+    except Unavailable as error:
+        try:
+            names = sorted(path.name for path in Path("/sys/class/infiniband").iterdir())
+        except OSError:
+            names = []
+        where = f"{', '.join(names)} in" if names else "none in"
+        return Finding(
+            name="RDMA devices",
+            status=Status.ABSENT,
+            detail=f"{where} /sys/class/infiniband; {str(error).partition(';')[0]}",
+            cost="`compute-transport = rdma`: agents move blocks over TCP and shared memory",
+            remedy=REMEDY,
+        )
+    return Finding(name="RDMA devices", status=Status.OK, detail="; ".join(found))
+
+
+def _rdma_port(verbs: PyverbsVerbs, name: str) -> str:
+    """A device, and the port and GID that an agent would use."""
+    try:
+        device = verbs.open(name)
+        try:
+            chosen = choose_port(device.info)
+            windows = "" if device.info.memory_windows else ", no memory windows of type 2B"
+        finally:
+            device.close()
+    except Unavailable as error:
+        return f"{name}: {error}"
+    kind = f"LID {chosen.port.lid}" if chosen.port.lid else f"{chosen.gid.kind} GID"
+    return f"{name}: port {chosen.port.number}, {kind}, index {chosen.gid.row}{windows}"
 
 
 def _gpu() -> Finding:

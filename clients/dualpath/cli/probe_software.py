@@ -27,7 +27,7 @@ _EXTRAS = {
         "`dualpath demo-model` is skipped (`make demo-model` installs it)",
     ),
     "cuda": (("cupy",), "nothing in this version, which loads into host memory"),
-    "rdma": (("pyverbs",), "nothing in this version, which has no RDMA transport"),
+    "rdma": (("pyverbs",), "`compute-transport = rdma`, unless python3-pyverbs of Debian is used"),
 }
 
 

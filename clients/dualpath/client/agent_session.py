@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from dualpath.agent.hand_off_spec import HandOffResult, HandOffSpec, LayerGate
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import Lookup, SaveResult
 from dualpath.client.memory import EngineMemory
@@ -32,8 +33,14 @@ class AgentSession(Protocol):
     def load(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
         """Run a load; the first update has `started`, the last `result`."""
 
+    def receive(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
+        """Run a receive; as `load`."""
+
+    async def hand_off(self, spec: HandOffSpec, gate: LayerGate) -> HandOffResult:
+        """Hand blocks over as the gate opens. Nothing reads the memory any more when it returns."""
+
     async def abort(self, load_id: str) -> None:
-        """End a load; when it returns, nothing more is written into its memory."""
+        """End a load or a receive; when it returns, nothing more is written into its memory."""
 
     async def save(self, spec: SaveSpec) -> SaveResult:
         """Store blocks; the memory must not change until it returns."""

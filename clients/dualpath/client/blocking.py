@@ -15,16 +15,18 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from dualpath.agent.config import AgentConfig
+from dualpath.agent.hand_off_spec import HandOffResult, HandOffSpec
 from dualpath.agent.load_spec import LoadSpec
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, SaveResult
 from dualpath.agent.places import Places
-from dualpath.client.kv_client import KVClient, load_spec
+from dualpath.client.hand_off import HandOff
+from dualpath.client.kv_client import KVClient, hand_off_spec, load_spec, receive_spec
 from dualpath.client.load import Load
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
 from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import agent_pb2
-from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.errors import InvalidRequest, Unavailable
 
 T = TypeVar("T")
 
@@ -80,16 +82,19 @@ class _LoopThread:
             self._thread.join(JOIN_S_MAX)
 
 
+BeginLoad = Callable[[LoadSpec, Callable[[Load], None]], Load]
+
+
 class BlockingLoad:
     """A load; see `dualpath.client.load.Load`. It begins without a wait for the loop, and whoever
     waits for its end is woken by that alone: each turn of the loop takes time from the load."""
 
-    def __init__(self, client: KVClient, spec: LoadSpec, thread: _LoopThread) -> None:
+    def __init__(self, begin: BeginLoad, spec: LoadSpec, thread: _LoopThread) -> None:
         self.load_id = spec.load_id
         self._thread = thread
         self._load: Load | None = None
         self._ended: Future[LoadResult] = Future()
-        thread.call(partial(self._begin, client, spec))
+        thread.call(partial(self._begin, begin, spec))
 
     def started(self) -> LoadStarted:
         """What the lookup found."""
@@ -122,9 +127,9 @@ class BlockingLoad:
 
     # In the loop, where whatever comes later finds the load begun.
 
-    def _begin(self, client: KVClient, spec: LoadSpec) -> None:
+    def _begin(self, begin: BeginLoad, spec: LoadSpec) -> None:
         try:
-            self._load = client.begin(spec, self._end)
+            self._load = begin(spec, self._end)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             self._ended.set_exception(error)
 
@@ -149,6 +154,37 @@ class BlockingLoad:
             self._ended.result(0)  # raises why not
         assert self._load is not None
         return self._load
+
+
+class BlockingHandOff:
+    """A hand-off; see `dualpath.client.hand_off.HandOff`. `layer_done` does not wait."""
+
+    def __init__(self, client: KVClient, spec: HandOffSpec, thread: _LoopThread) -> None:
+        self.request = spec.request
+        self._thread = thread
+        self._hand_off = thread.wait(self._begin(client, spec))
+
+    def layer_done(self, layer: int) -> None:
+        """Layers [0, layer] of all blocks are final in memory."""
+        if layer < 0:
+            raise InvalidRequest(f"a layer has a number from 0 on, not {layer}")
+        self._thread.call(partial(self._hand_off.layer_done, layer))
+
+    def result(self) -> HandOffResult:
+        """Wait for the end."""
+        return self._thread.wait(self._hand_off.result())
+
+    @property
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return self._hand_off.done
+
+    def abort(self) -> None:
+        """Give it up; afterwards nothing reads the memory any more."""
+        self._thread.wait(self._hand_off.abort())
+
+    async def _begin(self, client: KVClient, spec: HandOffSpec) -> HandOff:
+        return client.begin_hand_off(spec)
 
 
 class BlockingKVClient:
@@ -205,6 +241,7 @@ class BlockingKVClient:
         decode_peer: str = "",
         paths: Sequence[str] = (),
         load_id: str = "",
+        request: str = "",
     ) -> BlockingLoad:
         """See KVClient.load. Returns at once; wait on what it returns."""
         spec = load_spec(
@@ -217,8 +254,40 @@ class BlockingKVClient:
             decode_peer=decode_peer,
             paths=paths,
             load_id=load_id,
+            request=request,
         )
-        return BlockingLoad(self._client, spec, self._thread)
+        return BlockingLoad(self._client.begin, spec, self._thread)
+
+    def hand_off(
+        self,
+        request: str,
+        decode_peer: str,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        memory: EngineMemory,
+        places: Places,
+        *,
+        deadline_s: float,
+    ) -> BlockingHandOff:
+        """See KVClient.hand_off. Returns at once; wait on what it returns."""
+        spec = hand_off_spec(
+            request, decode_peer, namespace_id, hashes, memory, places, deadline_s=deadline_s
+        )
+        return BlockingHandOff(self._client, spec, self._thread)
+
+    def receive(
+        self,
+        request: str,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        memory: EngineMemory,
+        places: Places,
+        *,
+        deadline_s: float,
+    ) -> BlockingLoad:
+        """See KVClient.receive. Returns at once; wait on what it returns."""
+        spec = receive_spec(request, namespace_id, hashes, memory, places, deadline_s=deadline_s)
+        return BlockingLoad(self._client.begin_receive, spec, self._thread)
 
     def save(
         self,

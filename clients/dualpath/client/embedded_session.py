@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from dualpath.agent.agent import Agent
 from dualpath.agent.config import AgentConfig
+from dualpath.agent.hand_off_spec import HandOffResult, HandOffSpec, LayerGate
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.network import MakeTransport
 from dualpath.agent.outcome import Lookup, SaveResult
@@ -68,7 +69,15 @@ class EmbeddedSession:
 
     async def abort(self, load_id: str) -> None:
         """See AgentSession."""
-        self.agent.loader.abort((load_id,))
+        self.agent.abort((load_id,))
+
+    def receive(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
+        """See AgentSession."""
+        return self.agent.receiver.receive(spec)
+
+    async def hand_off(self, spec: HandOffSpec, gate: LayerGate) -> HandOffResult:
+        """See AgentSession."""
+        return await self.agent.hand_offs.run(spec, gate)
 
     async def save(self, spec: SaveSpec) -> SaveResult:
         """See AgentSession."""

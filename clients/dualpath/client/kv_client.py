@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 from dualpath.agent.config import AgentConfig
+from dualpath.agent.hand_off_spec import HandOffSpec, check_request
 from dualpath.agent.load_spec import LoadSpec, SaveSpec, check_hashes
 from dualpath.agent.outcome import Lookup, SaveResult
 from dualpath.agent.places import Places
 from dualpath.client.agent_session import AgentSession
+from dualpath.client.hand_off import HandOff
 from dualpath.client.load import Load
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
@@ -74,9 +76,11 @@ class KVClient:
         decode_peer: str = "",
         paths: Sequence[str] = (),
         load_id: str = "",
+        request: str = "",
     ) -> Load:
         """Start to load the longest stored prefix into `memory`; see `Load`.
 
+        With a `request` the agent `decode_peer` keeps what it relays, for a later `hand_off`.
         `load_id` must be unique among the agent's running loads; "" makes one up.
         """
         spec = load_spec(
@@ -89,8 +93,62 @@ class KVClient:
             decode_peer=decode_peer,
             paths=paths,
             load_id=load_id,
+            request=request,
         )
         return self.begin(spec)
+
+    async def hand_off(
+        self,
+        request: str,
+        decode_peer: str,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        memory: EngineMemory,
+        places: Places,
+        *,
+        deadline_s: float,
+    ) -> HandOff:
+        """Give the KV of a prompt to the decode engine of `request`, whose agent is `decode_peer`;
+        see `HandOff`.
+
+        All blocks of the prompt, those that were loaded as well; the last one may be a partial
+        block under a name of its own. Only what the decode side lacks is sent, layer by layer, as
+        `HandOff.layer_done` says that they are final. The memory must not change in them until the
+        end.
+        """
+        spec = hand_off_spec(
+            request, decode_peer, namespace_id, hashes, memory, places, deadline_s=deadline_s
+        )
+        return self.begin_hand_off(spec)
+
+    def begin_hand_off(
+        self, spec: HandOffSpec, on_end: Callable[[HandOff], None] | None = None
+    ) -> HandOff:
+        """Start a hand-off that was checked by `hand_off_spec`; `on_end` as in `begin`."""
+        return HandOff(spec, self._session.hand_off, on_end)
+
+    async def receive(
+        self,
+        request: str,
+        namespace_id: bytes,
+        hashes: Sequence[bytes],
+        memory: EngineMemory,
+        places: Places,
+        *,
+        deadline_s: float,
+    ) -> Load:
+        """Bring what prefill hands off for `request` into this decode engine's `memory`.
+
+        Before, while or after the hand-off runs; to be awaited as a load, layer by layer. Where the
+        prefill side fails the prefix is shorter, with the reason; what of it is stored can be
+        loaded then. Afterwards this node keeps nothing for the request but as a cache.
+        """
+        spec = receive_spec(request, namespace_id, hashes, memory, places, deadline_s=deadline_s)
+        return self.begin_receive(spec)
+
+    def begin_receive(self, spec: LoadSpec, on_end: Callable[[Load], None] | None = None) -> Load:
+        """Start a receive that was checked by `receive_spec`; `on_end` as in `begin`."""
+        return Load(spec.load_id, self._session.receive(spec), self._session.abort, on_end)
 
     def begin(self, spec: LoadSpec, on_end: Callable[[Load], None] | None = None) -> Load:
         """Start a load that was checked by `load_spec`; `on_end` is called in the loop when it has
@@ -150,6 +208,7 @@ def load_spec(
     decode_peer: str,
     paths: Sequence[str],
     load_id: str,
+    request: str = "",
 ) -> LoadSpec:
     """The arguments of `KVClient.load`, checked; in any thread. Raises InvalidRequest."""
     return LoadSpec(
@@ -162,4 +221,49 @@ def load_spec(
         policy=policy,
         decode_peer=decode_peer,
         paths=tuple(paths),
+        request=request,
+    )
+
+
+def hand_off_spec(
+    request: str,
+    decode_peer: str,
+    namespace_id: bytes,
+    hashes: Sequence[bytes],
+    memory: EngineMemory,
+    places: Places,
+    *,
+    deadline_s: float,
+) -> HandOffSpec:
+    """The arguments of `KVClient.hand_off`, checked; in any thread. Raises InvalidRequest."""
+    return HandOffSpec(
+        request=request,
+        decode_peer=decode_peer,
+        namespace_id=namespace_id,
+        hashes=tuple(hashes),
+        region=memory.handle,
+        places=places,
+        deadline_s=deadline_s,
+    )
+
+
+def receive_spec(
+    request: str,
+    namespace_id: bytes,
+    hashes: Sequence[bytes],
+    memory: EngineMemory,
+    places: Places,
+    *,
+    deadline_s: float,
+) -> LoadSpec:
+    """The arguments of `KVClient.receive`, checked; in any thread. Raises InvalidRequest."""
+    check_request(request)
+    return LoadSpec(
+        load_id=secrets.token_hex(8),
+        namespace_id=namespace_id,
+        hashes=tuple(hashes),
+        region=memory.handle,
+        places=places,
+        deadline_s=deadline_s,
+        request=request,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from dualpath.agent.hand_off_spec import HandOffResult, HandOffSpec, LayerGate
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult, tiers_of
 from dualpath.agent.places import Places
@@ -25,7 +26,7 @@ from dualpath.proto.dial import open_channel
 from dualpath.proto.status import translated
 from dualpath.proto.tls import NO_TLS, Tls
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, store_pb2
-from dualpath.transfer.errors import InvalidRequest, Unavailable
+from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
 from dualpath.transfer.region import Region
 
 CALL_S_MAX = 30.0
@@ -113,21 +114,44 @@ class RemoteSession:
 
     async def load(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
         """See AgentSession."""
-        request = agent_pb2.LoadRequest(
-            load_id=spec.load_id,
-            namespace_id=spec.namespace_id,
-            hash=spec.hashes,
-            places=_places(spec.region, spec.places),
-            deadline_ms=max(1, round(spec.deadline_s * 1000)),
-            policy=spec.policy,
-            decode_peer=spec.decode_peer,
-            path=spec.paths,
-        )
         timeout_s = spec.deadline_s + GRACE_S
         with translated("Load at the agent"):
-            call = self._stub.Load(request, timeout=timeout_s, metadata=self._metadata)
+            call = self._stub.Load(_load_request(spec), timeout=timeout_s, metadata=self._metadata)
             async for event in call:
                 yield _update(event, len(spec.hashes))
+
+    async def receive(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
+        """See AgentSession."""
+        timeout_s = spec.deadline_s + GRACE_S
+        with translated("Receive at the agent"):
+            call = self._stub.Receive(
+                _load_request(spec), timeout=timeout_s, metadata=self._metadata
+            )
+            async for event in call:
+                yield _update(event, len(spec.hashes))
+
+    async def hand_off(self, spec: HandOffSpec, gate: LayerGate) -> HandOffResult:
+        """See AgentSession. An agent that is gone, or too old, is a reason as any other."""
+        timeout_s = spec.deadline_s + GRACE_S
+        try:
+            with translated("HandOff at the agent"):
+                answer = await self._stub.HandOff(
+                    _hand_off_requests(spec, gate), timeout=timeout_s, metadata=self._metadata
+                )
+        except InvalidRequest:
+            raise
+        except DualPathError as error:
+            return HandOffResult(0, 0, 0, error.reason, str(error))
+        finally:
+            gate.close()  # so that nobody waits for more to say
+        return HandOffResult(
+            blocks=answer.blocks,
+            sent_bytes=answer.sent_bytes,
+            held_bytes=answer.held_bytes,
+            reason=answer.reason,
+            detail=answer.detail,
+            elapsed_s=answer.elapsed_s,
+        )
 
     async def abort(self, load_id: str) -> None:
         """See AgentSession."""
@@ -199,6 +223,43 @@ _SEAL = {
 }
 
 
+def _load_request(spec: LoadSpec) -> agent_pb2.LoadRequest:
+    return agent_pb2.LoadRequest(
+        load_id=spec.load_id,
+        namespace_id=spec.namespace_id,
+        hash=spec.hashes,
+        places=_places(spec.region, spec.places),
+        deadline_ms=max(1, round(spec.deadline_s * 1000)),
+        policy=spec.policy,
+        decode_peer=spec.decode_peer,
+        path=spec.paths,
+        request=spec.request,
+    )
+
+
+async def _hand_off_requests(
+    spec: HandOffSpec, gate: LayerGate
+) -> AsyncIterator[agent_pb2.HandOffRequest]:
+    """What is handed off, then how far the engine is, until it is over."""
+    layers = gate.layers
+    yield agent_pb2.HandOffRequest(
+        request=spec.request,
+        decode_peer=spec.decode_peer,
+        namespace_id=spec.namespace_id,
+        hash=spec.hashes,
+        places=_places(spec.region, spec.places),
+        deadline_ms=max(1, round(spec.deadline_s * 1000)),
+        layers_done=layers,
+    )
+    while not gate.closed:
+        await gate.more(layers)
+        if gate.layers > layers:
+            layers = gate.layers
+            yield agent_pb2.HandOffRequest(layers_done=layers)
+    if gate.aborted:
+        yield agent_pb2.HandOffRequest(abort=True)
+
+
 def _places(region: int, places: Places) -> agent_pb2.BlockPlaces:
     return agent_pb2.BlockPlaces(
         region=region,
@@ -223,5 +284,6 @@ def _update(event: agent_pb2.LoadEvent, requested: int) -> LoadUpdate:
             elapsed_s=event.elapsed_s,
             lookup_s=event.lookup_s,
             nbytes=event.nbytes,
+            held_bytes={share.path: share.held_bytes for share in event.share if share.held_bytes},
         )
     return LoadUpdate(event.layers_ready, event.blocks_valid, started, result)

@@ -21,7 +21,13 @@ from dualpath.kvstore.durable_index import DurableIndex
 from dualpath.kvstore.fsck import Fsck
 from dualpath.kvstore.fsck_report import FsckCode, FsckReport
 from dualpath.kvstore.fsck_segments import CheckedSegment
-from dualpath.kvstore.header_scan import OpenSegment, ScannedHeaders, is_whole, scan_headers
+from dualpath.kvstore.header_scan import (
+    OpenSegment,
+    ScannedHeaders,
+    flushed,
+    is_whole,
+    scan_headers,
+)
 from dualpath.kvstore.index_snapshot import SNAPSHOT_NAME, store_id_of
 from dualpath.kvstore.invalidation_cuts import InvalidationCuts
 from dualpath.kvstore.namespace_files import NamespaceFiles
@@ -310,7 +316,8 @@ class FsckRepair:
         return max(highest)
 
     def _from_headers(self, device: Device, known: dict[bytes, BlockRecord]) -> ScannedHeaders:
-        """Blocks whose header and data are whole, that are not known, in slots that are free."""
+        """Blocks whose header and data are whole, that are not known, in slots that are free; all
+        of them on the medium, as at an opening."""
         taken = {(record.segment, record.slot) for record in known.values()}
 
         def is_new(record: BlockRecord) -> bool:
@@ -322,12 +329,14 @@ class FsckRepair:
                 if segment.geometry is not None:
                     file = device.open(segment.name)
                     opened[segment.number] = OpenSegment(segment.geometry, file)
-                    file.sync()  # what is read is on the medium then, and may be counted on
-            scanned = scan_headers(opened, self._fsck.state.layouts, wanted=is_new)
+            state = self._fsck.state
+            scanned = scan_headers(opened, state.layouts, wanted=is_new)
+            few = state.generation is not None  # those that the index was not told of
+            found = flushed(scanned.records, opened, state.layouts, again=few)
         finally:
             for each in opened.values():
                 each.file.close()
-        left = InvalidationCuts(self._path).left(scanned.records)
+        left = InvalidationCuts(self._path).left(found)
         return ScannedHeaders(left, scanned.generation)
 
 

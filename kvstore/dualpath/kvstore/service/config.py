@@ -16,6 +16,8 @@ from dualpath.kvstore.s3_fifo import S3Fifo
 from dualpath.kvstore.service.access_rules import Limits, check_tokens
 from dualpath.kvstore.tenant_limits import TenantLimits, check_tenants
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.lane_marks import LaneMarks
+from dualpath.transfer.tcp_transport import check_congestion
 from dualpath.transfer.unix_path import UNIX_PATH_CHARS_MAX
 
 READERS_MAX = 64
@@ -69,6 +71,10 @@ class DaemonConfig:
     `readers`: threads that read from the tiers for deliveries.
     `attachment_inflight_bytes`, `inflight_bytes`: chunks read and not yet acknowledged, for one
     attachment and for all. `send_limit_bytes_per_s`: paces what is sent over TCP, 0 for no limit.
+    `lane_dscp`: how the packets of a lane are marked, as `lane=DSCP` with load-prefill,
+    load-decode, save, background or all; 8 (CS1) where not given, 0 to leave them unmarked, and
+    lanes with different marks get connections of their own. `tcp_congestion`: congestion control
+    of data connections; the kernel's default where it lacks this one.
     `drain_s`: how long a stop waits for deliveries.
     `access_file`: TOML file of named tokens, rights and limits. `tls_cert`, `tls_key`: PEM files,
     with which TCP callers of gRPC must speak TLS. `tls_client_ca`: PEM file; every TCP caller must
@@ -118,6 +124,8 @@ class DaemonConfig:
     attachment_inflight_bytes: int = 64 << 20
     inflight_bytes: int = 128 << 20
     send_limit_bytes_per_s: float = 0
+    lane_dscp: tuple[str, ...] = ()
+    tcp_congestion: str = "cubic"
     drain_s: float = 5.0
     access_file: str = ""
     tls_cert: str = ""
@@ -174,6 +182,8 @@ class DaemonConfig:
                 f"namespaces_max must lie in 1..{NAMESPACES_MAX}, not {self.namespaces_max}"
             )
         check_io(self.io, self.io_depth)
+        check_congestion(self.tcp_congestion)
+        _ = self.lane_marks  # raises what is none
         check_policy(self.eviction)
         check_tenants(self.tenants)
         if not 0 <= self.retain_bytes <= self.disk_bytes:
@@ -225,6 +235,11 @@ class DaemonConfig:
             streams=self.principal_streams_max,
             leased_bytes=self.principal_leased_bytes,
         )
+
+    @property
+    def lane_marks(self) -> LaneMarks:
+        """`lane_dscp`, parsed. Raises InvalidRequest."""
+        return LaneMarks.parse(self.lane_dscp)
 
     @property
     def data_address(self) -> str:

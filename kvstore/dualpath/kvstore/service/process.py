@@ -166,7 +166,10 @@ class Daemon:
         if config.unix:
             check_folder(config.unix)
         limits = TcpConfig(
-            send_bytes_per_s=config.send_limit_bytes_per_s, connections_max=ATTACHMENTS_MAX
+            send_bytes_per_s=config.send_limit_bytes_per_s,
+            congestion=config.tcp_congestion,
+            connections_max=ATTACHMENTS_MAX,
+            marks=config.lane_marks,
         )
         tcp = TcpTransport("daemon", self._peer_lost, limits)
         stack.push_async_callback(_in_thread, tcp.close)

@@ -55,6 +55,7 @@ class LoadRequest(google.protobuf.message.Message):
     POLICY_FIELD_NUMBER: builtins.int
     DECODE_PEER_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
     load_id: builtins.str
     """chosen by the engine, unique; for Abort and logs"""
     namespace_id: builtins.bytes
@@ -63,6 +64,8 @@ class LoadRequest(google.protobuf.message.Message):
     """empty: the agent's"""
     decode_peer: builtins.str
     """name of the request's own decode agent, if any"""
+    request: builtins.str
+    """the engines' name of the request: the decode peer keeps what it relays"""
     @property
     def hash(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
     @property
@@ -82,9 +85,10 @@ class LoadRequest(google.protobuf.message.Message):
         policy: builtins.str = ...,
         decode_peer: builtins.str = ...,
         path: collections.abc.Iterable[builtins.str] | None = ...,
+        request: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["places", b"places"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "decode_peer", b"decode_peer", "hash", b"hash", "load_id", b"load_id", "namespace_id", b"namespace_id", "path", b"path", "places", b"places", "policy", b"policy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "decode_peer", b"decode_peer", "hash", b"hash", "load_id", b"load_id", "namespace_id", b"namespace_id", "path", b"path", "places", b"places", "policy", b"policy", "request", b"request"]) -> None: ...
 
 global___LoadRequest = LoadRequest
 
@@ -95,19 +99,23 @@ class PathShare(google.protobuf.message.Message):
     PATH_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
     CHUNKS_FIELD_NUMBER: builtins.int
+    HELD_BYTES_FIELD_NUMBER: builtins.int
     path: builtins.str
     """direct | relay:NAME"""
     bytes: builtins.int
     """verified payload"""
     chunks: builtins.int
+    held_bytes: builtins.int
+    """of a relay: that it served from its holdings, as far as it has said"""
     def __init__(
         self,
         *,
         path: builtins.str = ...,
         bytes: builtins.int = ...,
         chunks: builtins.int = ...,
+        held_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "chunks", b"chunks", "path", b"path"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "chunks", b"chunks", "held_bytes", b"held_bytes", "path", b"path"]) -> None: ...
 
 global___PathShare = PathShare
 
@@ -303,6 +311,88 @@ class AbortResponse(google.protobuf.message.Message):
 global___AbortResponse = AbortResponse
 
 @typing.final
+class HandOffRequest(google.protobuf.message.Message):
+    """Give the KV of a request to its decode agent. The first message says what, later ones how far
+    the engine is. Aborted also by the end of the stream before all layers are done.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    DECODE_PEER_FIELD_NUMBER: builtins.int
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
+    HASH_FIELD_NUMBER: builtins.int
+    PLACES_FIELD_NUMBER: builtins.int
+    DEADLINE_MS_FIELD_NUMBER: builtins.int
+    LAYERS_DONE_FIELD_NUMBER: builtins.int
+    ABORT_FIELD_NUMBER: builtins.int
+    request: builtins.str
+    """First message."""
+    decode_peer: builtins.str
+    """a relay of this agent"""
+    namespace_id: builtins.bytes
+    deadline_ms: builtins.int
+    layers_done: builtins.int
+    """Any message.
+    layers [0, layers_done) of all blocks are final
+    """
+    abort: builtins.bool
+    @property
+    def hash(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
+    @property
+    def places(self) -> global___BlockPlaces: ...
+    def __init__(
+        self,
+        *,
+        request: builtins.str = ...,
+        decode_peer: builtins.str = ...,
+        namespace_id: builtins.bytes = ...,
+        hash: collections.abc.Iterable[builtins.bytes] | None = ...,
+        places: global___BlockPlaces | None = ...,
+        deadline_ms: builtins.int = ...,
+        layers_done: builtins.int = ...,
+        abort: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["places", b"places"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abort", b"abort", "deadline_ms", b"deadline_ms", "decode_peer", b"decode_peer", "hash", b"hash", "layers_done", b"layers_done", "namespace_id", b"namespace_id", "places", b"places", "request", b"request"]) -> None: ...
+
+global___HandOffRequest = HandOffRequest
+
+@typing.final
+class HandOffResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: builtins.int
+    SENT_BYTES_FIELD_NUMBER: builtins.int
+    HELD_BYTES_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    ELAPSED_S_FIELD_NUMBER: builtins.int
+    blocks: builtins.int
+    """leading blocks that the decode agent holds whole"""
+    sent_bytes: builtins.int
+    held_bytes: builtins.int
+    """that it held already"""
+    reason: builtins.str
+    """empty if all blocks are there"""
+    detail: builtins.str
+    """for people"""
+    elapsed_s: builtins.float
+    def __init__(
+        self,
+        *,
+        blocks: builtins.int = ...,
+        sent_bytes: builtins.int = ...,
+        held_bytes: builtins.int = ...,
+        reason: builtins.str = ...,
+        detail: builtins.str = ...,
+        elapsed_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "detail", b"detail", "elapsed_s", b"elapsed_s", "held_bytes", b"held_bytes", "reason", b"reason", "sent_bytes", b"sent_bytes"]) -> None: ...
+
+global___HandOffResponse = HandOffResponse
+
+@typing.final
 class RelayRequest(google.protobuf.message.Message):
     """One long-lived stream a pair of agents. The first message carries `session` and `daemon`."""
 
@@ -313,6 +403,7 @@ class RelayRequest(google.protobuf.message.Message):
     TICKET_FIELD_NUMBER: builtins.int
     GRANT_FIELD_NUMBER: builtins.int
     CANCEL_GRANT_ID_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """from Attach: the attachment that receives"""
     daemon: builtins.str
@@ -325,6 +416,10 @@ class RelayRequest(google.protobuf.message.Message):
 
     @property
     def cancel_grant_id(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def known(self) -> global___KnownChunks:
+        """with a grant: what its chunks are, for a relay that holds some"""
+
     def __init__(
         self,
         *,
@@ -333,11 +428,55 @@ class RelayRequest(google.protobuf.message.Message):
         ticket: builtins.bytes = ...,
         grant: dualpath.proto.v1.common_pb2.ChunkGrant | None = ...,
         cancel_grant_id: collections.abc.Iterable[builtins.int] | None = ...,
+        known: global___KnownChunks | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["grant", b"grant"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel_grant_id", b"cancel_grant_id", "daemon", b"daemon", "grant", b"grant", "session", b"session", "ticket", b"ticket"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["grant", b"grant", "known", b"known"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel_grant_id", b"cancel_grant_id", "daemon", b"daemon", "grant", b"grant", "known", b"known", "session", b"session", "ticket", b"ticket"]) -> None: ...
 
 global___RelayRequest = RelayRequest
+
+@typing.final
+class KnownChunks(google.protobuf.message.Message):
+    """What the chunks of a grant are. The checksum shows that the asker has it from the daemon."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
+    BLOCK_FIELD_NUMBER: builtins.int
+    HASH_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    FRESH_FIELD_NUMBER: builtins.int
+    namespace_id: builtins.bytes
+    request: builtins.str
+    """keep the chunks for this request; empty: only pass them on"""
+    fresh: builtins.bool
+    """read from storage also what is held"""
+    @property
+    def block(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """those of the grant, each once"""
+
+    @property
+    def hash(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """one a block"""
+
+    @property
+    def checksum(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """xxh3-64, one a chunk of the grant"""
+
+    def __init__(
+        self,
+        *,
+        namespace_id: builtins.bytes = ...,
+        block: collections.abc.Iterable[builtins.int] | None = ...,
+        hash: collections.abc.Iterable[builtins.bytes] | None = ...,
+        checksum: collections.abc.Iterable[builtins.int] | None = ...,
+        request: builtins.str = ...,
+        fresh: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "checksum", b"checksum", "fresh", b"fresh", "hash", b"hash", "namespace_id", b"namespace_id", "request", b"request"]) -> None: ...
+
+global___KnownChunks = KnownChunks
 
 @typing.final
 class RelayResponse(google.protobuf.message.Message):
@@ -346,9 +485,12 @@ class RelayResponse(google.protobuf.message.Message):
     DAEMON_FIELD_NUMBER: builtins.int
     DAEMON_PEER_ID_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
+    HOLDS_FIELD_NUMBER: builtins.int
     daemon: builtins.str
     daemon_peer_id: builtins.str
     """the relay's attachment at that daemon, for Delegate"""
+    holds: builtins.bool
+    """with `daemon`: takes `known`, and hand-offs"""
     @property
     def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[dualpath.proto.v1.common_pb2.GrantProgress]: ...
     def __init__(
@@ -357,10 +499,115 @@ class RelayResponse(google.protobuf.message.Message):
         daemon: builtins.str = ...,
         daemon_peer_id: builtins.str = ...,
         progress: collections.abc.Iterable[dualpath.proto.v1.common_pb2.GrantProgress] | None = ...,
+        holds: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["daemon", b"daemon", "daemon_peer_id", b"daemon_peer_id", "progress", b"progress"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["daemon", b"daemon", "daemon_peer_id", b"daemon_peer_id", "holds", b"holds", "progress", b"progress"]) -> None: ...
 
 global___RelayResponse = RelayResponse
+
+@typing.final
+class TakeRequest(google.protobuf.message.Message):
+    """One stream a hand-off, from the agent of the prefill side to that of the decode side, which
+    writes nothing itself: the offered chunks that it lacks are written into its window over the
+    compute connection of this attachment. Chunk i of the hand-off is chunk i / blocks of block
+    i % blocks. Tag t stands for chunk t % chunks, chunks being those of all blocks.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
+    HASH_FIELD_NUMBER: builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: builtins.int
+    DEADLINE_MS_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    ABORT_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
+    """First message.
+    from Attach
+    """
+    request: builtins.str
+    namespace_id: builtins.bytes
+    deadline_ms: builtins.int
+    abort: builtins.bool
+    """the prefill engine has given it up"""
+    @property
+    def hash(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """all blocks, each once"""
+
+    @property
+    def chunk_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """size of each chunk of a block"""
+
+    @property
+    def checksum(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Later ones: the next chunks in order are final.
+        xxh3-64 of each
+        """
+
+    def __init__(
+        self,
+        *,
+        session: builtins.bytes = ...,
+        request: builtins.str = ...,
+        namespace_id: builtins.bytes = ...,
+        hash: collections.abc.Iterable[builtins.bytes] | None = ...,
+        chunk_bytes: collections.abc.Iterable[builtins.int] | None = ...,
+        deadline_ms: builtins.int = ...,
+        checksum: collections.abc.Iterable[builtins.int] | None = ...,
+        abort: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["abort", b"abort", "checksum", b"checksum", "chunk_bytes", b"chunk_bytes", "deadline_ms", b"deadline_ms", "hash", b"hash", "namespace_id", b"namespace_id", "request", b"request", "session", b"session"]) -> None: ...
+
+global___TakeRequest = TakeRequest
+
+@typing.final
+class TakeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: builtins.int
+    TAG_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    BLOCKS_FIELD_NUMBER: builtins.int
+    HELD_BYTES_FIELD_NUMBER: builtins.int
+    window: builtins.bytes
+    """first message: region descriptor, 36 bytes"""
+    done: builtins.bool
+    """Last message."""
+    reason: builtins.str
+    """empty if every chunk is held"""
+    detail: builtins.str
+    blocks: builtins.int
+    """leading blocks that are whole"""
+    held_bytes: builtins.int
+    """that were held when they were offered"""
+    @property
+    def tag(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """armed: chunks to be written,"""
+
+    @property
+    def offset(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """and where, in one piece each"""
+
+    def __init__(
+        self,
+        *,
+        window: builtins.bytes = ...,
+        tag: collections.abc.Iterable[builtins.int] | None = ...,
+        offset: collections.abc.Iterable[builtins.int] | None = ...,
+        done: builtins.bool = ...,
+        reason: builtins.str = ...,
+        detail: builtins.str = ...,
+        blocks: builtins.int = ...,
+        held_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "detail", b"detail", "done", b"done", "held_bytes", b"held_bytes", "offset", b"offset", "reason", b"reason", "tag", b"tag", "window", b"window"]) -> None: ...
+
+global___TakeResponse = TakeResponse
 
 @typing.final
 class AgentStatsRequest(google.protobuf.message.Message):
@@ -463,6 +710,7 @@ class AgentStatsResponse(google.protobuf.message.Message):
     LOADS_DONE_FIELD_NUMBER: builtins.int
     RELAYED_BYTES_FIELD_NUMBER: builtins.int
     EVENTS_FIELD_NUMBER: builtins.int
+    HOLDINGS_FIELD_NUMBER: builtins.int
     server_id: builtins.str
     name: builtins.str
     version: builtins.str
@@ -480,6 +728,8 @@ class AgentStatsResponse(google.protobuf.message.Message):
     def path(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PathStats]: ...
     @property
     def events(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def holdings(self) -> global___HoldingStats: ...
     def __init__(
         self,
         *,
@@ -496,7 +746,65 @@ class AgentStatsResponse(google.protobuf.message.Message):
         loads_done: builtins.int = ...,
         relayed_bytes: builtins.int = ...,
         events: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        holdings: global___HoldingStats | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["events", b"events", "link", b"link", "loads_active", b"loads_active", "loads_done", b"loads_done", "name", b"name", "path", b"path", "read_queue_bytes", b"read_queue_bytes", "relayed_bytes", b"relayed_bytes", "server_id", b"server_id", "staging_capacity_bytes", b"staging_capacity_bytes", "staging_used_bytes", b"staging_used_bytes", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["holdings", b"holdings"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["events", b"events", "holdings", b"holdings", "link", b"link", "loads_active", b"loads_active", "loads_done", b"loads_done", "name", b"name", "path", b"path", "read_queue_bytes", b"read_queue_bytes", "relayed_bytes", b"relayed_bytes", "server_id", b"server_id", "staging_capacity_bytes", b"staging_capacity_bytes", "staging_used_bytes", b"staging_used_bytes", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 global___AgentStatsResponse = AgentStatsResponse
+
+@typing.final
+class HoldingStats(google.protobuf.message.Message):
+    """Chunks of requests that this decode node keeps."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    USED_BYTES_FIELD_NUMBER: builtins.int
+    PINNED_BYTES_FIELD_NUMBER: builtins.int
+    REQUESTS_FIELD_NUMBER: builtins.int
+    RETAINED_BYTES_FIELD_NUMBER: builtins.int
+    SERVED_BYTES_FIELD_NUMBER: builtins.int
+    HANDED_OFF_BYTES_FIELD_NUMBER: builtins.int
+    TAKEN_BYTES_FIELD_NUMBER: builtins.int
+    HAND_OFFS_ACTIVE_FIELD_NUMBER: builtins.int
+    RECEIVES_ACTIVE_FIELD_NUMBER: builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: builtins.int
+    capacity_bytes: builtins.int
+    used_bytes: builtins.int
+    """in slots, pinned or not"""
+    pinned_bytes: builtins.int
+    """of running requests"""
+    requests: builtins.int
+    """with something pinned"""
+    retained_bytes: builtins.int
+    """since start: kept of what was relayed"""
+    served_bytes: builtins.int
+    """relayed without a storage read"""
+    handed_off_bytes: builtins.int
+    """sent to decode nodes"""
+    taken_bytes: builtins.int
+    """got from prefill nodes"""
+    hand_offs_active: builtins.int
+    """both sides"""
+    receives_active: builtins.int
+    received_bytes: builtins.int
+    """copied to decode engines, verified"""
+    def __init__(
+        self,
+        *,
+        capacity_bytes: builtins.int = ...,
+        used_bytes: builtins.int = ...,
+        pinned_bytes: builtins.int = ...,
+        requests: builtins.int = ...,
+        retained_bytes: builtins.int = ...,
+        served_bytes: builtins.int = ...,
+        handed_off_bytes: builtins.int = ...,
+        taken_bytes: builtins.int = ...,
+        hand_offs_active: builtins.int = ...,
+        receives_active: builtins.int = ...,
+        received_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "hand_offs_active", b"hand_offs_active", "handed_off_bytes", b"handed_off_bytes", "pinned_bytes", b"pinned_bytes", "received_bytes", b"received_bytes", "receives_active", b"receives_active", "requests", b"requests", "retained_bytes", b"retained_bytes", "served_bytes", b"served_bytes", "taken_bytes", b"taken_bytes", "used_bytes", b"used_bytes"]) -> None: ...
+
+global___HoldingStats = HoldingStats

@@ -61,6 +61,16 @@ class AgentStub(object):
                 request_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.AbortRequest.SerializeToString,
                 response_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.HandOff = channel.stream_unary(
+                '/dualpath.v1.Agent/HandOff',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.HandOffRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.HandOffResponse.FromString,
+                _registered_method=True)
+        self.Receive = channel.unary_stream(
+                '/dualpath.v1.Agent/Receive',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.LoadRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.LoadEvent.FromString,
+                _registered_method=True)
         self.Attach = channel.unary_unary(
                 '/dualpath.v1.Agent/Attach',
                 request_serializer=dualpath_dot_proto_dot_v1_dot_common__pb2.AttachRequest.SerializeToString,
@@ -70,6 +80,11 @@ class AgentStub(object):
                 '/dualpath.v1.Agent/Relay',
                 request_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.RelayRequest.SerializeToString,
                 response_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.RelayResponse.FromString,
+                _registered_method=True)
+        self.Take = channel.stream_stream(
+                '/dualpath.v1.Agent/Take',
+                request_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.TakeRequest.SerializeToString,
+                response_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.TakeResponse.FromString,
                 _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/dualpath.v1.Agent/Stats',
@@ -112,6 +127,18 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HandOff(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Receive(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Attach(self, request, context):
         """Agents of other nodes.
         """
@@ -120,6 +147,12 @@ class AgentServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Relay(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Take(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +192,16 @@ def add_AgentServicer_to_server(servicer, server):
                     request_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.AbortRequest.FromString,
                     response_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.AbortResponse.SerializeToString,
             ),
+            'HandOff': grpc.stream_unary_rpc_method_handler(
+                    servicer.HandOff,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.HandOffRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.HandOffResponse.SerializeToString,
+            ),
+            'Receive': grpc.unary_stream_rpc_method_handler(
+                    servicer.Receive,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.LoadRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.LoadEvent.SerializeToString,
+            ),
             'Attach': grpc.unary_unary_rpc_method_handler(
                     servicer.Attach,
                     request_deserializer=dualpath_dot_proto_dot_v1_dot_common__pb2.AttachRequest.FromString,
@@ -168,6 +211,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Relay,
                     request_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.RelayRequest.FromString,
                     response_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.RelayResponse.SerializeToString,
+            ),
+            'Take': grpc.stream_stream_rpc_method_handler(
+                    servicer.Take,
+                    request_deserializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.TakeRequest.FromString,
+                    response_serializer=dualpath_dot_proto_dot_v1_dot_agent__pb2.TakeResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -321,6 +369,60 @@ class Agent(object):
             _registered_method=True)
 
     @staticmethod
+    def HandOff(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/dualpath.v1.Agent/HandOff',
+            dualpath_dot_proto_dot_v1_dot_agent__pb2.HandOffRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_agent__pb2.HandOffResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Receive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dualpath.v1.Agent/Receive',
+            dualpath_dot_proto_dot_v1_dot_agent__pb2.LoadRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_agent__pb2.LoadEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Attach(request,
             target,
             options=(),
@@ -364,6 +466,33 @@ class Agent(object):
             '/dualpath.v1.Agent/Relay',
             dualpath_dot_proto_dot_v1_dot_agent__pb2.RelayRequest.SerializeToString,
             dualpath_dot_proto_dot_v1_dot_agent__pb2.RelayResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Take(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dualpath.v1.Agent/Take',
+            dualpath_dot_proto_dot_v1_dot_agent__pb2.TakeRequest.SerializeToString,
+            dualpath_dot_proto_dot_v1_dot_agent__pb2.TakeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,16 @@ class AgentStub:
         dualpath.proto.v1.agent_pb2.AbortResponse,
     ]
 
+    HandOff: grpc.StreamUnaryMultiCallable[
+        dualpath.proto.v1.agent_pb2.HandOffRequest,
+        dualpath.proto.v1.agent_pb2.HandOffResponse,
+    ]
+
+    Receive: grpc.UnaryStreamMultiCallable[
+        dualpath.proto.v1.agent_pb2.LoadRequest,
+        dualpath.proto.v1.agent_pb2.LoadEvent,
+    ]
+
     Attach: grpc.UnaryUnaryMultiCallable[
         dualpath.proto.v1.common_pb2.AttachRequest,
         dualpath.proto.v1.common_pb2.AttachResponse,
@@ -56,6 +66,11 @@ class AgentStub:
     Relay: grpc.StreamStreamMultiCallable[
         dualpath.proto.v1.agent_pb2.RelayRequest,
         dualpath.proto.v1.agent_pb2.RelayResponse,
+    ]
+
+    Take: grpc.StreamStreamMultiCallable[
+        dualpath.proto.v1.agent_pb2.TakeRequest,
+        dualpath.proto.v1.agent_pb2.TakeResponse,
     ]
 
     Stats: grpc.UnaryUnaryMultiCallable[
@@ -90,6 +105,16 @@ class AgentAsyncStub:
         dualpath.proto.v1.agent_pb2.AbortResponse,
     ]
 
+    HandOff: grpc.aio.StreamUnaryMultiCallable[
+        dualpath.proto.v1.agent_pb2.HandOffRequest,
+        dualpath.proto.v1.agent_pb2.HandOffResponse,
+    ]
+
+    Receive: grpc.aio.UnaryStreamMultiCallable[
+        dualpath.proto.v1.agent_pb2.LoadRequest,
+        dualpath.proto.v1.agent_pb2.LoadEvent,
+    ]
+
     Attach: grpc.aio.UnaryUnaryMultiCallable[
         dualpath.proto.v1.common_pb2.AttachRequest,
         dualpath.proto.v1.common_pb2.AttachResponse,
@@ -99,6 +124,11 @@ class AgentAsyncStub:
     Relay: grpc.aio.StreamStreamMultiCallable[
         dualpath.proto.v1.agent_pb2.RelayRequest,
         dualpath.proto.v1.agent_pb2.RelayResponse,
+    ]
+
+    Take: grpc.aio.StreamStreamMultiCallable[
+        dualpath.proto.v1.agent_pb2.TakeRequest,
+        dualpath.proto.v1.agent_pb2.TakeResponse,
     ]
 
     Stats: grpc.aio.UnaryUnaryMultiCallable[
@@ -144,6 +174,20 @@ class AgentServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[dualpath.proto.v1.agent_pb2.AbortResponse, collections.abc.Awaitable[dualpath.proto.v1.agent_pb2.AbortResponse]]: ...
 
     @abc.abstractmethod
+    def HandOff(
+        self,
+        request_iterator: _MaybeAsyncIterator[dualpath.proto.v1.agent_pb2.HandOffRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[dualpath.proto.v1.agent_pb2.HandOffResponse, collections.abc.Awaitable[dualpath.proto.v1.agent_pb2.HandOffResponse]]: ...
+
+    @abc.abstractmethod
+    def Receive(
+        self,
+        request: dualpath.proto.v1.agent_pb2.LoadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dualpath.proto.v1.agent_pb2.LoadEvent], collections.abc.AsyncIterator[dualpath.proto.v1.agent_pb2.LoadEvent]]: ...
+
+    @abc.abstractmethod
     def Attach(
         self,
         request: dualpath.proto.v1.common_pb2.AttachRequest,
@@ -157,6 +201,13 @@ class AgentServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[dualpath.proto.v1.agent_pb2.RelayRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[dualpath.proto.v1.agent_pb2.RelayResponse], collections.abc.AsyncIterator[dualpath.proto.v1.agent_pb2.RelayResponse]]: ...
+
+    @abc.abstractmethod
+    def Take(
+        self,
+        request_iterator: _MaybeAsyncIterator[dualpath.proto.v1.agent_pb2.TakeRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dualpath.proto.v1.agent_pb2.TakeResponse], collections.abc.AsyncIterator[dualpath.proto.v1.agent_pb2.TakeResponse]]: ...
 
     @abc.abstractmethod
     def Stats(

@@ -309,12 +309,15 @@ class GrantProgress(google.protobuf.message.Message):
     FAILURE_FIELD_NUMBER: builtins.int
     QUEUE_BYTES_FIELD_NUMBER: builtins.int
     DETAIL_FIELD_NUMBER: builtins.int
+    HELD_BYTES_FIELD_NUMBER: builtins.int
     grant_id: builtins.int
     done: builtins.bool
     queue_bytes: builtins.int
     """waiting to be read at the answering node, all peers"""
     detail: builtins.str
     """for people: the first failure"""
+    held_bytes: builtins.int
+    """of the grant, since the last message: not read from storage"""
     @property
     def failed_tag(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -330,7 +333,8 @@ class GrantProgress(google.protobuf.message.Message):
         failure: collections.abc.Iterable[global___ChunkFailure.ValueType] | None = ...,
         queue_bytes: builtins.int = ...,
         detail: builtins.str = ...,
+        held_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["detail", b"detail", "done", b"done", "failed_tag", b"failed_tag", "failure", b"failure", "grant_id", b"grant_id", "queue_bytes", b"queue_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "done", b"done", "failed_tag", b"failed_tag", "failure", b"failure", "grant_id", b"grant_id", "held_bytes", b"held_bytes", "queue_bytes", b"queue_bytes"]) -> None: ...
 
 global___GrantProgress = GrantProgress

@@ -45,6 +45,8 @@ class _MissReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """made way for a newer block of its tenant, at its quota"""
     MISS_REASON_EXPIRED: _MissReason.ValueType  # 12
     """not used for the tenant's time to live"""
+    MISS_REASON_PEER_LOST: _MissReason.ValueType  # 13
+    """of a receive: the prefill side went away"""
 
 class MissReason(_MissReason, metaclass=_MissReasonEnumTypeWrapper): ...
 
@@ -64,6 +66,8 @@ MISS_REASON_QUOTA: MissReason.ValueType  # 11
 """made way for a newer block of its tenant, at its quota"""
 MISS_REASON_EXPIRED: MissReason.ValueType  # 12
 """not used for the tenant's time to live"""
+MISS_REASON_PEER_LOST: MissReason.ValueType  # 13
+"""of a receive: the prefill side went away"""
 global___MissReason = MissReason
 
 class _ReserveStatus:

@@ -1,0 +1,266 @@
+"""Chunks of requests that this decode node holds, named by their content.
+
+Owns one bounded region, which chunk lies where in it, and for which requests it is pinned. A chunk
+is named by namespace, block, number and xxh3-64 of its bytes, so whatever is found here under a
+name has the right bytes, or is discarded. It is *filling* until whoever brings it has seen that its
+bytes hash to that, then *held*. Held chunks that nobody pins or reads stay as a cache; the one that
+was used longest ago goes first when room is needed. Filling, pinned or read ones never go.
+
+Pure bookkeeping: moves no bytes, keeps no timers. Belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from dualpath.agent.staging import SLAB_BYTES, Slot, Staging
+from dualpath.kvstore.checksum import of_slices
+from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.region import Region
+
+ChunkName: TypeAlias = tuple[bytes, bytes, int, int]
+"""Namespace id, block hash, chunk of the block, xxh3-64 of its bytes."""
+
+REQUESTS_MAX = 4096
+"""Most requests with something pinned, or under way, at once."""
+REQUEST_CHARS_MAX = 128
+
+
+@dataclass(slots=True, eq=False)
+class HeldChunk:
+    """One chunk: `name` and where it lies. `users` read or fill it now; `pins` are by requests."""
+
+    name: ChunkName
+    slot: Slot
+    held: bool = False
+    gone: bool = False
+    """Discarded: found no more, its slot is freed with the last user."""
+    users: int = 0
+    pins: int = 0
+    waiters: list[Callable[[], None]] = field(default_factory=list)
+    """Called when it is held, or `gone`; while it is filling."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunk."""
+        return self.slot.nbytes
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """Pins of one request; they expire at `expires_at` while nobody is `busy` with it."""
+
+    pinned: dict[HeldChunk, None] = field(default_factory=dict)
+    busy: int = 0
+    expires_at: float = 0.0
+
+
+class Holdings:
+    """See the module docstring. Times are of the loop's clock."""
+
+    def __init__(self, region: Region | None, hold_s: float, *, cache: bool = True) -> None:
+        """`region` None: nothing is ever held. `hold_s`: how long pins last that nobody uses.
+        Without `cache` nothing stays that nobody pins or reads."""
+        if region is not None and region.nbytes < SLAB_BYTES:
+            raise InvalidRequest(f"holdings need at least {SLAB_BYTES} bytes, not {region.nbytes}")
+        self.events: Counter[str] = Counter()
+        self.pinned_bytes = 0
+        self.on_room: Callable[[], None] = lambda: None
+        """Called when a `fill` that found no room may find some now."""
+        self._hold_s = hold_s
+        self._caches = cache
+        self._space = None if region is None else Staging(region)
+        self._chunks: dict[ChunkName, HeldChunk] = {}
+        self._cache: dict[HeldChunk, None] = {}
+        """Those that may go, the oldest first."""
+        self._requests: dict[str, _Request] = {}
+
+    @property
+    def region(self) -> Region:
+        """Where the chunks lie; only with a capacity."""
+        assert self._space is not None
+        return self._space.region
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all slots, 0 if nothing is held here."""
+        return 0 if self._space is None else self._space.capacity_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of slots in use, cache included."""
+        return 0 if self._space is None else self._space.used_bytes
+
+    @property
+    def requests(self) -> int:
+        """Requests with something pinned, or under way."""
+        return len(self._requests)
+
+    @property
+    def in_use(self) -> int:
+        """Chunks that somebody fills or reads now."""
+        return sum(chunk.users > 0 for chunk in self._chunks.values())
+
+    # Chunks.
+
+    def find(self, name: ChunkName) -> HeldChunk | None:
+        """The chunk of this name, filling or held."""
+        return self._chunks.get(name)
+
+    def fill(self, name: ChunkName, nbytes: int) -> HeldChunk | None:
+        """Room for a chunk that is not here, with its caller as user; None if there is none."""
+        assert name not in self._chunks
+        if self._space is None:
+            return None
+        while (slot := self._space.take(nbytes)) is None:
+            if not self._cache:
+                return None
+            self._forget(next(iter(self._cache)))
+            self.events["hold_evicted"] += 1
+        chunk = self._chunks[name] = HeldChunk(name, slot, users=1)
+        return chunk
+
+    def filled(self, chunk: HeldChunk) -> None:
+        """Its bytes are there, and hash to what its name says. The filler stays its user."""
+        assert not chunk.held
+        assert chunk.users, "whoever fills a chunk uses it"
+        if not chunk.gone:
+            chunk.held = True
+        self._wake(chunk)
+
+    def discard(self, chunk: HeldChunk) -> None:
+        """Its bytes did not come, or are not right: find it no more, and drop its pins."""
+        if chunk.gone:
+            return
+        for request, record in tuple(self._requests.items()) if chunk.pins else ():
+            if chunk in record.pinned:
+                self._drop_pin(record, chunk)
+                self._settle_request(request, record)
+        self._forget(chunk)
+        self._wake(chunk)
+
+    def doubt(self, chunk: HeldChunk) -> bool:
+        """Somebody got other bytes: look once more, and discard it if they are wrong here."""
+        if not chunk.held or of_slices(self.region.view, chunk.slot.slices) == chunk.name[3]:
+            return False
+        self.events["hold_corrupt"] += 1
+        self.discard(chunk)
+        return True
+
+    def use(self, chunk: HeldChunk) -> None:
+        """Somebody reads it from now on, to `unuse`."""
+        chunk.users += 1
+        self._cache.pop(chunk, None)
+
+    def unuse(self, chunk: HeldChunk) -> None:
+        """No more read, or filled: no write may touch it any more."""
+        assert chunk.users > 0, "a held chunk was let go twice"
+        chunk.users -= 1
+        self._settle(chunk)
+
+    # Requests.
+
+    def begin(self, request: str) -> None:
+        """Somebody is busy with a request, until `end`: its pins stay. Raises Overloaded."""
+        self._of(request).busy += 1
+
+    def end(self, request: str, now: float) -> None:
+        """See `begin`: from now on its pins last for `hold_s`."""
+        record = self._requests[request]
+        record.busy -= 1
+        record.expires_at = now + self._hold_s
+        self._settle_request(request, record)
+
+    def pin(self, chunk: HeldChunk, request: str, now: float) -> None:
+        """Keep a chunk for a request. Raises Overloaded, InvalidRequest."""
+        record = self._of(request)
+        record.expires_at = now + self._hold_s
+        if chunk not in record.pinned:
+            record.pinned[chunk] = None
+            if not chunk.pins:
+                self.pinned_bytes += chunk.nbytes
+            chunk.pins += 1
+            self._cache.pop(chunk, None)
+
+    def unpin(self, chunk: HeldChunk, request: str) -> None:
+        """The request has it elsewhere."""
+        record = self._requests.get(request)
+        if record is not None and chunk in record.pinned:
+            self._drop_pin(record, chunk)
+            self._settle(chunk)
+            self._settle_request(request, record)
+
+    def release(self, request: str) -> None:
+        """Drop all pins of a request."""
+        record = self._requests.get(request)
+        for chunk in tuple(record.pinned) if record is not None else ():
+            self.unpin(chunk, request)
+
+    def expire(self, now: float) -> int:
+        """Drop the pins that nobody came for in time; of how many requests."""
+        late = [
+            name
+            for name, record in self._requests.items()
+            if not record.busy and record.expires_at <= now
+        ]
+        for name in late:
+            self.release(name)
+        if late:
+            self.events["hold_expired"] += len(late)
+        return len(late)
+
+    def _of(self, request: str) -> _Request:
+        if not 1 <= len(request) <= REQUEST_CHARS_MAX:
+            raise InvalidRequest(
+                f"a request has a name of 1..{REQUEST_CHARS_MAX} characters, not {len(request)}"
+            )
+        record = self._requests.get(request)
+        if record is None:
+            if len(self._requests) >= REQUESTS_MAX:
+                raise Overloaded(f"{REQUESTS_MAX} requests are held already", retry_after_s=1.0)
+            record = self._requests[request] = _Request()
+        return record
+
+    def _drop_pin(self, record: _Request, chunk: HeldChunk) -> None:
+        del record.pinned[chunk]
+        chunk.pins -= 1
+        if not chunk.pins:
+            self.pinned_bytes -= chunk.nbytes
+
+    def _settle_request(self, name: str, record: _Request) -> None:
+        if not record.busy and not record.pinned:
+            self._requests.pop(name, None)
+
+    # Slots.
+
+    def _settle(self, chunk: HeldChunk) -> None:
+        """It may go into the cache, or away, if nobody needs it."""
+        if chunk.users or chunk.pins:
+            return
+        if chunk.gone:
+            self._free(chunk)
+        elif chunk.held and self._caches:
+            self._cache[chunk] = None
+            self.on_room()
+        else:
+            self.discard(chunk)
+
+    def _forget(self, chunk: HeldChunk) -> None:
+        chunk.gone, chunk.held = True, False
+        self._cache.pop(chunk, None)
+        del self._chunks[chunk.name]
+        if not chunk.users:
+            self._free(chunk)
+
+    def _free(self, chunk: HeldChunk) -> None:
+        assert self._space is not None
+        self._space.give_back(chunk.slot)
+        self.on_room()
+
+    def _wake(self, chunk: HeldChunk) -> None:
+        waiters, chunk.waiters = chunk.waiters, []
+        for waiter in waiters:
+            waiter()

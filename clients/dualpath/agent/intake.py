@@ -1,0 +1,293 @@
+"""One hand-off as it comes in at the decode node.
+
+Owns its window on the holdings, the chunks that are on their way into it, and its end. An offered
+chunk that is held here is only pinned; one that somebody else is bringing is waited for; any other
+is armed and asked for, as soon as there is room: the room is the credit. Guarantees that a chunk
+counts only once its bytes hash to what was offered, and that after the end nothing of it lands any
+more. Belongs to the loop, but for what its window calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from dualpath.agent.hand_off_spec import HAND_OFF_CHUNKS_MAX, check_distinct
+from dualpath.agent.handed_request import HandedRequest, HandedRequests
+from dualpath.agent.holdings import ChunkName, HeldChunk, Holdings
+from dualpath.agent.known_chunks import check_id
+from dualpath.agent.load_spec import check_hashes
+from dualpath.agent.mailbox import Mailbox
+from dualpath.agent.network import Network
+from dualpath.agent.staging import SLAB_BYTES
+from dualpath.kvstore.checksum import of_fields
+from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
+from dualpath.proto.v1 import agent_pb2
+from dualpath.transfer.errors import DualPathError, InvalidRequest
+from dualpath.transfer.region import RegionDescriptor
+from dualpath.transfer.slices import Slices
+from dualpath.transfer.transport import Arrival
+
+ATTEMPTS_MAX = 3
+"""How often a chunk may come with other bytes than were offered."""
+RESPONSE_CHUNKS_MAX = 4096
+
+
+class Intake:
+    """See the module docstring. `over` is (reason, detail) once it has ended, the reason "" if
+    every chunk is held; `wake` is set when there is something to say."""
+
+    def __init__(
+        self,
+        hello: agent_pb2.TakeRequest,
+        requests: HandedRequests,
+        holdings: Holdings,
+        compute: Network,
+        loop: asyncio.AbstractEventLoop,
+        on_end: Callable[[Intake], None],
+    ) -> None:
+        """Begin. Raises InvalidRequest, Overloaded."""
+        self._hashes, self._sizes = _checked(hello)
+        self._namespace_id = hello.namespace_id
+        self._requests = requests
+        self._holdings = holdings
+        self._transport = compute.transport
+        self._loop = loop
+        self._on_end = on_end
+        self.taken_bytes = 0
+        self.held_bytes = 0
+        self.over: tuple[str, str] | None = None
+        self.wake = asyncio.Event()
+        self._names: list[ChunkName] = []
+        """Of what was offered, by number."""
+        self._roomless: deque[int] = deque()
+        self._coming: dict[int, HeldChunk] = {}
+        """By tag, armed in the window."""
+        self._unarmed: list[tuple[int, Slices]] = []
+        self._asked: deque[tuple[int, int]] = deque()
+        """Tag and place of what is to be asked for."""
+        self._attempts: Counter[int] = Counter()
+        self._final = 0
+        self._by_block = [0] * len(self._hashes)
+        self._landed: Mailbox[tuple[int, bool]] = Mailbox(loop, self._on_landed)
+        self._record: HandedRequest = requests.of(hello.request)
+        if self._record.intake is not None:
+            raise InvalidRequest(
+                f"request {hello.request!r} is being handed off already; wait for its end",
+                reason="duplicate_request",
+            )
+        requests.begin_intake(self._record, self)
+        region = holdings.region
+        try:
+            self.window: RegionDescriptor = self._transport.expose(
+                region, 0, region.nbytes, self._arrived, on_hashed=self._hashed
+            )
+        except DualPathError as error:
+            requests.end_intake(self._record, error.reason, str(error))
+            raise
+        self._timer = loop.call_later(hello.deadline_ms / 1000, self._on_deadline)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of all blocks."""
+        return len(self._hashes) * len(self._sizes)
+
+    @property
+    def blocks(self) -> int:
+        """Leading blocks that are held whole."""
+        for block, count in enumerate(self._by_block):
+            if count < len(self._sizes):
+                return block
+        return len(self._by_block)
+
+    def offer(self, checksums: Sequence[int]) -> None:
+        """The next chunks are final, and hash to this. Raises InvalidRequest."""
+        first = len(self._names)
+        if first + len(checksums) > self.chunks:
+            raise InvalidRequest(
+                f"{first + len(checksums)} chunks are offered of a hand-off of {self.chunks}"
+            )
+        blocks = len(self._hashes)
+        for number, checksum in enumerate(checksums, first):
+            chunk, block = divmod(number, blocks)
+            self._names.append((self._namespace_id, self._hashes[block], chunk, checksum))
+        for number in range(first, len(self._names)):
+            if self.over is None and not self._want(number):
+                self._roomless.append(number)
+        self._flush()
+
+    def find_room(self) -> None:
+        """There may be room for what waits for it."""
+        while self._roomless and self.over is None:
+            number = self._roomless.popleft()
+            if not self._want(number):
+                self._roomless.appendleft(number)
+                break
+        self._flush()
+
+    def finish(self, reason: str, detail: str) -> None:
+        """End it now, unless it has ended; fenced when this returns."""
+        if self.over is None:
+            self._transport.revoke(self.window)
+            self._landed.drain()  # what had landed before the fence; it may be the last of it
+            self._end(reason, detail)
+
+    def _end(self, reason: str, detail: str) -> None:
+        if self.over is not None:
+            return
+        self.over = (reason, detail)
+        self._timer.cancel()
+        for chunk in self._coming.values():
+            self._holdings.discard(chunk)
+            self._holdings.unuse(chunk)
+        for kept in (self._coming, self._roomless, self._asked, self._unarmed):
+            kept.clear()
+        self._requests.end_intake(self._record, reason, detail)
+        self._on_end(self)
+        self.wake.set()
+
+    def responses(self) -> Iterator[agent_pb2.TakeResponse]:
+        """What is to be said now; the last one has `done`."""
+        while self._asked:
+            batch = [
+                self._asked.popleft() for _ in range(min(RESPONSE_CHUNKS_MAX, len(self._asked)))
+            ]
+            yield agent_pb2.TakeResponse(
+                tag=[tag for tag, _ in batch], offset=[offset for _, offset in batch]
+            )
+        if self.over is not None:
+            reason, detail = self.over
+            yield agent_pb2.TakeResponse(
+                done=True,
+                reason=reason,
+                detail=detail,
+                blocks=self.blocks,
+                held_bytes=self.held_bytes,
+            )
+
+    # Chunks.
+
+    def _want(self, number: int) -> bool:
+        """See that an offered chunk comes to be held; False if there is no room for it now."""
+        name = self._names[number]
+        nbytes = self._sizes[number // len(self._hashes)]
+        copied = self._record.copied.get(name[:3])
+        if copied is not None:
+            if copied != name[3]:
+                self.finish("corrupt", f"chunk {name[2]} of {name[1].hex()} was other bytes before")
+            else:
+                self._count(number, nbytes, had=True)
+            return True
+        chunk = self._holdings.find(name)
+        if chunk is None:
+            chunk = self._holdings.fill(name, nbytes)
+            if chunk is None:
+                return False
+            self._ask(number, chunk)
+        elif chunk.nbytes != nbytes:
+            self.finish("invalid", f"a chunk of {nbytes} bytes is held with {chunk.nbytes}")
+        elif chunk.held:
+            self._keep(number, chunk, had=True)
+        else:  # somebody else brings it: look again then
+            chunk.waiters.append(partial(self._soon, number))
+        return True
+
+    def _ask(self, number: int, chunk: HeldChunk) -> None:
+        tag = number + self._attempts[number] * self.chunks
+        self._coming[tag] = chunk
+        self._unarmed.append((tag, chunk.slot.slices))
+
+    def _flush(self) -> None:
+        """Arm what is to be asked for, and have it said."""
+        unarmed, self._unarmed = self._unarmed, []
+        if unarmed and self.over is None:
+            self._transport.arm(self.window, unarmed)
+            self._asked.extend((tag, slices.start) for tag, slices in unarmed)
+            self.wake.set()
+
+    def _soon(self, number: int) -> None:
+        self._loop.call_soon(self._look_again, number)
+
+    def _look_again(self, number: int) -> None:
+        if self.over is None:
+            if not self._want(number):
+                self._roomless.append(number)
+            self._flush()
+
+    def _keep(self, number: int, chunk: HeldChunk, *, had: bool) -> None:
+        self._requests.final(self._record, self._names[number][:3], chunk, had)
+        self._count(number, chunk.nbytes, had=had)
+
+    def _count(self, number: int, nbytes: int, *, had: bool) -> None:
+        if had:
+            self.held_bytes += nbytes
+        else:
+            self.taken_bytes += nbytes
+        self._final += 1
+        self._by_block[number % len(self._hashes)] += 1
+        if self._final == self.chunks:
+            self.finish("", "")
+
+    def _on_landed(self, items: list[tuple[int, bool]]) -> None:
+        for tag, intact in items:
+            chunk = self._coming.pop(tag, None)
+            if chunk is None:
+                continue
+            number = tag % self.chunks
+            if intact:
+                self._holdings.filled(chunk)
+                self._keep(number, chunk, had=False)
+                self._holdings.unuse(chunk)
+                continue
+            self._attempts[number] += 1
+            self._ask(number, chunk)
+            if self._attempts[number] >= ATTEMPTS_MAX:
+                name = self._names[number]
+                self.finish(
+                    "corrupt",
+                    f"chunk {name[2]} of {name[1].hex()} came {ATTEMPTS_MAX} times with other "
+                    "bytes than were offered",
+                )
+        self._flush()
+
+    def _on_deadline(self) -> None:
+        if self._roomless:
+            self.finish("no_room", f"{len(self._roomless)} chunks found no room in hold-bytes")
+        else:
+            self.finish("deadline", "the deadline passed")
+
+    # On threads of the transport.
+
+    def _arrived(self, arrival: Arrival) -> bool:
+        digest = of_fields(self._holdings.region.view, arrival.fields)
+        return self._hashed((arrival.tag,), (digest,))[0]
+
+    def _hashed(self, tags: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
+        taken = []
+        for tag, digest in zip(tags, digests, strict=True):
+            chunk = self._coming.get(tag)
+            intact = chunk is not None and digest == chunk.name[3]
+            taken.append(intact)
+            self._landed.put((tag, intact))
+        return taken
+
+
+def _checked(hello: agent_pb2.TakeRequest) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """The blocks and the sizes of their chunks. Raises InvalidRequest."""
+    hashes, sizes = tuple(hello.hash), tuple(hello.chunk_bytes)
+    check_id(hello.namespace_id)
+    check_hashes(hashes)
+    check_distinct(hashes)
+    if not 1 <= len(sizes) <= CHUNKS_PER_BLOCK_MAX:
+        raise InvalidRequest(f"a block has 1..{CHUNKS_PER_BLOCK_MAX} chunks, not {len(sizes)}")
+    if min(sizes) < 1 or max(sizes) > SLAB_BYTES:
+        raise InvalidRequest(f"a chunk has 1..{SLAB_BYTES} bytes, not {min(sizes)}..{max(sizes)}")
+    if len(hashes) * len(sizes) > HAND_OFF_CHUNKS_MAX:
+        raise InvalidRequest(
+            f"a hand-off has at most {HAND_OFF_CHUNKS_MAX} chunks, not {len(hashes) * len(sizes)}"
+        )
+    if not hello.deadline_ms:
+        raise InvalidRequest("a hand-off has a deadline: deadline_ms is 0")
+    return hashes, sizes

@@ -1,0 +1,132 @@
+"""All hand-offs that come in at this decode node, and the Take stream of each.
+
+Owns how many there may be, their counters, and the end of a stream: an intake ends with its stream,
+with the attachment over which its bytes come, or at its deadline. Belongs to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from dualpath.agent.attachments import Attachment, Attachments
+from dualpath.agent.handed_request import HandedRequests
+from dualpath.agent.holdings import Holdings
+from dualpath.agent.intake import Intake
+from dualpath.agent.network import Network
+from dualpath.proto.first_message import first_message
+from dualpath.proto.v1 import agent_pb2
+from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
+
+INTAKES_MAX = 1024
+OFFER_CHUNKS_MAX = 4096
+
+
+class Intakes:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        attachments: Attachments,
+        requests: HandedRequests,
+        holdings: Holdings,
+        compute: Network,
+        events: Counter[str],
+        deadline_s_max: float,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.taken_bytes = 0
+        self._attachments = attachments
+        self._requests = requests
+        self._holdings = holdings
+        self._compute = compute
+        self._events = events
+        self._deadline_s_max = deadline_s_max
+        self._loop = loop
+        self._running: dict[Intake, None] = {}
+        self._looking = False
+        holdings.on_room = self._room
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    async def serve(
+        self, requests: AsyncIterator[agent_pb2.TakeRequest]
+    ) -> AsyncGenerator[agent_pb2.TakeResponse, None]:
+        """Run one Take stream until its intake has ended. Raises InvalidRequest, Overloaded."""
+        hello = await first_message(requests)
+        if hello is None:
+            return
+        attachment = self._attachments.find(hello.session)
+        if not self._holdings.capacity_bytes:
+            yield agent_pb2.TakeResponse(
+                done=True, reason="unsupported", detail="hold_bytes of the decode agent is 0"
+            )
+            return
+        intake = self._begin(hello, attachment)
+        reader = asyncio.create_task(self._read(intake, requests))
+        try:
+            yield agent_pb2.TakeResponse(window=intake.window.to_bytes())
+            while True:
+                for response in intake.responses():
+                    yield response
+                    if response.done:
+                        return
+                await intake.wake.wait()
+                intake.wake.clear()
+        finally:
+            intake.finish("peer_lost", "the prefill side went away")
+            attachment.on_close.pop(intake, None)
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError, DualPathError):
+                await reader
+
+    def close(self) -> None:
+        """End all."""
+        for intake in tuple(self._running):
+            intake.finish("aborted", "the decode agent stops")
+
+    def _begin(self, hello: agent_pb2.TakeRequest, attachment: Attachment) -> Intake:
+        if len(self._running) >= INTAKES_MAX:
+            raise Overloaded(f"{INTAKES_MAX} hand-offs come in already", retry_after_s=1.0)
+        hello.deadline_ms = min(hello.deadline_ms, round(self._deadline_s_max * 1000))
+        intake = Intake(
+            hello, self._requests, self._holdings, self._compute, self._loop, self._ended
+        )
+        self._running[intake] = None
+        attachment.on_close[intake] = lambda reason: intake.finish("peer_lost", reason)
+        return intake
+
+    async def _read(self, intake: Intake, requests: AsyncIterator[agent_pb2.TakeRequest]) -> None:
+        try:
+            async for request in requests:
+                if len(request.checksum) > OFFER_CHUNKS_MAX:
+                    raise InvalidRequest(
+                        f"an offer of {len(request.checksum)} chunks; {OFFER_CHUNKS_MAX} at most"
+                    )
+                if request.abort:
+                    intake.finish("aborted", "the prefill engine gave it up")
+                else:
+                    intake.offer(request.checksum)
+            intake.finish("peer_lost", "the prefill side ended its stream")
+        except DualPathError as error:
+            intake.finish(error.reason, str(error))
+
+    def _ended(self, intake: Intake) -> None:
+        self._running.pop(intake, None)
+        self.taken_bytes += intake.taken_bytes
+        assert intake.over is not None
+        if intake.over[0]:
+            self._events[f"intake_{intake.over[0]}"] += 1
+
+    def _room(self) -> None:
+        if self._running and not self._looking:
+            self._looking = True
+            self._loop.call_soon(self._find_room)
+
+    def _find_room(self) -> None:
+        self._looking = False
+        for intake in tuple(self._running):
+            intake.find_room()
