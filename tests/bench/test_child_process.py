@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from dualpath.bench.demo.process import ChildProcess
+from dualpath.bench.testbed.process import ChildProcess
 from dualpath.transfer.errors import DeadlineExceeded, Unavailable
 
 READY = 'import sys; print(\'ready {"listen": "127.0.0.1:1"}\', flush=True); sys.stdin.read()'
@@ -96,7 +96,7 @@ def test_a_child_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     owner = f"""
 import asyncio, sys
 from pathlib import Path
-from dualpath.bench.demo.process import ChildProcess
+from dualpath.bench.testbed.process import ChildProcess
 async def run():
     argv = [sys.executable, "-c", {FOREVER!r}]
     child = await ChildProcess.start("n", argv, Path({str(tmp_path / "n.log")!r}))

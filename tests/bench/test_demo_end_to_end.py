@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from dualpath.bench.demo.command import EXIT_FAILED, EXIT_OK, EXIT_USAGE, command
-from dualpath.bench.demo.namespaces import NAMESPACES_FOLDER, sweep_stale, why_not_kernel
+from dualpath.bench.testbed.namespaces import NAMESPACES_FOLDER, sweep_stale, why_not_kernel
 
 
 def run(tmp_path: Path, *words: str) -> tuple[int, dict[str, object]]:

@@ -6,14 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
+from dualpath.agent.hand_off_spec import HandOffResult, HandOffSpec, LayerGate
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult
-from dualpath.bench.demo.config import Context
-from dualpath.bench.demo.engine import LoadOutcome, PagePool, PrefillEngine
-from dualpath.bench.demo.fill import fill_batches
-from dualpath.bench.demo.keyed_content import KeyedContent
-from dualpath.bench.demo.replay import Replay, load_deadline_s
-from dualpath.bench.demo.workload import PlannedLoad, Workload, generated
+from dualpath.bench.testbed.engine import LoadOutcome, PrefillEngine
+from dualpath.bench.testbed.fill import fill_batches
+from dualpath.bench.testbed.keyed_content import KeyedContent
+from dualpath.bench.testbed.page_pool import PagedMemory, PagePool
+from dualpath.bench.testbed.replay import Replay, load_deadline_s
+from dualpath.bench.testbed.workload import Context, PlannedLoad, Workload, generated
 from dualpath.client.kv_client import KVClient
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.layout import KVLayout
@@ -84,6 +85,12 @@ class MemoryAgent:
     async def abort(self, load_id: str) -> None:
         raise Unavailable("not needed here")
 
+    def receive(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
+        raise Unavailable("not needed here")
+
+    async def hand_off(self, spec: HandOffSpec, gate: LayerGate) -> HandOffResult:
+        raise Unavailable("not needed here")
+
     async def save(self, spec: SaveSpec) -> SaveResult:
         raise Unavailable("not needed here")
 
@@ -96,8 +103,10 @@ class MemoryAgent:
 
 async def engine(agent: MemoryAgent, verifier: ThreadPoolExecutor, pages: int) -> PrefillEngine:
     client = KVClient(agent)
-    memory = await client.allocate(pages * LAYOUT.block_bytes)
-    return PrefillEngine(client, NAMESPACE, memory, pages=pages, seed=SEED, verifier=verifier)
+    memory = await PagedMemory.allocate(
+        client, LAYOUT, pages=pages, behind_compute_link=False, seed=SEED
+    )
+    return PrefillEngine(client, NAMESPACE, memory, seed=SEED, verifier=verifier)
 
 
 def planned(blocks: int, session: int = 0) -> PlannedLoad:

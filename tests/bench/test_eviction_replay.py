@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dualpath.bench.demo.trace_formats import TraceRequest
 from dualpath.bench.eviction.chains import Chains, chains_of, in_order
 from dualpath.bench.eviction.command import EvictionBench
 from dualpath.bench.eviction.optimum import Optimum, next_uses
@@ -17,6 +16,7 @@ from dualpath.bench.eviction.prefix_cache import PrefixCache, TierKind
 from dualpath.bench.eviction.replay import OPTIMUM, EvictionConfig, replay
 from dualpath.bench.eviction.synthetic import synthetic_requests
 from dualpath.bench.progress import Progress
+from dualpath.bench.testbed.trace_formats import TraceRequest
 from dualpath.cli.main import main
 from dualpath.kvstore.block_store import BlockStore, StoreConfig
 from dualpath.kvstore.eviction_choice import POLICIES, new_policy

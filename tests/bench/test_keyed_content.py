@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from dualpath.bench.demo.keyed_content import KeyedContent
+from dualpath.bench.testbed.keyed_content import KeyedContent
 from dualpath.kvstore.layout import KVLayout
 from dualpath.transfer.errors import InvalidRequest
 from hypothesis import given, settings

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from dualpath.bench.demo.namespaces import (
+from dualpath.bench.testbed.namespaces import (
     NAMESPACES_FOLDER,
     Namespaces,
     sweep_stale,
     why_not_kernel,
 )
-from dualpath.bench.demo.shaping import LinkRates
-from dualpath.bench.demo.topology import Topology
+from dualpath.bench.testbed.shaping import LinkRates
+from dualpath.bench.testbed.topology import Topology
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
@@ -99,8 +99,8 @@ def test_a_nodes_own_traffic_shares_its_compute_link_with_what_comes_from_others
 
 def test_namespaces_of_a_killed_run_are_swept(spaces: Namespaces) -> None:
     code = """
-from dualpath.bench.demo.namespaces import Namespaces
-from dualpath.bench.demo.topology import Topology
+from dualpath.bench.testbed.namespaces import Namespaces
+from dualpath.bench.testbed.topology import Topology
 import signal
 print(Namespaces(Topology.of(1, 0)), flush=True)
 signal.pause()

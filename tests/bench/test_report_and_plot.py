@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 from dualpath.bench.demo.config import DemoConfig, Destination
-from dualpath.bench.demo.engine import LoadOutcome
-from dualpath.bench.demo.link_meter import (
+from dualpath.bench.demo.plot import draw_utilisation, smoothed
+from dualpath.bench.demo.report import DemoReport, percentile
+from dualpath.bench.demo.table import print_report
+from dualpath.bench.table import plain_table
+from dualpath.bench.testbed.engine import LoadOutcome
+from dualpath.bench.testbed.link_meter import (
     LinkKind,
     LinkSample,
     LinkUse,
@@ -16,14 +20,10 @@ from dualpath.bench.demo.link_meter import (
     links_of,
     parse_devices,
 )
-from dualpath.bench.demo.plot import draw_utilisation, smoothed
-from dualpath.bench.demo.replay import PolicyRun
-from dualpath.bench.demo.report import DemoReport, percentile
-from dualpath.bench.demo.shaping import LinkRates
-from dualpath.bench.demo.table import print_report
-from dualpath.bench.demo.topology import Topology
-from dualpath.bench.demo.workload import PlannedLoad, Workload
-from dualpath.bench.table import plain_table
+from dualpath.bench.testbed.replay import PolicyRun
+from dualpath.bench.testbed.shaping import LinkRates
+from dualpath.bench.testbed.topology import Topology
+from dualpath.bench.testbed.workload import PlannedLoad, Workload
 
 MB = 1e6
 

@@ -3,14 +3,14 @@
 import os
 
 import pytest
-from dualpath.bench.demo.ownership import is_stale, owner_tag
-from dualpath.bench.demo.shaping import (
+from dualpath.bench.testbed.ownership import is_stale, owner_tag
+from dualpath.bench.testbed.shaping import (
     LinkRates,
     create_commands,
     destroy_commands,
     shape_commands,
 )
-from dualpath.bench.demo.topology import NODES_MAX, Topology
+from dualpath.bench.testbed.topology import NODES_MAX, Topology
 from dualpath.transfer.errors import InvalidRequest
 
 

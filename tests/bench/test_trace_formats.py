@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from dualpath.bench.demo.trace_formats import BLOCKS_MAX, TraceRequest, parse_line, read_trace
+from dualpath.bench.testbed.trace_formats import BLOCKS_MAX, TraceRequest, parse_line, read_trace
 from dualpath.transfer.errors import InvalidRequest
 from hypothesis import given, settings
 from hypothesis import strategies as st

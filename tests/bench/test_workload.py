@@ -6,10 +6,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from dualpath.bench.demo.config import Context
-from dualpath.bench.demo.fill import fill_batches
-from dualpath.bench.demo.trace_formats import TraceRequest, read_trace
-from dualpath.bench.demo.workload import PAPER_TABLE, Workload, from_trace, generated, trajectory
+from dualpath.bench.testbed.fill import fill_batches
+from dualpath.bench.testbed.trace_formats import TraceRequest, read_trace
+from dualpath.bench.testbed.workload import (
+    PAPER_TABLE,
+    Context,
+    Workload,
+    from_trace,
+    generated,
+    trajectory,
+)
 from dualpath.transfer.errors import InvalidRequest
 
 BLOCK = 1 << 18

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpath.bench.demo.process import die_with_parent
+from dualpath.bench.testbed.process import die_with_parent
 from dualpath.transfer.errors import Unavailable
 
 READY_S_MAX = 60.0

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from dualpath.bench.demo.config import (
     POLICIES,
-    Context,
     DemoConfig,
     Destination,
     Shaping,
     parse_rate,
 )
 from dualpath.bench.progress import Progress
+from dualpath.bench.testbed.workload import Context
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dualpath.bench.demo.device_graph import device_graph, direct_path, relay_path
-from dualpath.bench.demo.topology import Topology
+from dualpath.bench.testbed.device_graph import device_graph, direct_path, relay_path
+from dualpath.bench.testbed.topology import Topology
+from dualpath.bench.testbed.workload import Context
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.links import LinkGraph
 
@@ -66,14 +67,6 @@ class Destination(enum.Enum):
     GPU = "gpu"
     """Behind the compute link: every byte crosses the node's CNIC, on the direct path too."""
     HOST = "host"
-
-
-class Context(enum.Enum):
-    """A row of the paper's table of agent trajectories."""
-
-    K32 = "32k"
-    K48 = "48k"
-    K64 = "64k"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,40 +6,37 @@ limits first and then shaped; agents that pace themselves are started again with
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
-import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from dualpath.bench.demo import config as settings
-from dualpath.bench.demo.cluster import FILLER, Cluster, ClusterConfig
 from dualpath.bench.demo.config import DemoConfig, Destination, Shaping
-from dualpath.bench.demo.cpu_meter import CpuMeter
-from dualpath.bench.demo.engine import LoadOutcome, PrefillEngine
-from dualpath.bench.demo.fill import fill_store
-from dualpath.bench.demo.link_meter import (
+from dualpath.bench.demo.report import DemoReport
+from dualpath.bench.machine import describe_machine, describe_versions
+from dualpath.bench.progress import Progress
+from dualpath.bench.testbed.cluster import FILLER, Cluster, ClusterConfig
+from dualpath.bench.testbed.cpu_meter import CpuMeter
+from dualpath.bench.testbed.engine import LoadOutcome, PrefillEngine
+from dualpath.bench.testbed.engine_group import open_engines
+from dualpath.bench.testbed.fill import fill_store
+from dualpath.bench.testbed.link_meter import (
     AgentCounters,
     KernelCounters,
     LinkCounters,
     LinkMeter,
     links_of,
 )
-from dualpath.bench.demo.namespaces import Namespaces, why_not_kernel
-from dualpath.bench.demo.ownership import is_stale, owner_tag
-from dualpath.bench.demo.replay import PolicyRun, Replay, load_deadline_s
-from dualpath.bench.demo.report import DemoReport
-from dualpath.bench.demo.shaping import LinkRates
-from dualpath.bench.demo.topology import Topology
-from dualpath.bench.demo.trace_formats import read_trace
-from dualpath.bench.demo.workload import Workload, from_trace, generated
-from dualpath.bench.machine import describe_machine, describe_versions
-from dualpath.bench.progress import Progress
+from dualpath.bench.testbed.namespaces import Namespaces, why_not_kernel
+from dualpath.bench.testbed.replay import PolicyRun, Replay, load_deadline_s
+from dualpath.bench.testbed.run_folder import make_run_folder
+from dualpath.bench.testbed.shaping import LinkRates
+from dualpath.bench.testbed.topology import Topology
+from dualpath.bench.testbed.trace_formats import read_trace
+from dualpath.bench.testbed.workload import Workload, from_trace, generated
 from dualpath.client.kv_client import KVClient
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
@@ -49,15 +46,11 @@ BASELINE_BYTES = 384 << 20
 WARM_UP_BYTES = 32 << 20
 LOAD_BYTES_MEAN = 4 << 20
 LONE_LOAD_BYTES_MEAN = 48 << 20
-POOL_BYTES_MAX = 2 << 30
-"""Most memory of an engine's pool; loads wait for pages beyond."""
 STAGING_BYTES = 64 << 20
 STORE_SLACK_BYTES = 256 << 20
 DRAM_BYTES_MAX = 2 << 30
 
 FOLDER_PREFIX = "dualpath-demo-"
-
-Result = TypeVar("Result")
 
 
 def plan(config: DemoConfig) -> Workload:
@@ -99,10 +92,6 @@ def choose_shaping(wanted: Shaping) -> tuple[Shaping, str]:
     return Shaping.PACING, f"token buckets in the agents, because: {reason}"
 
 
-LAST_WORDS_S = 1.0
-"""How long after a failure the end of a process may be heard of."""
-
-
 class Demonstration:
     """One run of `dualpath demo`."""
 
@@ -123,7 +112,7 @@ class Demonstration:
         started_s = time.monotonic()
         shaping, reason = choose_shaping(self._config.shaping)
         self._progress.say(f"shaping: {shaping.value} ({reason})")
-        folder = self._folder()
+        folder = make_run_folder(FOLDER_PREFIX, kept=self._config.keep)
         try:
             unshaped, runs = await self._measure(shaping, folder)
         finally:
@@ -149,17 +138,6 @@ class Demonstration:
         self._config = self._config.fitting(unshaped_bytes_per_s)
         self._workload = self._workload.limited(self._config.planned_bytes)
         return LinkRates(self._config.storage_bytes_per_s, self._config.compute_bytes_per_s)
-
-    def _folder(self) -> Path:
-        """A new folder for sockets, logs and the store; those of killed runs are removed."""
-        temporary = Path(tempfile.gettempdir())
-        for path in temporary.glob(f"{FOLDER_PREFIX}*"):
-            if is_stale(path.name, FOLDER_PREFIX):
-                shutil.rmtree(path, ignore_errors=True)
-        kept = "kept-" if self._config.keep else ""
-        folder = temporary / f"{FOLDER_PREFIX}{kept}{owner_tag()}"
-        folder.mkdir(mode=0o700)
-        return folder
 
     def _topology(self, shaping: Shaping) -> Topology:
         make = Topology.of if shaping is Shaping.KERNEL else Topology.on_loopback
@@ -225,50 +203,19 @@ class Demonstration:
             self._progress.done("ready")
             yield cluster
 
-    @contextlib.asynccontextmanager
-    async def _engines(self, cluster: Cluster) -> AsyncIterator[list[PrefillEngine]]:
+    def _engines(
+        self, cluster: Cluster
+    ) -> contextlib.AbstractAsyncContextManager[list[PrefillEngine]]:
         config = self._config
-        blocks_max = self._workload.load_blocks_max
-        each = -(-config.concurrency // config.prefill)
-        pages = min(
-            each * blocks_max, max(blocks_max, POOL_BYTES_MAX // self._workload.block_bytes)
+        return open_engines(
+            cluster,
+            [node.name for node in Topology.of(config.prefill, config.decode).prefill],
+            self._namespace,
+            loads=-(-config.concurrency // config.prefill),
+            load_blocks_max=self._workload.load_blocks_max,
+            behind_compute_link=config.destination is Destination.GPU,
+            seed=config.seed,
         )
-        engines: list[PrefillEngine] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="verify") as verifier:
-            try:
-                for index in range(config.prefill):
-                    engine = await PrefillEngine.open(
-                        cluster.socket(f"prefill-{index}"),
-                        self._namespace,
-                        token=cluster.token,
-                        pages=pages,
-                        behind_compute_link=config.destination is Destination.GPU,
-                        seed=config.seed,
-                        verifier=verifier,
-                    )
-                    engines.append(engine)
-                yield engines
-            finally:
-                for engine in engines:
-                    await engine.close()
-
-    async def _watched(self, cluster: Cluster, work: Coroutine[None, None, Result]) -> Result:
-        """Run `work`; a process of the cluster that ends meanwhile ends it with its reason."""
-        watch = asyncio.create_task(cluster.watch(), name="watch")
-        task = asyncio.create_task(work, name="work")
-        try:
-            await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)
-            failed = task.done() and not task.cancelled() and task.exception() is not None
-            if failed:
-                # It may have noticed a process's end before the watch has: that is the reason then.
-                await asyncio.wait({watch}, timeout=LAST_WORDS_S)
-            if watch.done() and (failed or not task.done()):
-                watch.result()
-            return await task
-        finally:
-            for each in (watch, task):
-                each.cancel()
-            await asyncio.gather(watch, task, return_exceptions=True)
 
     async def _fill(self, cluster: Cluster) -> None:
         total = self._workload.stored_blocks * self._workload.block_bytes
@@ -286,7 +233,7 @@ class Demonstration:
             seed=self._config.seed,
             on_progress=moved,
         )
-        nbytes = await self._watched(cluster, work)
+        nbytes = await cluster.watched(work)
         await cluster.stop(FILLER)
         rate = nbytes / max(1e-9, time.monotonic() - started_s)
         self._progress.done(f"{nbytes >> 20} MiB, {rate / 1e6:.0f} MB/s")
@@ -310,7 +257,7 @@ class Demonstration:
         for nbytes in (WARM_UP_BYTES, BASELINE_BYTES):
             part = self._workload.limited(nbytes)
             work = replay.run(part, "split", lambda _outcome: None)
-            seconds, outcomes = await self._watched(cluster, work)
+            seconds, outcomes = await cluster.watched(work)
             rate = sum(each.nbytes for each in outcomes) / max(1e-9, seconds)
         self._progress.done(f"{rate / 1e6:.0f} MB/s")
         return rate
@@ -367,7 +314,7 @@ class Demonstration:
         cpu = CpuMeter(cluster.pids.values())
         async with LinkMeter(links_of(self._topology(shaping), rates), counters) as meter:
             work = self._replay(engines).run(self._workload, policy, on_outcome)
-            seconds, outcomes = await self._watched(cluster, work)
+            seconds, outcomes = await cluster.watched(work)
         run = PolicyRun(policy, seconds, outcomes, meter.uses, cpu.cores())
         self._progress.done(f"{run.nbytes >> 20} MiB, {run.bytes_per_s / 1e6:.0f} MB/s")
         return run

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dualpath.bench.demo.link_meter import LinkKind, LinkUse
 from dualpath.bench.demo.report import DemoReport
+from dualpath.bench.testbed.link_meter import LinkKind, LinkUse
 from dualpath.transfer.errors import Unavailable
 
 if TYPE_CHECKING:

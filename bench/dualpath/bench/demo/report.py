@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualpath.bench.demo.config import CPU_BOUND_SHARE, DemoConfig
-from dualpath.bench.demo.link_meter import LinkKind, LinkUse
-from dualpath.bench.demo.replay import PolicyRun
-from dualpath.bench.demo.workload import Workload
+from dualpath.bench.testbed.link_meter import LinkKind, LinkUse
+from dualpath.bench.testbed.replay import PolicyRun
+from dualpath.bench.testbed.workload import Workload
 
 BINDING_UTILISATION = 0.85
 GIB = 1 << 30

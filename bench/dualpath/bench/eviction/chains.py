@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from dualpath.bench.demo.trace_formats import TraceRequest
+from dualpath.bench.testbed.trace_formats import TraceRequest
 from dualpath.transfer.errors import InvalidRequest
 from numpy.typing import NDArray
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dualpath.bench.demo.trace_formats import TraceRequest, read_trace
 from dualpath.bench.eviction.chains import Chains, chains_of, in_order
 from dualpath.bench.eviction.optimum import Optimum, next_uses
 from dualpath.bench.eviction.prefix_cache import Cache, PrefixCache, TierKind
 from dualpath.bench.eviction.synthetic import synthetic_requests
 from dualpath.bench.progress import Progress
+from dualpath.bench.testbed.trace_formats import TraceRequest, read_trace
 from dualpath.kvstore.eviction_choice import POLICIES, check_policy, new_policy
 from dualpath.transfer.errors import InvalidRequest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from dualpath.bench.demo.trace_formats import RUNS_BLOCK_TOKENS, TraceRequest
+from dualpath.bench.testbed.trace_formats import RUNS_BLOCK_TOKENS, TraceRequest
 
 _CONVERSATIONS = 300
 _LONERS = 900

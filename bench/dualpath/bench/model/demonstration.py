@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualpath.bench.demo.process import ChildProcess
 from dualpath.bench.model.job import Job
+from dualpath.bench.testbed.process import ChildProcess
 from dualpath.transfer.errors import DeadlineExceeded, InvalidRequest, Unavailable
 
 READY_S_MAX = 30.0

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dualpath.bench.demo.process import die_with_parent
+from dualpath.bench.testbed.process import die_with_parent
 from dualpath.transfer.errors import Unavailable
 
 OPEN_S_MAX = 120.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from dualpath.bench.demo.keyed_content import KeyedContent
+from dualpath.bench.testbed.keyed_content import KeyedContent
 from dualpath.kvstore.chain import chain_hashes
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpath.bench.demo.process import die_with_parent
 from dualpath.bench.rounds import GIB, Sample
 from dualpath.bench.store.pages import PageKind
+from dualpath.bench.testbed.process import die_with_parent
 from dualpath.transfer.errors import Unavailable
 
 DEPTH = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from dualpath.bench.demo.keyed_content import KeyedContent
+from dualpath.bench.testbed.keyed_content import KeyedContent
 from dualpath.kvstore.block_store import BlockStore
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace

@@ -10,6 +10,7 @@ fixed number of bytes, and as many tokens as make the mean load of the plan abou
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import math
 import random
@@ -17,12 +18,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-from dualpath.bench.demo.config import Context
-from dualpath.bench.demo.trace_formats import TraceRequest
+from dualpath.bench.testbed.trace_formats import TraceRequest
 from dualpath.transfer.errors import InvalidRequest
 
 HASH_BYTES = 32
 LOAD_BLOCKS_MAX = 4096
+
+
+class Context(enum.Enum):
+    """A row of the paper's table of agent trajectories."""
+
+    K32 = "32k"
+    K48 = "48k"
+    K64 = "64k"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,20 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Protocol
 
-from dualpath.bench.demo.shaping import CNIC, CNIC_IN, SNIC, LinkRates
-from dualpath.bench.demo.topology import NodeKind, Topology
+from dualpath.bench.testbed.shaping import CNIC, CNIC_IN, SNIC, LinkRates, rail_name
+from dualpath.bench.testbed.topology import NodeKind, Topology
 from dualpath.proto.v1 import agent_pb2
 from dualpath.transfer.errors import DualPathError, Unavailable
 
 SAMPLE_S = 0.1
 SAMPLES_MAX = 100_000
+_COUNTERS_BYTES_MAX = 64 << 10
 
 
 class LinkKind(enum.Enum):
@@ -36,7 +37,8 @@ class LinkKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One direction of a link. `limit_bytes_per_s` is 0 when nothing limits it."""
+    """One direction of a link. `node` is the agent at a compute link (`prefill-0.1` is that of the
+    second rail). `limit_bytes_per_s` is 0 when nothing limits it."""
 
     node: str
     kind: LinkKind
@@ -49,15 +51,22 @@ class Link:
 
 
 def links_of(topology: Topology, rates: LinkRates | None) -> tuple[Link, ...]:
-    """Every link direction that a load may use, prefill nodes first."""
+    """Every link direction that a load may use, prefill nodes first. The one NIC of a converged
+    node is its SNIC inwards and its CNIC outwards."""
     storage = rates.storage_bytes_per_s if rates else 0.0
     compute = rates.compute_bytes_per_s if rates else 0.0
-    return tuple(
-        Link(node.name, kind, storage if kind is LinkKind.SNIC_IN else compute)
-        for node in topology.nodes
-        if node.kind is not NodeKind.STORAGE
-        for kind in LinkKind
-    )
+    links = []
+    for node in topology.nodes:
+        if node.kind is NodeKind.STORAGE:
+            continue
+        links.append(Link(node.name, LinkKind.SNIC_IN, storage))
+        if topology.converged:
+            links.append(Link(node.name, LinkKind.CNIC_OUT, storage))
+            continue
+        for agent in node.agents:
+            links += [Link(agent, LinkKind.CNIC_IN, compute)]
+            links += [Link(agent, LinkKind.CNIC_OUT, compute)]
+    return tuple(links)
 
 
 class LinkCounters(Protocol):
@@ -79,24 +88,41 @@ def parse_devices(text: str) -> dict[str, tuple[int, int]]:
 
 
 class KernelCounters:
-    """Counters of the devices in the nodes' namespaces; `pids` has one process a node."""
+    """Counters of the devices in the nodes' namespaces; `pids` has one process an agent.
+
+    The files stay open, and with them the namespaces: the counters outlive the processes.
+    """
 
     def __init__(self, pids: Mapping[str, int]) -> None:
-        self._files = {node: Path(f"/proc/{pid}/net/dev") for node, pid in pids.items()}
+        self._files: dict[str, int] = {}
+        for agent, pid in pids.items():
+            try:
+                self._files[agent] = os.open(f"/proc/{pid}/net/dev", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                self.close()
+                raise Unavailable(f"the counters of {agent} are gone: {error}") from error
 
     async def read(self) -> Mapping[tuple[str, LinkKind], int]:
         """See LinkCounters. Reading these files takes microseconds, so it is done in place."""
         values: dict[tuple[str, LinkKind], int] = {}
-        for node, path in self._files.items():
+        for agent, file in self._files.items():
             try:
-                devices = parse_devices(path.read_text(encoding="ascii"))
+                text = os.pread(file, _COUNTERS_BYTES_MAX, 0).decode("ascii")
             except OSError as error:
-                raise Unavailable(f"the counters of {node} are gone: {error}") from error
-            values[node, LinkKind.SNIC_IN] = devices.get(SNIC, (0, 0))[0]
+                raise Unavailable(f"the counters of {agent} are gone: {error}") from error
+            devices = parse_devices(text)
+            rail = int(agent.partition(".")[2] or 0)
+            out = rail_name(CNIC, rail)
+            values[agent, LinkKind.SNIC_IN] = devices.get(SNIC, (0, 0))[0]
             # What goes to the node's own memory over `lo` passes this device, too.
-            values[node, LinkKind.CNIC_IN] = devices.get(CNIC_IN, (0, 0))[1]
-            values[node, LinkKind.CNIC_OUT] = devices.get(CNIC, (0, 0))[1]
+            values[agent, LinkKind.CNIC_IN] = devices.get(rail_name(CNIC_IN, rail), (0, 0))[1]
+            values[agent, LinkKind.CNIC_OUT] = devices.get(out, devices.get(SNIC, (0, 0)))[1]
         return values
+
+    def close(self) -> None:
+        """Let the namespaces go."""
+        while self._files:
+            os.close(self._files.popitem()[1])
 
 
 class StatsSource(Protocol):
@@ -140,12 +166,14 @@ class LinkSample:
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """What one link did during a run. `series` are (seconds from its start, bytes a second)."""
+    """What one link did during a run. `series` are (seconds from its start, bytes a second), each
+    a mean since the one before; `started_s` (monotonic) is the run's start."""
 
     link: Link
     nbytes: int
     seconds: float
     series: tuple[tuple[float, float], ...]
+    started_s: float = 0.0
 
     @property
     def utilisation(self) -> float | None:
@@ -167,7 +195,8 @@ def link_uses(links: Sequence[Link], samples: Sequence[LinkSample]) -> tuple[Lin
             if at > earlier
         )
         seconds = values[-1][0] - values[0][0] if values else 0.0
-        uses.append(LinkUse(link, values[-1][1] - values[0][1] if values else 0, seconds, series))
+        nbytes = values[-1][1] - values[0][1] if values else 0
+        uses.append(LinkUse(link, nbytes, seconds, series, values[0][0] if values else 0.0))
     return tuple(uses)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from dualpath.bench.demo.engine import LoadOutcome, PrefillEngine
-from dualpath.bench.demo.link_meter import LinkUse
-from dualpath.bench.demo.workload import PlannedLoad, Workload
+from dualpath.bench.testbed.decode_engine import DecodeEngine
+from dualpath.bench.testbed.engine import LoadOutcome, PrefillEngine
+from dualpath.bench.testbed.link_meter import LinkUse
+from dualpath.bench.testbed.workload import PlannedLoad, Workload
 
 DEADLINE_S_MIN = 30.0
 DEADLINE_S_MAX = 600.0
@@ -61,7 +63,10 @@ class Replay:
         *,
         concurrency: int,
         deadline_s: float,
+        decode_engines: Mapping[str, DecodeEngine] = MappingProxyType({}),
     ) -> None:
+        """`decode_engines`: by the names of their nodes, those that prompts are handed off to."""
+        self._decode_engines = decode_engines
         self._engines = tuple(engines)
         self._decode_names = tuple(decode_names)
         self._concurrency = concurrency
@@ -76,9 +81,15 @@ class Replay:
         return engine, self._decode_names[peer]
 
     async def run(
-        self, workload: Workload, policy: str, on_outcome: OnOutcome
+        self,
+        workload: Workload,
+        policy: str,
+        on_outcome: OnOutcome,
+        *,
+        beside: Callable[[], Coroutine[None, None, None]] | None = None,
     ) -> tuple[float, tuple[LoadOutcome, ...]]:
-        """Return (seconds until the last load had ended, outcomes as they were verified)."""
+        """Return (seconds until the last load had ended, outcomes as they were verified). `beside`
+        starts with the first load and is ended with the last one."""
         waiting: deque[tuple[PlannedLoad, ...]] = deque(workload.sessions)
         outcomes: list[LoadOutcome] = []
 
@@ -91,14 +102,22 @@ class Replay:
                 for planned in waiting.popleft():
                     engine, peer = self._place(planned.session)
                     verification = await engine.load(
-                        planned, policy=policy, decode_peer=peer, deadline_s=self._deadline_s
+                        planned,
+                        policy=policy,
+                        decode_peer=peer,
+                        deadline_s=self._deadline_s,
+                        decode=self._decode_engines.get(peer),
                     )
-                    # The next turn does not wait: an engine does not verify its loads.
+                    # The next turn waits neither for the verification nor for the hand-off.
                     tasks.create_task(keep(verification))
 
         started_s = time.monotonic()
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(self._concurrency, len(waiting))):
-                tasks.create_task(work(tasks))
+        async with asyncio.TaskGroup() as all_tasks:
+            other = all_tasks.create_task(beside()) if beside is not None else None
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(min(self._concurrency, len(waiting))):
+                    tasks.create_task(work(tasks))
+            if other is not None:
+                other.cancel()
         ended_s = max((each.ended_s for each in outcomes), default=started_s)
         return ended_s - started_s, tuple(outcomes)

@@ -117,6 +117,18 @@ class ChildProcess:
         """Ask the whole group to end."""
         self._signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """End the whole group at once, as a crash would."""
+        self._signal(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Stop the whole group where it is: it answers nothing, its connections stay."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen group go on."""
+        self._signal(signal.SIGCONT)
+
     async def close(self, deadline_s: float) -> None:
         """Wait for the end up to `deadline_s`, then kill the group."""
         try:

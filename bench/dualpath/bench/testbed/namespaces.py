@@ -15,10 +15,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualpath.bench.demo import shaping
-from dualpath.bench.demo.ownership import is_stale, owner_tag
-from dualpath.bench.demo.shaping import Command, LinkRates
-from dualpath.bench.demo.topology import Topology
+from dualpath.bench.testbed import shaping
+from dualpath.bench.testbed.ownership import is_stale, owner_tag
+from dualpath.bench.testbed.shaping import Command, LinkRates
+from dualpath.bench.testbed.topology import Topology
 from dualpath.transfer.errors import Unavailable
 
 NAMESPACES_FOLDER = Path("/run/netns")
@@ -109,6 +109,32 @@ class Namespaces:
         """Limit the links; once only."""
         for command in shaping.shape_commands(self._prefix, self._topology, rates):
             _run(command)
+
+    def limit_storage(self, node: str, rate_bytes_per_s: float) -> None:
+        """Another limit for the SNIC of a node, once links are shaped."""
+        index = self._index(node)
+        each = self._topology.nodes[index]
+        for command in shaping.limit_storage_commands(self._prefix, index, each, rate_bytes_per_s):
+            _run(command)
+
+    def limit_compute(self, node: str, rail: int, rate_bytes_per_s: float) -> None:
+        """Another limit for a CNIC of a node, once links are shaped."""
+        each = self._topology.nodes[self._index(node)]
+        for command in shaping.limit_compute_commands(self._prefix, each, rail, rate_bytes_per_s):
+            _run(command)
+
+    def plug_storage(self, node: str, *, up: bool) -> None:
+        """Pull the plug of a node's SNIC at the switch, or put it in again."""
+        port = shaping.storage_port(self._index(node))
+        _run(shaping.port_command(self._prefix, port, up=up))
+
+    def plug_compute(self, node: str, rail: int, *, up: bool) -> None:
+        """The same for a CNIC."""
+        port = shaping.compute_port(self._index(node), rail)
+        _run(shaping.port_command(self._prefix, port, up=up))
+
+    def _index(self, node: str) -> int:
+        return [each.name for each in self._topology.nodes].index(node)
 
     def enter(self, node: str, argv: Sequence[str]) -> list[str]:
         """The command line that runs `argv` on `node`."""

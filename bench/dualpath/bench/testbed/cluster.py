@@ -1,8 +1,9 @@
-"""The running cluster: one daemon, an agent on every node, shaped or paced, and its end.
+"""The running cluster: one daemon, an agent at every compute link, shaped or paced, and its end.
 
 Owns the processes, their sockets and logs, and (in kernel mode) the namespaces they run in.
 Addresses flow by the `ready` lines: the daemon first, then decode agents (relays), then prefill
-agents, which are told of daemon and relays. Whatever goes wrong, `close` ends all of it.
+agents, which are told of daemon and relays; a prefill agent relays through those on its own rail,
+under the names of their nodes. Whatever goes wrong, `close` ends all of it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ import asyncio
 import contextlib
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from dualpath.bench.demo.namespaces import Namespaces
-from dualpath.bench.demo.process import ChildProcess
-from dualpath.bench.demo.shaping import LinkRates
-from dualpath.bench.demo.topology import Node, Topology
+from dualpath.bench.testbed.namespaces import Namespaces
+from dualpath.bench.testbed.process import ChildProcess
+from dualpath.bench.testbed.shaping import LinkRates
+from dualpath.bench.testbed.topology import Node, NodeKind, Topology
 from dualpath.transfer.errors import Unavailable
 
 READY_S_MAX = 30.0
 END_S_MAX = 5.0
+LAST_WORDS_S = 1.0
+"""How long after a failure the end of a process may be heard of."""
 FILLER = "filler"
+Result = TypeVar("Result")
 _DUALPATH = (sys.executable, "-m", "dualpath.cli.main")
 
 
@@ -40,6 +45,8 @@ class ClusterConfig:
     disk_bytes: int
     dram_bytes: int
     staging_bytes: int
+    hold_bytes: int = 0
+    """Of each agent, for hand-offs; nothing is kept there as a cache, which no link would bind."""
     namespaces: Namespaces | None = None
     pacing: LinkRates | None = None
 
@@ -50,7 +57,8 @@ class Cluster:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._children: dict[str, ChildProcess] = {}
-        self._relays: tuple[str, ...] = ()
+        self._relays: dict[str, str] = {}
+        self._expected: set[str] = set()
         self._daemon_address = ""
         self._settings = config.folder / "cluster.toml"
         self.token = secrets.token_hex(16)
@@ -68,7 +76,7 @@ class Cluster:
 
     @property
     def pids(self) -> Mapping[str, int]:
-        """One process a node: its agent, or the daemon on the storage node."""
+        """By name: each agent, and the daemon on the storage node."""
         return {name: child.pid for name, child in self._children.items()}
 
     def socket(self, node: str) -> str:
@@ -100,10 +108,11 @@ class Cluster:
             *("--config", str(self._settings)),
         ]
 
-    def _agent_words(self, name: str, node: Node, *, paced: bool) -> list[str]:
+    def _agent_words(self, name: str, node: Node, rail: int, *, paced: bool) -> list[str]:
         config = self._config
         # The storage node has no compute link; its agent only fills the store.
-        listen = f"{node.compute_address or '127.0.0.1'}:0"
+        host = node.compute_addresses[rail] if node.compute_addresses else "127.0.0.1"
+        listen = f"{host}:0"
         words = [
             "agent",
             *("--name", name),
@@ -112,10 +121,12 @@ class Cluster:
             *("--data-listen", listen),
             *("--unix", self.socket(name).removeprefix("unix:")),
             *("--staging-bytes", str(config.staging_bytes)),
+            *("--hold-bytes", str(config.hold_bytes)),
             *("--config", str(self._settings)),
         ]
-        for relay in self._relays:
-            words += ["--relays", relay]
+        if node.kind is NodeKind.PREFILL:
+            for relay in config.topology.decode:
+                words += ["--relays", f"{relay.name}={self._relays[relay.agents[rail]]}"]
         if paced and config.pacing is not None:
             words += [
                 *("--storage-limit-bytes-per-s", str(round(config.pacing.storage_bytes_per_s))),
@@ -128,15 +139,17 @@ class Cluster:
         storage = topology.storage
         # In a file, since other users can see the flags of a process.
         accepted = f'tokens = ["{self.token}"]\n'
-        text = f'[serve]\n{accepted}[agent]\ntoken = "{self.token}"\n{accepted}'
+        text = f'[serve]\n{accepted}[agent]\nhold_cache = false\ntoken = "{self.token}"\n{accepted}'
         self._settings.write_text(text, encoding="ascii")
         daemon = await self._launch(storage.name, storage.name, self._serve_words())
         self._daemon_address = daemon.address("listen")
-        filler = self._agent_words(FILLER, storage, paced=False)
+        filler = self._agent_words(FILLER, storage, 0, paced=False)
         await self._launch_all([(FILLER, storage.name, filler)], topology.decode)
-        self._relays = tuple(
-            f"{node.name}={self._children[node.name].address('listen')}" for node in topology.decode
-        )
+        self._relays = {
+            agent: self._children[agent].address("listen")
+            for node in topology.decode
+            for agent in node.agents
+        }
         await self._launch_all([], topology.prefill)
 
     async def _launch_all(
@@ -144,7 +157,9 @@ class Cluster:
     ) -> None:
         wanted = list(others)
         wanted += [
-            (node.name, node.name, self._agent_words(node.name, node, paced=True)) for node in nodes
+            (agent, node.name, self._agent_words(agent, node, rail, paced=True))
+            for node in nodes
+            for rail, agent in enumerate(node.agents)
         ]
         async with asyncio.TaskGroup() as starting:
             for name, node, words in wanted:
@@ -156,11 +171,44 @@ class Cluster:
         child.terminate()
         await child.close(END_S_MAX)
 
+    async def kill(self, node: str) -> None:
+        """End the agents of a decode node, as a crash would."""
+        for agent in self._agents(node):
+            self._expected.add(agent)
+            self._children[agent].kill()
+            await self._children[agent].lost()
+
+    def freeze(self, node: str) -> None:
+        """Stop the agents of a node where they are."""
+        for agent in self._agents(node):
+            self._children[agent].freeze()
+
+    def thaw(self, node: str) -> None:
+        """Let the agents of a node go on."""
+        for agent in self._agents(node):
+            self._children[agent].thaw()
+
+    async def start_again(self, node: str) -> None:
+        """Start the killed agents of a decode node, where peers look for them."""
+        for place in self._config.topology.decode:
+            for rail, agent in enumerate(place.agents):
+                if place.name != node or agent not in self._expected:
+                    continue
+                words = self._agent_words(agent, place, rail, paced=True)
+                words[words.index("--listen") + 1] = self._relays[agent]
+                self._expected.discard(agent)
+                await self._launch(agent, node, words)
+
+    def _agents(self, node: str) -> tuple[str, ...]:
+        return next(each.agents for each in self._config.topology.nodes if each.name == node)
+
     async def watch(self) -> None:
-        """Wait until any process ends by itself; raises Unavailable with its last words."""
+        """Wait until any process ends by itself; raises Unavailable with its last words. Those that
+        are started later are not watched; those that `kill` ends are not missed."""
         waits = {
-            asyncio.create_task(child.lost(), name=f"watch {name}")
+            asyncio.create_task(self._missed(name, child), name=f"watch {name}")
             for name, child in self._children.items()
+            if name not in self._expected
         }
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -169,11 +217,37 @@ class Cluster:
             for wait in waits:
                 wait.cancel()
 
+    async def _missed(self, name: str, child: ChildProcess) -> str:
+        """The last words of a process that ended by itself; waits for ever for one that did not."""
+        words = await child.lost()
+        if name in self._expected:
+            await asyncio.Event().wait()
+        return words
+
+    async def watched(self, work: Coroutine[None, None, Result]) -> Result:
+        """Run `work`; a process of the cluster that ends meanwhile ends it with its reason."""
+        watch = asyncio.create_task(self.watch(), name="watch")
+        task = asyncio.create_task(work, name="work")
+        try:
+            await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)
+            failed = task.done() and not task.cancelled() and task.exception() is not None
+            if failed:
+                # It may have noticed a process's end before the watch has: that is the reason then.
+                await asyncio.wait({watch}, timeout=LAST_WORDS_S)
+            if watch.done() and (failed or not task.done()):
+                watch.result()
+            return await task
+        finally:
+            for each in (watch, task):
+                each.cancel()
+            await asyncio.gather(watch, task, return_exceptions=True)
+
     async def close(self) -> None:
         """End every process, politely at first. Idempotent."""
         children = list(self._children.values())
         self._children.clear()
         for child in children:
+            child.thaw()
             child.terminate()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*(child.close(END_S_MAX) for child in children))

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from dualpath.agent.places import Places
-from dualpath.bench.demo.keyed_content import KeyedContent
-from dualpath.bench.demo.workload import Workload
+from dualpath.bench.testbed.keyed_content import KeyedContent
+from dualpath.bench.testbed.workload import Workload
 from dualpath.client.kv_client import KVClient
 from dualpath.kvstore.namespace import Namespace
 from dualpath.transfer.errors import Unavailable

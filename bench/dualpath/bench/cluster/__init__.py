@@ -1,0 +1,1 @@
+"""`dualpath bench cluster`: how near to the limit of its links a shaped cluster comes."""

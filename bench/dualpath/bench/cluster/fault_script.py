@@ -1,0 +1,88 @@
+"""Makes the faults of a list at their times, on a cluster that runs.
+
+Owns the translation of a fault into what is done to processes and links, and notes when it really
+was. A restored agent is started where its peers look for it; until it is ready, the next fault
+waits. Whatever is still down at the end goes with the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dualpath.bench.cluster.fault import SNIC_LINK, Fault, FaultAction, link_names, states_after
+from dualpath.bench.cluster.shaped_cluster import ShapedCluster
+from dualpath.transfer.errors import Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class MadeFault:
+    """A fault, and when it was made (monotonic seconds); a restored agent was ready then."""
+
+    fault: Fault
+    made_s: float
+
+
+class FaultScript:
+    """The faults of one run; `made` grows as they are made."""
+
+    def __init__(
+        self, faults: Sequence[Fault], cluster: ShapedCluster, say: Callable[[str], None]
+    ) -> None:
+        self._faults = tuple(faults)
+        self._cluster = cluster
+        self._say = say
+        self.made: list[MadeFault] = []
+
+    async def run(self) -> None:
+        """Make them, counted from now. Raises Unavailable if one cannot be made."""
+        started_s = time.monotonic()
+        for index, fault in enumerate(self._faults):
+            await asyncio.sleep(max(0.0, started_s + fault.at_s - time.monotonic()))
+            self._say(f"fault: {fault}")
+            begun_s = time.monotonic()
+            await self._make(index)
+            # What follows from a fault is never earlier than its beginning; what is restored is
+            # there at the end.
+            restored = fault.action is FaultAction.RESTORE
+            self.made.append(MadeFault(fault, time.monotonic() if restored else begun_s))
+
+    async def _make(self, index: int) -> None:
+        fault, cluster = self._faults[index], self._cluster.cluster
+        match fault.action:
+            case FaultAction.KILL:
+                await cluster.kill(fault.node)
+            case FaultAction.STOP:
+                cluster.freeze(fault.node)
+            case FaultAction.CUT | FaultAction.SLOW:
+                await self._set_links(index)
+            case FaultAction.RESTORE:
+                await self._set_links(index)
+                if not fault.link:
+                    cluster.thaw(fault.node)
+                    await cluster.start_again(fault.node)
+
+    async def _set_links(self, index: int) -> None:
+        """Give each link that the fault touches the state that it has after it."""
+        fault, rates = self._faults[index], self._cluster.rates
+        if rates is None:
+            raise Unavailable("links without limits cannot be slowed")
+        topology, spaces = self._cluster.topology, self._cluster.namespaces
+        shares = dict(states_after(self._faults[: index + 1], topology)[fault.node].shares)
+
+        def change(link: str) -> None:
+            share = shares[link]
+            if link == SNIC_LINK:
+                spaces.plug_storage(fault.node, up=share > 0)
+                if share > 0:
+                    spaces.limit_storage(fault.node, share * rates.storage_bytes_per_s)
+                return
+            rail = int(link.removeprefix("cnic") or 0)
+            spaces.plug_compute(fault.node, rail, up=share > 0)
+            if share > 0:
+                spaces.limit_compute(fault.node, rail, share * rates.compute_bytes_per_s)
+
+        for link in (fault.link,) if fault.link else link_names(topology):
+            await asyncio.to_thread(change, link)

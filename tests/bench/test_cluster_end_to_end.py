@@ -1,0 +1,88 @@
+"""`dualpath bench cluster` with real processes and links that the kernel shapes: small."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from dualpath.bench.testbed.namespaces import NAMESPACES_FOLDER, why_not_kernel
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(150)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernel() -> None:
+    reason = why_not_kernel()
+    if reason:
+        pytest.skip(f"kernel shaping: {reason}")
+
+
+def measure(tmp_path: Path, *words: str) -> Mapping[str, object]:
+    """Run it in a process of its own; its JSON."""
+    out = tmp_path / "out.json"
+    argv = [sys.executable, "-m", "dualpath.cli.main", "bench", "cluster"]
+    done = subprocess.run(
+        [*argv, *words, "--rounds", "1", "--json", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(NAMESPACES_FOLDER.glob(f"dualpath-{os.getpid()}-*"))
+    found = json.loads(out.read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_split_uses_both_storage_links_of_a_shaped_cluster(tmp_path: Path) -> None:
+    words = ("--prefill", "1", "--decode", "1", "--snic", "15MB/s", "--seconds", "4")
+    found = measure(tmp_path, *words, "--policies", "direct,split")
+    split = found["split"]
+    assert isinstance(split, dict)
+    assert split["failed_loads"] == split["corrupt_blocks"] == 0
+    assert split["whole_ratio_to_direct"] > 1.5
+    assert set(split["bytes_by_path"]) == {"direct", "relay:decode-0"}
+    assert found["handoff"] == "with hand-off traffic"
+    for name in ("direct", "split"):
+        policy = found[name]
+        assert isinstance(policy, dict)
+        handed = policy["handed_off"]
+        assert handed["whole"] == policy["loads"], handed
+        assert handed["corrupt_blocks"] == 0
+        # What its own decode node relayed needs not be sent to it again.
+        assert bool(handed["bytes"].get("retained")) is (name == "split")
+
+
+def test_prompts_stay_with_their_prefill_engines_if_asked(tmp_path: Path) -> None:
+    words = ("--prefill", "1", "--decode", "1", "--snic", "15MB/s", "--seconds", "2")
+    found = measure(tmp_path, *words, "--policies", "split", "--no-hand-off")
+    assert found["handoff"] == "without hand-off traffic"
+    split = found["split"]
+    assert isinstance(split, dict)
+    assert split["handed_off"]["whole"] == 0
+
+
+def test_no_load_fails_when_a_relay_is_killed_stopped_cut_or_slowed(tmp_path: Path) -> None:
+    faults = "kill:decode1@1s,stop:decode0@2s,restore:decode0@4s,cut:decode0.snic@5s,"
+    faults += "restore:decode0@7s,slow:decode0@8s:0.25"
+    words = ("--prefill", "1", "--decode", "2", "--snic", "15MB/s", "--faults", faults)
+    found = measure(tmp_path, *words)["faults"]
+    assert isinstance(found, dict)
+    assert found["failed_loads"] == found["corrupt_blocks"] == 0
+    assert found["past_deadline_s"] == 0
+    assert len(found["effects"]) == 6
+
+
+def test_engines_on_several_rails_and_on_one_converged_nic_load_every_byte(tmp_path: Path) -> None:
+    common = ("--prefill", "1", "--decode", "1", "--snic", "15MB/s", "--seconds", "2")
+    rails = measure(tmp_path, *common, "--gpus", "2", "--policies", "split")
+    assert isinstance(rails["split"], dict)
+    assert rails["split"]["failed_loads"] == 0
+    one = measure(tmp_path, *common, "--converged", "--policies", "direct,split")
+    assert isinstance(one["split"], dict)
+    assert one["split"]["failed_loads"] == 0
+    assert one["split"]["whole_ratio_to_direct"] > 0.6
