@@ -1,0 +1,1 @@
+"""`dualpath bench transfer`: the transports against memcpy and sockets, by grain."""

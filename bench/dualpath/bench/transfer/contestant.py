@@ -1,0 +1,128 @@
+"""What is compared: a transport with its grain, and the limits that it stands beside.
+
+A sample moves `total_bytes` in whole batches, each byte verified by its hash where it lands. The
+writer of tcp and shm is a process of its own; that of memory is this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from dualpath.bench.rounds import Sample
+from dualpath.bench.stopwatch import Stopwatch
+from dualpath.bench.store.memory_copy import copy_blocks
+from dualpath.bench.store.socket_copy import SocketCopy
+from dualpath.bench.transfer.far_end import FarEnd, open_transport, source_of, target_of
+from dualpath.bench.transfer.flow import FlowReader, FlowWriter
+from dualpath.bench.transfer.grain import Grain
+from dualpath.transfer.errors import Corrupt
+from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
+
+KINDS = ("memory", "shm", "tcp")
+MEMCPY, BARE_SOCKET, HASHING_SOCKET = "memcpy", "socket", "hashing-socket"
+CHUNK_BYTES = 1 << 20
+MEMCPY_BYTES = 32 << 20
+"""As much memory a side as flows have: what fits into the caches must do so for all."""
+CONNECT_S_MAX = 30.0
+
+Measure = Callable[[], Sample]
+
+
+def _checked(reader: FlowReader) -> None:
+    if reader.wrong_parts:
+        raise Corrupt(f"{reader.wrong_parts} parts arrived with other bytes than were sent")
+
+
+@contextmanager
+def flow(kind: str, grain: Grain, total_bytes: int) -> Iterator[Measure]:
+    """A measurement of one transport with one grain. Raises Unavailable, Corrupt."""
+    batches = max(1, total_bytes // grain.batch_bytes)
+    opened = _memory_flow if kind == "memory" else _process_flow
+    with opened(kind, grain, batches) as measure:
+        yield measure
+
+
+@contextmanager
+def _process_flow(kind: str, grain: Grain, batches: int) -> Iterator[Measure]:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dualpath-"))
+        far = stack.enter_context(FarEnd())
+        listen = f"{folder}/data.sock" if kind == "shm" else "127.0.0.1:0"
+        address = far.ask("open", transport="w", kind=kind, lane_dscp=["all=0"], listen=listen)
+        far.ask("source", transport="w", grain=grain.name)
+        # The transport ends first: its threads may still look at what has landed.
+        target = target_of(grain.target_bytes)
+        stack.callback(target.close)
+        transport = open_transport(kind, "r", ["all=0"])
+        stack.callback(transport.close)
+        reader = FlowReader(transport, grain, target)
+        secret = bytes.fromhex(far.ask("invite", transport="w", peer="r"))
+        transport.connect("w", address, secret, deadline_s=CONNECT_S_MAX)
+        window = reader.window.to_bytes().hex()
+
+        def measure() -> Sample:
+            with Stopwatch([far.pid]) as watch:
+                first = reader.arm(batches)
+                far.ask(
+                    "send", transport="w", peer="r", window=window, first=first, batches=batches
+                )
+                reader.wait()
+            far.ask("wait", transport="w")
+            _checked(reader)
+            return watch.sample(batches * grain.batch_bytes)
+
+        yield measure
+
+
+@contextmanager
+def _memory_flow(kind: str, grain: Grain, batches: int) -> Iterator[Measure]:
+    hub = MemoryHub()
+    with contextlib.ExitStack() as stack:
+        source, target = source_of(grain.source_bytes), target_of(grain.target_bytes)
+        stack.callback(target.close)
+        stack.callback(source.close)
+        ends = [MemoryTransport(name, lambda *_: None, hub) for name in ("w", "r")]
+        for end in ends:
+            stack.callback(end.close)
+        writing, reading = ends
+        reader = FlowReader(reading, grain, target)
+        writer = FlowWriter(writing, grain, source)
+        address = writing.listen(f"bench-{grain.name}")
+        reading.connect("w", address, writing.invite("r"), deadline_s=CONNECT_S_MAX)
+
+        def measure() -> Sample:
+            with Stopwatch() as watch:
+                writer.start("r", reader.window, reader.arm(batches), batches)
+                reader.wait()
+            writer.wait()
+            _checked(reader)
+            return watch.sample(batches * grain.batch_bytes)
+
+        yield measure
+
+
+@contextmanager
+def memcpy(total_bytes: int) -> Iterator[Measure]:
+    """numpy copies of 1 MiB between memories on the pages that flows have."""
+    source, target = source_of(MEMCPY_BYTES), target_of(MEMCPY_BYTES)
+    places = MEMCPY_BYTES // CHUNK_BYTES
+    order = np.arange(total_bytes // CHUNK_BYTES, dtype=np.int64) % places
+    try:
+        yield lambda: copy_blocks(source.view, target.view, CHUNK_BYTES, order)
+    finally:
+        source.close()
+        target.close()
+
+
+@contextmanager
+def sockets(total_bytes: int) -> Iterator[dict[str, Measure]]:
+    """One TCP stream between two processes that do nothing else, bare and hashing."""
+    with SocketCopy(total_bytes, CHUNK_BYTES) as copy:
+        yield {
+            BARE_SOCKET: lambda: copy.copy(hashing=False),
+            HASHING_SOCKET: lambda: copy.copy(hashing=True),
+        }
