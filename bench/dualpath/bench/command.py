@@ -19,6 +19,14 @@ PROGRAMS: Mapping[str, tuple[str, str]] = {
         "dualpath.bench.store.command",
         "the store against fio, memcpy and sockets, target by target",
     ),
+    "transfer": (
+        "dualpath.bench.transfer.command",
+        "the transports by grain, against memcpy and sockets",
+    ),
+    "isolation": (
+        "dualpath.bench.isolation.command",
+        "the model's traffic beside KV on one link, with lanes and without",
+    ),
     "eviction": (
         "dualpath.bench.eviction.command",
         "hit rates of the eviction policies on a trace",
@@ -26,6 +34,14 @@ PROGRAMS: Mapping[str, tuple[str, str]] = {
     "peers": ("dualpath.bench.peers.command", "other KV stores and this one, the same work"),
     "gpu": ("dualpath.bench.gpu.command", "copies into paged GPU memory against the bus"),
     "headline": ("dualpath.bench.headline", "their headline figures into a document"),
+    "cluster": (
+        "dualpath.bench.cluster.command",
+        "a shaped cluster of this machine's: both paths against the limit of its links, faults",
+    ),
+    "explore": (
+        "dualpath.bench.explore.command",
+        "orders of messages, writes and faults of a small load, exhaustively",
+    ),
     "soak": ("dualpath.bench.soak.command", "crashes, torn writes and flipped bytes for long"),
 }
 """Module and one line of help of each program."""
@@ -34,6 +50,8 @@ _EPILOG = """examples:
   dualpath bench store --json out.json --plot out.png
   dualpath bench peers --mib 512 --only redis,dualpath-local
   dualpath bench eviction --trace FILE --json out.json
+  dualpath bench cluster --prefill 1 --decode 2 --json out.json
+  dualpath bench explore --delays 2 --faults 2 --seconds 600
   dualpath bench soak --help
 
 `dualpath bench PROGRAM --help` shows the flags of each program."""
