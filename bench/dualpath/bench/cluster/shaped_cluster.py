@@ -59,7 +59,7 @@ class ShapedCluster:
         namespaces: Namespaces,
         cluster: Cluster,
         engines: Sequence[PrefillEngine],
-        decode_engines: Mapping[str, DecodeEngine],
+        decode_engines: Sequence[Mapping[str, DecodeEngine]],
         counters: KernelCounters,
     ) -> None:
         self.topology = topology
@@ -163,37 +163,57 @@ async def open_cluster(
         nbytes = await cluster.watched(filling)
         await cluster.stop(FILLER)
         progress.done(f"{nbytes >> 20} MiB")
-        agents = [node.agents[rail] for rail in range(topology.rails) for node in topology.prefill]
-        in_flight = config.loads_in_flight(topology) * (HANDED_SHARE if config.hands_off else 1)
-        engines = await stack.enter_async_context(
-            open_engines(
-                cluster,
-                agents,
-                namespace,
-                loads=-(-in_flight // len(agents)),
-                load_blocks_max=workload.load_blocks_max + NEW_BLOCKS,
-                behind_compute_link=not topology.converged,
-                seed=config.seed,
-            )
-        )
-        takers = [node.name for node in topology.decode] if config.hands_off else []
-        decode_engines = await stack.enter_async_context(
-            open_decode_engines(
-                cluster,
-                takers,
-                namespace,
-                prompts=-(-in_flight // max(1, len(takers))),
-                prompt_blocks_max=workload.load_blocks_max + NEW_BLOCKS,
-                behind_compute_link=not topology.converged,
-                seed=config.seed,
-            )
-        )
+        engines, peers = await _open_engines(stack, cluster, config, topology, workload, namespace)
         counted = [agent for node in topology.nodes[1:] for agent in node.agents]
         counters = KernelCounters({name: cluster.pids[name] for name in counted})
         stack.callback(counters.close)
         yield ShapedCluster(
-            config, topology, workload, namespaces, cluster, engines, decode_engines, counters
+            config, topology, workload, namespaces, cluster, engines, peers, counters
         )
+
+
+async def _open_engines(
+    stack: contextlib.AsyncExitStack,
+    cluster: Cluster,
+    config: ClusterBenchConfig,
+    topology: Topology,
+    workload: Workload,
+    namespace: Namespace,
+) -> tuple[list[PrefillEngine], list[dict[str, DecodeEngine]]]:
+    """The prefill engines, by rail, then by node; and of each the decode engines on its rail, by
+    the names of their nodes, if prompts are handed off."""
+    agents = [node.agents[rail] for rail in range(topology.rails) for node in topology.prefill]
+    in_flight = config.loads_in_flight(topology) * (HANDED_SHARE if config.hands_off else 1)
+    engines = await stack.enter_async_context(
+        open_engines(
+            cluster,
+            agents,
+            namespace,
+            loads=-(-in_flight // len(agents)),
+            load_blocks_max=workload.load_blocks_max + NEW_BLOCKS,
+            behind_compute_link=not topology.converged,
+            seed=config.seed,
+        )
+    )
+    takers = [agent for node in topology.decode for agent in node.agents]
+    takers = takers if config.hands_off else []
+    decode_engines = await stack.enter_async_context(
+        open_decode_engines(
+            cluster,
+            takers,
+            namespace,
+            prompts=-(-in_flight // max(1, len(takers))),
+            prompt_blocks_max=workload.load_blocks_max + NEW_BLOCKS,
+            behind_compute_link=not topology.converged,
+            seed=config.seed,
+        )
+    )
+    peers: list[dict[str, DecodeEngine]] = [
+        {node.name: decode_engines[node.agents[rail]] for node in topology.decode}
+        for rail in range(topology.rails if takers else 0)
+        for _ in topology.prefill
+    ]
+    return engines, peers
 
 
 def _cluster_config(

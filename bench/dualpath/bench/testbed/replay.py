@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from dualpath.bench.testbed.decode_engine import DecodeEngine
 from dualpath.bench.testbed.engine import LoadOutcome, PrefillEngine
@@ -63,22 +62,23 @@ class Replay:
         *,
         concurrency: int,
         deadline_s: float,
-        decode_engines: Mapping[str, DecodeEngine] = MappingProxyType({}),
+        decode_engines: Sequence[Mapping[str, DecodeEngine]] = (),
     ) -> None:
-        """`decode_engines`: by the names of their nodes, those that prompts are handed off to."""
-        self._decode_engines = decode_engines
+        """`decode_engines`: of each engine, by the names of their nodes, those on its rail that it
+        hands prompts off to; empty where nothing is handed off."""
         self._engines = tuple(engines)
+        self._decode_engines = tuple(decode_engines) or ({},) * len(self._engines)
         self._decode_names = tuple(decode_names)
         self._concurrency = concurrency
         self._deadline_s = deadline_s
 
-    def _place(self, session: int) -> tuple[PrefillEngine, str]:
-        engine = self._engines[session % len(self._engines)]
+    def _place(self, session: int) -> tuple[PrefillEngine, str, DecodeEngine | None]:
+        turn, number = divmod(session, len(self._engines))
         if not self._decode_names:
-            return engine, ""
+            return self._engines[number], "", None
         # Divided first, so that every engine meets every decode peer.
-        peer = (session // len(self._engines)) % len(self._decode_names)
-        return engine, self._decode_names[peer]
+        peer = self._decode_names[turn % len(self._decode_names)]
+        return self._engines[number], peer, self._decode_engines[number].get(peer)
 
     async def run(
         self,
@@ -100,13 +100,13 @@ class Replay:
         async def work(tasks: asyncio.TaskGroup) -> None:
             while waiting:
                 for planned in waiting.popleft():
-                    engine, peer = self._place(planned.session)
+                    engine, peer, decode = self._place(planned.session)
                     verification = await engine.load(
                         planned,
                         policy=policy,
                         decode_peer=peer,
                         deadline_s=self._deadline_s,
-                        decode=self._decode_engines.get(peer),
+                        decode=decode,
                     )
                     # The next turn waits neither for the verification nor for the hand-off.
                     tasks.create_task(keep(verification))
