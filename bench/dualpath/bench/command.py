@@ -7,8 +7,11 @@ is a `Command` like those of the CLI: `name`, `help`, `add_arguments`, `run`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import cast
 
 from dualpath.cli.command import Command
@@ -46,6 +49,8 @@ PROGRAMS: Mapping[str, tuple[str, str]] = {
 }
 """Module and one line of help of each program."""
 
+_OUTPUTS = ("json", "plot", "markdown")
+"""Flags of programs that name a file to write."""
 _EPILOG = """examples:
   dualpath bench store --json out.json --plot out.png
   dualpath bench peers --mib 512 --only redis,dualpath-local
@@ -81,7 +86,29 @@ class BenchCommand:
             allow_abbrev=False,
         )
         program.add_arguments(parser)
-        return program.run(parser.parse_args(args.arguments))
+        arguments = parser.parse_args(args.arguments)
+        check_outputs(arguments)
+        with _ended_politely():
+            return program.run(arguments)
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Minutes of measuring shall not be lost for a folder that is not there. Raises
+    InvalidRequest."""
+    for name in _OUTPUTS:
+        path = str(getattr(arguments, name, None) or "")
+        if path and not Path(path).absolute().parent.is_dir():
+            raise InvalidRequest(f"--{name} {path}: there is no folder {Path(path).parent}")
+
+
+@contextlib.contextmanager
+def _ended_politely() -> Iterator[None]:
+    """SIGTERM cleans up as SIGINT does: namespaces and processes would stay otherwise."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def load_program(name: str) -> Command:

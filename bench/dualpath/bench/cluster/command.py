@@ -183,9 +183,6 @@ class ClusterCommand:
 
 def config_of(args: argparse.Namespace) -> ClusterBenchConfig:
     """Read the flags. Raises InvalidRequest."""
-    for path in (args.json, args.plot, args.markdown):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise InvalidRequest(f"{path}: there is no folder {Path(path).parent}")
     labels = [label for label in args.topology.split(",") if label.strip()]
     topologies = [Topology.parse(label) for label in labels]
     return ClusterBenchConfig(
