@@ -204,25 +204,58 @@ static void hash_stripes(Lanes *lanes, const char *source, size_t stripes) {
 }
 
 static void copy_stripes(
-    Lanes *lanes, char *target, const char *source, size_t stripes, int hash, int stream) {
+    Lanes *lanes, char *target, const char *source, size_t stripes, size_t number, int hash,
+    int stream) {
 #ifdef DUALPATH_AVX2
     stream = stream && (uintptr_t)target % 32 == 0;
     if ((hash || stream) && __builtin_cpu_supports("avx2")) {
-        stripes_avx2(lanes, target, source, stripes, 0, hash, stream);
+        stripes_avx2(lanes, target, source, stripes, number, hash, stream);
         return;
     }
 #endif
-    stripes_portable(lanes, target, source, stripes, 0, hash);
+    stripes_portable(lanes, target, source, stripes, number, hash);
+}
+
+_Static_assert(sizeof(Lanes) == sizeof(((DualpathCopyHash *)0)->lane), "the same lanes");
+
+void dualpath_copy_hash_begin(DualpathCopyHash *state) {
+    Lanes lanes = {{P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1}};
+    memcpy(state->lane, lanes.lane, sizeof lanes.lane);
+    state->stripe = 0;
+    state->nbytes = 0;
+}
+
+static void copy_and_count(
+    DualpathCopyHash *state, char *target, const char *source, size_t stripes, int stream) {
+    Lanes lanes;
+    memcpy(lanes.lane, state->lane, sizeof lanes.lane);
+    copy_stripes(&lanes, target, source, stripes, state->stripe, 1, stream);
+    memcpy(state->lane, lanes.lane, sizeof lanes.lane);
+    state->stripe = (state->stripe + stripes) % STRIPES;
+    state->nbytes += stripes * STRIPE_BYTES;
+}
+
+void dualpath_copy_hash_piece(
+    DualpathCopyHash *state, char *target, const char *source, size_t nbytes, int stream) {
+    copy_and_count(state, target, source, nbytes / STRIPE_BYTES, stream);
+}
+
+uint64_t dualpath_copy_hash_end(
+    DualpathCopyHash *state, char *target, const char *source, size_t nbytes, int stream) {
+    Lanes lanes;
+    size_t stripes = (nbytes - 1) / STRIPE_BYTES, body = stripes * STRIPE_BYTES;
+    copy_and_count(state, target, source, stripes, stream);
+    memcpy(target + body, source + body, nbytes - body);
+    memcpy(lanes.lane, state->lane, sizeof lanes.lane);
+    /* The last stripe overlaps; read from the target, so that what is hashed is what was stored. */
+    accumulate(&lanes, target + nbytes - STRIPE_BYTES, SECRET + SECRET_BYTES - STRIPE_BYTES - 7);
+    return merged(&lanes, state->nbytes + nbytes - body);
 }
 
 uint64_t dualpath_copy_and_hash(char *target, const char *source, size_t nbytes, int stream) {
-    Lanes lanes = {{P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1}};
-    size_t stripes = (nbytes - 1) / STRIPE_BYTES, body = stripes * STRIPE_BYTES;
-    copy_stripes(&lanes, target, source, stripes, 1, stream);
-    memcpy(target + body, source + body, nbytes - body);
-    /* The last stripe overlaps; read from the target, so that what is hashed is what was stored. */
-    accumulate(&lanes, target + nbytes - STRIPE_BYTES, SECRET + SECRET_BYTES - STRIPE_BYTES - 7);
-    return merged(&lanes, nbytes);
+    DualpathCopyHash state;
+    dualpath_copy_hash_begin(&state);
+    return dualpath_copy_hash_end(&state, target, source, nbytes, stream);
 }
 
 uint64_t dualpath_hash(const char *source, size_t nbytes) {
@@ -235,7 +268,7 @@ uint64_t dualpath_hash(const char *source, size_t nbytes) {
 void dualpath_copy(char *target, const char *source, size_t nbytes, int stream) {
     Lanes lanes = {{0}};
     size_t body = stream ? nbytes / STRIPE_BYTES * STRIPE_BYTES : 0;
-    copy_stripes(&lanes, target, source, body / STRIPE_BYTES, 0, stream);
+    copy_stripes(&lanes, target, source, body / STRIPE_BYTES, 0, 0, stream);
     memcpy(target + body, source + body, nbytes - body);
 }
 

@@ -13,6 +13,20 @@
  * the stores go past the caches where the processor can; fence before another thread looks. */
 uint64_t dualpath_copy_and_hash(char *target, const char *source, size_t nbytes, int stream);
 
+/* The same where source or target lie in several pieces: begin, copy all pieces but the last, end
+ * with that. Each but the last has a multiple of 64 bytes, the last at least 64, all together at
+ * least XXH3_LONG_BYTES_MIN. */
+typedef struct {
+    _Alignas(64) uint64_t lane[8];
+    size_t stripe, nbytes;
+} DualpathCopyHash;
+
+void dualpath_copy_hash_begin(DualpathCopyHash *state);
+void dualpath_copy_hash_piece(
+    DualpathCopyHash *state, char *target, const char *source, size_t nbytes, int stream);
+uint64_t dualpath_copy_hash_end(
+    DualpathCopyHash *state, char *target, const char *source, size_t nbytes, int stream);
+
 /* Hash alone, `nbytes` >= XXH3_LONG_BYTES_MIN. */
 uint64_t dualpath_hash(const char *source, size_t nbytes);
 

@@ -15,13 +15,16 @@ from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.memfd_channel import FDS_MAX, close_fds, receive_with_fds, send_with_fds
 from dualpath.transfer.region import PAGE_BYTES, Region, RegionDescriptor
-from dualpath.transfer.shm_sender import PLEDGE
+from dualpath.transfer.shm_sender import PLEDGE, PLEDGES_MAX
 from dualpath.transfer.shm_transport import PATH_BYTES_MAX, ShmTransport
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
-from dualpath.transfer.transport import Write, WriteStatus
+from dualpath.transfer.table_copy import STEP_BYTES
+from dualpath.transfer.transport import Arrival, Write, WriteStatus
 
 NBYTES = 8192
 WHOLE = Slices.contiguous(0, NBYTES)
+TABLE = SliceTable.of(WHOLE)
 
 
 class Pair:
@@ -122,8 +125,8 @@ def test_bytes_count_only_while_their_source_is_pledged(pair: Pair, withdrawn: b
         send_with_fds(sock, [frames.region(0, PAGE_BYTES)], [page.fd])
         send_with_fds(sock, [frames.region(9, NBYTES)], [source.fd])
         sock.sendall(
-            frames.write_from(
-                ident, window.key, window.generation, 1, Lane.SAVE, WHOLE, slot, 9, WHOLE
+            frames.batch_from(
+                ident, window.key, window.generation, 1, Lane.SAVE, TABLE, slot, 9, TABLE
             )
         )
         answer = frames.parse(memoryview(sock.recv(4096)))
@@ -139,7 +142,7 @@ def test_bytes_count_only_while_their_source_is_pledged(pair: Pair, withdrawn: b
     [
         frames.region(5, NBYTES),
         frames.forget(5),
-        frames.write_from(1, 2, 3, 4, 1, WHOLE, 0, 5, WHOLE),
+        frames.batch_from(1, 2, 3, 4, 1, TABLE, 0, 5, TABLE),
         frames.write(1, 2, 3, 4, 1, WHOLE, 10),
     ],
 )
@@ -148,6 +151,54 @@ def test_frames_that_name_nothing_end_the_connection(pair: Pair, frame: bytes) -
         sock.sendall(frame)
         assert sock.recv(1) == b""
     pair.heard.wait_losses(1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "source", "pledge"),
+    [
+        ([NBYTES], SliceTable.contiguous([1], [NBYTES]), 0),
+        ([NBYTES], SliceTable(1 << 63, 2, 1 << 62, [0], [0], [NBYTES]), PLEDGES_MAX),
+        ([NBYTES], SliceTable(2, NBYTES, 1, [0], [0], [NBYTES]), 0),
+        ([NBYTES, 1], SliceTable(1, 1, NBYTES, [0, NBYTES], [0, 0], [NBYTES, 1]), 0),
+    ],
+)
+def test_named_bytes_out_of_their_region_or_pledge_end_the_connection(
+    pair: Pair, sizes: list[int], source: SliceTable, pledge: int
+) -> None:
+    page, memory = Region.memfd("page", PAGE_BYTES), Region.memfd("source", NBYTES)
+    table = SliceTable.contiguous([NBYTES * i for i in range(len(sizes))], sizes)
+    with _hostile(pair) as sock:
+        send_with_fds(sock, [frames.region(0, PAGE_BYTES)], [page.fd])
+        send_with_fds(sock, [frames.region(9, NBYTES)], [memory.fd])
+        sock.sendall(frames.batch_from(1, 2, 3, 4, 1, table, pledge, 9, source))
+        assert sock.recv(1) == b""
+    pair.heard.wait_losses(1)
+
+
+def test_a_pledge_that_is_withdrawn_half_way_cancels_the_rest_of_a_batch(pair: Pair) -> None:
+    nbytes, parts, ident, slot = STEP_BYTES, 6, 77, 3
+    target = Region.anonymous(nbytes * parts)
+    page, source = Region.memfd("page", PAGE_BYTES), Region.memfd("source", nbytes * parts)
+    PLEDGE.pack_into(page.view, slot * PLEDGE.size, ident)
+
+    def on_arrival(arrival: Arrival) -> bool:
+        if arrival.tag == 3:
+            PLEDGE.pack_into(page.view, slot * PLEDGE.size, 0)
+        return pair.heard.on_arrival(arrival)
+
+    window = pair.reader.expose(target, 0, target.nbytes, on_arrival)
+    table = SliceTable.contiguous([nbytes * i for i in range(parts)], [nbytes] * parts)
+    pair.reader.arm_table(window, 1, table)
+    with _hostile(pair) as sock:
+        send_with_fds(sock, [frames.region(0, PAGE_BYTES)], [page.fd])
+        send_with_fds(sock, [frames.region(9, source.nbytes)], [source.fd])
+        key, generation = window.key, window.generation
+        sock.sendall(frames.batch_from(ident, key, generation, 1, Lane.SAVE, table, slot, 9, table))
+        answer = frames.parse(memoryview(sock.recv(4096)))
+    assert answer is not None
+    assert answer[0] == frames.AckFrame(((ident, frames.REFUSALS.index("cancelled")),))
+    assert [each.tag for each in pair.heard.arrivals] == [1, 2, 3]
+    assert pair.reader.disarm(window, range(1, parts + 1)) == set(range(4, parts + 1))
 
 
 def test_a_stale_socket_is_replaced_and_a_live_one_or_a_file_is_not(tmp_path: Path) -> None:

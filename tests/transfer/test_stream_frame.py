@@ -63,7 +63,10 @@ def encoded(draw: st.DrawFn) -> tuple[bytes, frames.Frame]:
     acks = draw(st.lists(st.tuples(U64, st.integers(0, 7)), min_size=1, max_size=20))
     batch = (ident, key, draw(st.integers(0, (1 << 32) - 1)), tag, int(lane), draw(tables()))
     codes = bytes(draw(st.lists(st.integers(0, 7), min_size=1, max_size=256)))
-    source = Slices.contiguous(draw(st.integers(0, 1 << 40)), target.nbytes)
+    table = batch[-1]
+    source = SliceTable(
+        1 << 40, 1, 1 << 40, table.bases, tuple(0 for _ in table.sizes), table.sizes
+    )
     cases: list[tuple[bytes, frames.Frame]] = [
         (frames.write(*head, payload), frames.WriteFrame(*head, payload)),
         (frames.batch(*batch, 1), frames.BatchFrame(*batch, 1)),
@@ -82,8 +85,8 @@ def encoded(draw: st.DrawFn) -> tuple[bytes, frames.Frame]:
         (frames.region(ident, key), frames.RegionFrame(ident, key)),
         (frames.forget(ident), frames.ForgetFrame(ident)),
         (
-            frames.write_from(*head, 5, key, source),
-            frames.WriteFromFrame(frames.WriteFrame(*head, 0), 5, key, source),
+            frames.batch_from(*batch, 5, key, source),
+            frames.BatchFromFrame(frames.BatchFrame(*batch, 0), 5, key, source),
         ),
     ]
     return draw(st.sampled_from(cases))

@@ -4,10 +4,8 @@
  * for a bounded time, and stop early when the caller's interrupt byte is set. Received parts are
  * hashed as they become complete, while they are in the caches. Python twins:
  * transfer/stream_io_twin.py. */
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
-#include <Python.h>
+#include "parts.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -328,6 +326,8 @@ static PyObject *send_parts(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"receive", receive, METH_VARARGS,
      "receive(fd, parts, inside, nbytes, behind, interrupt, wait_ms, hashed)"},
+    {"copy_parts", dualpath_copy_parts, METH_VARARGS,
+     "copy_parts(sizes, target, target_at, source, source_at, interrupt, hashed)"},
     {"send", send_parts, METH_VARARGS, "send(fd, parts, interrupt, wait_ms)"},
     {NULL, NULL, 0, NULL},
 };

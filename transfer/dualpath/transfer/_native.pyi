@@ -18,3 +18,13 @@ def receive(
     /,
 ) -> tuple[int, int, bool, list[int]]: ...
 def send(fd: int, parts: Sequence[Buffer], interrupt: Buffer, wait_ms: int, /) -> int: ...
+def copy_parts(
+    sizes: Sequence[int],
+    target: Buffer,
+    target_at: tuple[int, int, Sequence[int], Sequence[int]],
+    source: Buffer,
+    source_at: tuple[int, int, Sequence[int], Sequence[int]],
+    interrupt: Buffer,
+    hashed: bool,
+    /,
+) -> list[int]: ...

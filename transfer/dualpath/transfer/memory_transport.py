@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from dualpath.transfer.errors import InvalidRequest, PeerLost, PermissionDenied, Unavailable
 from dualpath.transfer.invitations import Invitations, check_peer_name
 from dualpath.transfer.ledger import Ledger
-from dualpath.transfer.outbox import Outbox, PendingWrite, check_write, deliver
+from dualpath.transfer.outbox import Outbox, PendingWrite, check_batch, check_write, deliver
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_copy import copy_slices
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
+from dualpath.transfer.table_copy import land_some
 from dualpath.transfer.transport import (
     OnArrival,
     OnBatchCompletion,
@@ -31,12 +32,9 @@ from dualpath.transfer.transport import (
     WriteBatch,
     WriteStatus,
 )
-from dualpath.transfer.window import Refused, WindowTable
-from dualpath.transfer.write_split import write_split
+from dualpath.transfer.window import Landing, LandingLock, WindowTable
 
 QUEUE_BYTES_MAX = 256 << 20
-STEP_BYTES = 1 << 20
-"""Most bytes copied while a landing is locked."""
 JOIN_S = 5.0
 
 _log = logging.getLogger(__name__)
@@ -190,7 +188,10 @@ class MemoryTransport:
 
     def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
         """See Transport.write_batch."""
-        write_split(self, peer, batch, on_completion)
+        check_batch(batch)
+        with self._changed:
+            self._link(peer).outbox.add_batch(batch, on_completion, time.monotonic())
+            self._changed.notify_all()
 
     def write_truncated(
         self, peer: str, write: Write, nbytes: int, on_completion: OnCompletion
@@ -198,12 +199,15 @@ class MemoryTransport:
         """Carry out only the first `nbytes` bytes of `write`, then end the connection."""
         check_write(write)
         with self._changed:
-            link = self._links.get(peer)
-            if link is None:
-                raise PeerLost(f"{peer!r} is not connected")
-            pending = link.outbox.add(write, on_completion, time.monotonic())
+            pending = self._link(peer).outbox.add(write, on_completion, time.monotonic())
             pending.truncate_at = nbytes
             self._changed.notify_all()
+
+    def _link(self, peer: str) -> _Link:
+        link = self._links.get(peer)
+        if link is None:
+            raise PeerLost(f"{peer!r} is not connected")
+        return link
 
     def traffic(self) -> Sequence[PeerTraffic]:
         """See Transport.traffic."""
@@ -299,50 +303,71 @@ class MemoryTransport:
         return None
 
     def _carry_out(self, link: _Link, pending: PendingWrite) -> None:
-        write, remote = pending.single, link.remote
+        remote = link.remote
         known_as = link.back.peer if link.back is not None else self._own_name
         counters = remote._ledger.of(known_as, remote._links)
-        status, detail = WriteStatus.DONE, ""
-        try:
-            landing = remote._windows.begin(
-                known_as,
-                write.target.key,
-                write.target.generation,
-                write.tag,
-                write.target_slices,
-            )
-            limit = pending.nbytes if pending.truncate_at < 0 else pending.truncate_at
-            for offset in range(0, min(limit, pending.nbytes), STEP_BYTES):
-                nbytes = min(STEP_BYTES, limit - offset, pending.nbytes - offset)
-                with link.reading:
-                    if not self._is_pending(link, pending):
-                        break
-                    with landing.lock:
-                        if landing.open:
-                            copy_slices(
-                                landing.region.view,
-                                landing.slices.part(offset, nbytes),
-                                write.source.view,
-                                write.source_slices.part(offset, nbytes),
-                            )
-            if limit < pending.nbytes:
+        first_tag, targets, sources = _tables(pending.write)
+        window, lock = pending.write.target, LandingLock()
+        begun = remote._windows.begin_table(
+            known_as, window.key, window.generation, first_tag, targets, lock
+        )
+        landings = [None if isinstance(each, str) else each for each in begun]
+        refused = {tag: each for tag, each in enumerate(begun, first_tag) if isinstance(each, str)}
+        if pending.truncate_at >= 0:
+            self._cut_short(link, pending, landings[0])
+            return
+        at = 0
+        while at < len(landings):
+            with link.reading:
+                if not self._is_pending(link, pending):
+                    break
+                last, digests = land_some(
+                    landings, lock, targets, pending.write.source.view, sources, at
+                )
+            reasons = self._land(link, landings[at:last], digests)
+            for index, reason in enumerate(reasons, at):
+                if reason:
+                    refused[first_tag + index] = reason
+                elif landings[index] is not None:
+                    counters.received_bytes += targets.sizes[index]
+                    counters.received_writes += 1
+            at = last
+        for landing in landings[at:]:
+            if landing is not None:
                 remote._windows.abandon(landing)
-                self._drop(link.peer, f"cut after {limit} bytes of a write")
-                return
-            if not self._is_pending(link, pending):
-                remote._windows.abandon(landing)
-                return
-            remote._windows.land(landing)
-            counters.received_bytes += pending.nbytes
-            counters.received_writes += 1
-        except Refused as refused:
-            status, detail = WriteStatus.REFUSED, refused.reason
-            counters.refused_writes += 1
+        counters.refused_writes += len(refused)
         with self._changed:
             settled = link.outbox.settle(pending.ident)
         if settled is not None:
             self._ledger.of(link.peer, self._links).sent_bytes += pending.nbytes
-            deliver(link.peer, pending, status, detail)
+            _deliver_answered(link.peer, pending, refused)
+
+    def _land(
+        self, link: _Link, landings: Sequence[Landing | None], digests: Sequence[int]
+    ) -> Sequence[str]:
+        """Bring these parts to their end; for each why it is refused, or "" if it is not, or was
+        so from the beginning."""
+        begun = [each for each in landings if each is not None]
+        if not begun:
+            return [""] * len(landings)
+        known = digests if len(begun) == len(landings) else ()
+        reasons = iter(link.remote._windows.land_all(begun, known))
+        return ["" if each is None else next(reasons) for each in landings]
+
+    def _cut_short(self, link: _Link, pending: PendingWrite, landing: Landing | None) -> None:
+        """Carry out the first bytes of a single write, and end the connection."""
+        write, nbytes = pending.single, min(pending.truncate_at, pending.nbytes)
+        if landing is not None:
+            with link.reading, landing.lock:
+                if landing.open and self._is_pending(link, pending):
+                    copy_slices(
+                        landing.region.view,
+                        landing.slices.part(0, nbytes),
+                        write.source.view,
+                        write.source_slices.part(0, nbytes),
+                    )
+            link.remote._windows.abandon(landing)
+        self._drop(link.peer, f"cut after {nbytes} bytes of a write")
 
     def _is_pending(self, link: _Link, pending: PendingWrite) -> bool:
         with self._changed:
@@ -365,3 +390,17 @@ class MemoryTransport:
                 with link.reading:
                     pass
                 deliver(link.peer, each, WriteStatus.EXPIRED, "deadline")
+
+
+def _tables(write: Write | WriteBatch) -> tuple[int, SliceTable, SliceTable]:
+    """The first tag, the targets and the sources."""
+    if isinstance(write, WriteBatch):
+        return write.first_tag, write.target_table, write.source_table
+    return write.tag, SliceTable.of(write.target_slices), SliceTable.of(write.source_slices)
+
+
+def _deliver_answered(peer: str, pending: PendingWrite, refused: Mapping[int, str]) -> None:
+    if isinstance(pending.write, Write) and refused:
+        deliver(peer, pending, WriteStatus.REFUSED, next(iter(refused.values())))
+    else:
+        deliver(peer, pending, WriteStatus.DONE, "", refused)

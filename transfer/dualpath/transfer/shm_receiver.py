@@ -24,13 +24,14 @@ from dualpath.transfer.shm_sender import (
     REGIONS_MAX,
     ShmSender,
 )
-from dualpath.transfer.slice_copy import copy_slices
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_receiver import OpenWrite, StreamReceiver
+from dualpath.transfer.table_copy import land_some
 from dualpath.transfer.window import WindowTable
 
-STEP_BYTES = 1 << 20
-"""Most bytes copied while a landing is locked."""
+ACKED_BYTES_DELAYED_MAX = 4 << 20
+"""While more is to be copied, answers wait for so many bytes: each wakes the writer up."""
 PIECES_MAX = 1 << 16
 """Most pieces of a source; a peer could keep this thread busy with single bytes."""
 
@@ -48,7 +49,8 @@ class ShmReceiver(StreamReceiver):
         stop: threading.Event,
     ) -> None:
         super().__init__(sock, peer, windows, Pacer(0), sender, counters, stop)
-        self._shm_sender = sender
+        self._acked_bytes_delayed_max = ACKED_BYTES_DELAYED_MAX
+        self._lookahead_bytes = frames.HEAD_BYTES_MAX  # there is never payload among it
         self._regions: dict[int, Region] = {}
         self._fds: list[int] = []
 
@@ -74,7 +76,7 @@ class ShmReceiver(StreamReceiver):
         return got
 
     def _handle(self, frame: frames.Frame) -> None:
-        if isinstance(frame, frames.WriteFromFrame):
+        if isinstance(frame, frames.BatchFromFrame):
             self._copy(frame)
         elif isinstance(frame, frames.RegionFrame):
             self._map(frame)
@@ -83,7 +85,7 @@ class ShmReceiver(StreamReceiver):
             if region is None:
                 raise MalformedFrame(f"region {frame.region} is not known")
             region.close()
-        elif isinstance(frame, frames.AckFrame):
+        elif isinstance(frame, frames.AckFrame | frames.ResultsFrame):
             super()._handle(frame)
         else:
             raise MalformedFrame(f"unexpected {type(frame).__name__}")
@@ -99,36 +101,37 @@ class ShmReceiver(StreamReceiver):
             raise MalformedFrame(f"region {frame.region}: {error}") from error
         self._regions[frame.region] = region
 
-    def _copy(self, frame: frames.WriteFromFrame) -> None:
-        region = self._regions.get(frame.region)
-        source = frame.source
+    def _copy(self, frame: frames.BatchFromFrame) -> None:
+        region, source, batch = self._regions.get(frame.region), frame.source, frame.batch
         if region is None or frame.region == PLEDGE_REGION:
             raise MalformedFrame(f"write from region {frame.region}, which is not known")
-        if source.end > region.nbytes or source.piece_count > PIECES_MAX:
-            raise MalformedFrame(f"source ends at {source.end} of {region.nbytes}, or is too fine")
+        end = source.span()[1]
+        if end > region.nbytes or source.pieces_max > PIECES_MAX:
+            raise MalformedFrame(f"source ends at {end} of {region.nbytes}, or is too fine")
         if frame.pledge >= PLEDGES_MAX or PLEDGE_REGION not in self._regions:
             raise MalformedFrame(f"pledge {frame.pledge} does not exist")
-        write = self._begin_single(frame.write)
-        landing = write.landings[0]
-        while landing is not None and write.received < source.nbytes and landing.open:
-            nbytes = min(STEP_BYTES, source.nbytes - write.received)
-            with landing.lock:
-                if landing.open:
-                    copy_slices(
-                        landing.region.view,
-                        landing.slices.part(write.received, nbytes),
-                        region.view,
-                        source.part(write.received, nbytes),
-                    )
-            write.received += nbytes
-        self._finish_if_pledged(write, frame.pledge)
+        write = self._begin(batch.ident, batch.key, batch.generation, batch.first_tag, batch.table)
+        while write.settled < len(write.ends) and not self._stop.is_set():
+            first = write.settled
+            last, digests = self._land(write, region, source)
+            write.digests[first:last] = digests
+            # Bytes may have been read before this look at the pledge, none is after it.
+            if any(write.landings[first:last]) and not self._pledged(frame):
+                self._cancel(write.ident)
+                self._answer(write.ident, (frames.REFUSALS.index("cancelled"),), write.nbytes)
+                return
+            if last > first:
+                self._advance(write, write.ends[last - 1] - write.received)
 
-    def _finish_if_pledged(self, write: OpenWrite, pledge: int) -> None:
+    def _land(self, write: OpenWrite, region: Region, source: SliceTable) -> tuple[int, list[int]]:
+        try:
+            return land_some(
+                write.landings, write.lock, write.table, region.view, source, write.settled
+            )
+        except (ValueError, OverflowError) as error:
+            raise MalformedFrame(f"source in region {region.nbytes}: {error}") from error
+
+    def _pledged(self, frame: frames.BatchFromFrame) -> bool:
         page = self._regions[PLEDGE_REGION].view
-        held = PLEDGE.unpack_from(page, pledge * PLEDGE.size)[0]
-        if held == write.ident or write.landings[0] is None:
-            write.received = write.nbytes
-            self._settle(write)
-            return
-        self._cancel(write.ident)
-        self._answer(write.ident, (frames.REFUSALS.index("cancelled"),), write.nbytes)
+        held = PLEDGE.unpack_from(page, frame.pledge * PLEDGE.size)[0]
+        return bool(held == frame.batch.ident)

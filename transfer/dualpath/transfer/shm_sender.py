@@ -18,9 +18,10 @@ from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.outbox import NONE_REFUSED, Fragment, Outbox, PendingWrite
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import PAGE_BYTES, Region
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_sender import StreamSender, Truncated
 from dualpath.transfer.stream_turns import StreamTurns
-from dualpath.transfer.transport import WRITE_BYTES_MAX, WriteStatus
+from dualpath.transfer.transport import WRITE_BYTES_MAX, WriteBatch, WriteStatus
 
 PLEDGE_REGION = 0
 """The region number under which the pledge page is announced."""
@@ -88,7 +89,7 @@ class ShmSender(StreamSender):
         return fragment
 
     def _transmit_fragment(self, fragment: Fragment) -> None:
-        pending, write = fragment.pending, fragment.pending.single
+        pending, write = fragment.pending, fragment.pending.write
         with self._changed:
             slot, page = self._slots.get(pending.ident), self._page
         if slot is None or page is None:
@@ -97,16 +98,15 @@ class ShmSender(StreamSender):
             self._announce(PLEDGE_REGION, page)
             self._page_sent = True
         self._introduce(write.source)
-        frame = frames.write_from(
-            pending.ident,
-            write.target.key,
-            write.target.generation,
-            write.tag,
-            write.lane,
-            write.target_slices,
-            slot,
-            write.source.serial,
-            write.source_slices,
+        target, lane = write.target, write.lane
+        if isinstance(write, WriteBatch):
+            tag, to, source = write.first_tag, write.target_table, write.source_table
+        else:
+            tag = write.tag
+            to, source = SliceTable.of(write.target_slices), SliceTable.of(write.source_slices)
+        named = (slot, write.source.serial, source)
+        frame = frames.batch_from(
+            pending.ident, target.key, target.generation, tag, lane, to, *named
         )
         self._transmit([frame], pending)
         self._counters.sent_bytes += pending.nbytes

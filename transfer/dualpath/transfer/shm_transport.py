@@ -26,8 +26,7 @@ from dualpath.transfer.shm_sender import ShmSender
 from dualpath.transfer.stream_connection import Stream
 from dualpath.transfer.stream_transport import StreamTransport, seconds_left
 from dualpath.transfer.stream_turns import StreamTurns
-from dualpath.transfer.transport import OnBatchCompletion, OnPeerLost, WriteBatch
-from dualpath.transfer.write_split import write_split
+from dualpath.transfer.transport import OnPeerLost
 
 LISTEN_BACKLOG = 128
 PATH_BYTES_MAX = 107
@@ -44,7 +43,7 @@ class ShmConfig:
     """
 
     queue_bytes_max: int = 256 << 20
-    inflight_bytes_max: int = 8 << 20
+    inflight_bytes_max: int = 16 << 20
     connections_max: int = 256
     socket_mode: int = 0o600
 
@@ -83,10 +82,6 @@ class ShmTransport(StreamTransport):
         if self._address:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._address)
-
-    def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
-        """See Transport.write_batch."""
-        write_split(self, peer, batch, on_completion)
 
     def _bind(self, address: str) -> tuple[socket.socket, str]:
         _check_path(address)

@@ -42,7 +42,11 @@ class SliceTable:
         )
         if lowest < 0:
             raise InvalidRequest(f"a table with a negative field: {lowest}")
-        if max(map(add, self.skips, self.sizes)) > self.count * self.length:
+        whole = self.count * self.length
+        if (
+            max(self.skips) + max(self.sizes) > whole  # which is quickly seen, and mostly not so
+            and max(map(add, self.skips, self.sizes)) > whole
+        ):
             raise InvalidRequest(
                 f"a part reaches beyond {self.count} slices of {self.length} bytes each"
             )
@@ -82,6 +86,13 @@ class SliceTable:
         """Whether each part is one contiguous piece."""
         return self.count <= 1 or self.stride == self.length
 
+    @property
+    def pieces_max(self) -> int:
+        """The contiguous pieces of all parts are not more than so many."""
+        if self.solid:
+            return len(self)
+        return sum(size // self.length + 2 for size in self.sizes)
+
     def part(self, index: int) -> Slices:
         """One part, with its `fields`."""
         if self.count == 1:
@@ -118,7 +129,7 @@ class SliceTable:
         """The fields of each part's Slices; of one slice those of `Slices.contiguous`, so that the
         same bytes have the same fields."""
         if self.count == 1:
-            starts = map(add, self.bases, self.skips)
+            starts = map(add, self.bases, self.skips) if any(self.skips) else self.bases
             return zip(
                 starts, self.sizes, repeat(1), self.sizes, repeat(0), self.sizes, strict=False
             )
@@ -135,7 +146,7 @@ class SliceTable:
     def span(self) -> tuple[int, int]:
         """The first byte of a region that any part touches, and one past the last."""
         if self.solid:
-            starts = list(map(add, self.bases, self.skips))
+            starts = list(map(add, self.bases, self.skips)) if any(self.skips) else self.bases
             return min(starts), max(map(add, starts, self.sizes))
         slices = [self.part(index) for index in range(len(self))]
         return min(each.start for each in slices), max(each.end for each in slices)

@@ -19,12 +19,12 @@ from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import BATCH_WRITES_MAX, WRITE_BYTES_MAX
 
-STREAM_VERSION = 3
+STREAM_VERSION = 4
 STREAMS_MAX = len(Lane)
 """Most streams of one connection."""
 FRAGMENT_BYTES_MAX = 8 << 20
 """Most payload bytes of one frame."""
-BODY_BYTES_MAX = 8192
+BODY_BYTES_MAX = 10240
 HEAD_BYTES_MAX = BODY_BYTES_MAX + 8
 ACKS_MAX = 256
 """Most acknowledgements of one frame."""
@@ -35,7 +35,7 @@ _HELLO = struct.Struct("<8sBBB16s")
 _WELCOME = struct.Struct("<8sHB")
 _WRITE = struct.Struct("<QQIQB6Q")
 _BATCH = struct.Struct("<QQIQBQQQH")
-_SOURCE = struct.Struct("<HQ6Q")
+_SOURCE = struct.Struct("<HQ3Q")
 _IDENT = struct.Struct("<Q")
 _REGION = struct.Struct("<QQ")
 _ACK = struct.Struct("<QB")
@@ -71,7 +71,7 @@ class FrameType(enum.IntEnum):
     ACK = 7
     REGION = 8
     FORGET = 9
-    WRITE_FROM = 10
+    BATCH_FROM = 10
     BATCH = 11
     RESULTS = 12
     STREAMS = 13
@@ -182,17 +182,17 @@ class ForgetFrame:
 
 
 @dataclass(frozen=True, slots=True)
-class WriteFromFrame:
-    """A write whose bytes the receiver takes from a region that it got before.
+class BatchFromFrame:
+    """Writes, or a single one, whose bytes the receiver takes from a region that it got before.
 
-    `pledge` is the slot of the writer's pledge page that holds `write.ident` for as long as the
+    `pledge` is the slot of the writer's pledge page that holds `batch.ident` for as long as the
     source may be read.
     """
 
-    write: WriteFrame
+    batch: BatchFrame
     pledge: int
     region: int
-    source: Slices
+    source: SliceTable
 
 
 Frame = (
@@ -208,7 +208,7 @@ Frame = (
     | ResultsFrame
     | RegionFrame
     | ForgetFrame
-    | WriteFromFrame
+    | BatchFromFrame
 )
 
 
@@ -240,17 +240,11 @@ def streams(invitations: Sequence[bytes]) -> bytes:
     return _frame(FrameType.STREAMS, b"".join(invitations))
 
 
-def _write_body(
-    ident: int, key: int, generation: int, tag: int, lane: int, slices: Slices
-) -> bytes:
-    return _WRITE.pack(ident, key, generation, tag, lane, *_fields(slices))
-
-
 def write(
     ident: int, key: int, generation: int, tag: int, lane: int, slices: Slices, payload: int
 ) -> bytes:
     """Encode the head of a WriteFrame; the caller sends the payload behind it."""
-    body = _write_body(ident, key, generation, tag, lane, slices)
+    body = _WRITE.pack(ident, key, generation, tag, lane, *slices.fields)
     return _frame(FrameType.WRITE, body, payload)
 
 
@@ -264,11 +258,17 @@ def batch(
     payload: int,
 ) -> bytes:
     """Encode the head of a BatchFrame; the caller sends the payload behind it."""
+    body = _batch_body(ident, key, generation, first_tag, lane, table)
+    return _frame(FrameType.BATCH, body, payload)
+
+
+def _batch_body(
+    ident: int, key: int, generation: int, first_tag: int, lane: int, table: SliceTable
+) -> bytes:
     parts = len(table)
     shape = (table.stride, table.count, table.length, parts)
     head = _BATCH.pack(ident, key, generation, first_tag, lane, *shape)
-    body = struct.pack(f"<{2 * parts}Q{parts}I", *table.bases, *table.skips, *table.sizes)
-    return _frame(FrameType.BATCH, head + body, payload)
+    return head + struct.pack(f"<{2 * parts}Q{parts}I", *table.bases, *table.skips, *table.sizes)
 
 
 def results(ident: int, codes: bytes) -> bytes:
@@ -276,20 +276,22 @@ def results(ident: int, codes: bytes) -> bytes:
     return _frame(FrameType.RESULTS, _IDENT.pack(ident) + codes)
 
 
-def write_from(
+def batch_from(
     ident: int,
     key: int,
     generation: int,
-    tag: int,
+    first_tag: int,
     lane: int,
-    slices: Slices,
+    table: SliceTable,
     pledge: int,
     region: int,
-    source: Slices,
+    source: SliceTable,
 ) -> bytes:
-    """Encode WriteFromFrame."""
-    body = _write_body(ident, key, generation, tag, lane, slices)
-    return _frame(FrameType.WRITE_FROM, body + _SOURCE.pack(pledge, region, *_fields(source)))
+    """Encode BatchFromFrame; the parts of `source` have the sizes of those of `table`."""
+    body = _batch_body(ident, key, generation, first_tag, lane, table)
+    shape = _SOURCE.pack(pledge, region, source.stride, source.count, source.length)
+    places = struct.pack(f"<{2 * len(table)}Q", *source.bases, *source.skips)
+    return _frame(FrameType.BATCH_FROM, body + shape + places)
 
 
 def data(ident: int, payload: int) -> bytes:
@@ -348,10 +350,6 @@ def head_bytes(buffer: bytes | bytearray | memoryview) -> int:
     return PREFIX_BYTES + int(_PREFIX.unpack_from(buffer)[2])
 
 
-def _fields(slices: Slices) -> tuple[int, int, int, int, int, int]:
-    return (slices.base, slices.stride, slices.count, slices.length, slices.skip, slices.nbytes)
-
-
 def _name(body: memoryview, start: int, nbytes: int) -> str:
     if not 1 <= nbytes <= PEER_NAME_BYTES_MAX or body.nbytes != start + nbytes:
         raise MalformedFrame(f"a name of {nbytes} bytes in a body of {body.nbytes}")
@@ -391,30 +389,16 @@ def _parse_streams(body: memoryview, payload: int) -> Frame:
     )
 
 
-def _write_of(body: memoryview, payload: int) -> WriteFrame:
+def _parse_write(body: memoryview, payload: int) -> Frame:
     ident, key, generation, tag, lane, *fields = _WRITE.unpack(body)
     slices = Slices(*fields)
     if not 1 <= slices.nbytes <= WRITE_BYTES_MAX:
         raise MalformedFrame(f"a write of {slices.nbytes} bytes")
     if lane not in _LANES:
         raise MalformedFrame(f"unknown lane {lane}")
+    if not 1 <= payload <= slices.nbytes:
+        raise MalformedFrame(f"{payload} bytes begin a write of {slices.nbytes}")
     return WriteFrame(ident, key, generation, tag, lane, slices, payload)
-
-
-def _parse_write(body: memoryview, payload: int) -> Frame:
-    frame = _write_of(body, payload)
-    if not 1 <= payload <= frame.slices.nbytes:
-        raise MalformedFrame(f"{payload} bytes begin a write of {frame.slices.nbytes}")
-    return frame
-
-
-def _parse_write_from(body: memoryview, payload: int) -> Frame:
-    frame = _write_of(body[: _WRITE.size], 0)
-    pledge, region_ident, *fields = _SOURCE.unpack(body[_WRITE.size :])
-    source = Slices(*fields)
-    if source.nbytes != frame.slices.nbytes:
-        raise MalformedFrame(f"{source.nbytes} bytes for a write of {frame.slices.nbytes}")
-    return WriteFromFrame(frame, pledge, region_ident, source)
 
 
 def _parse_data(body: memoryview, payload: int) -> Frame:
@@ -446,11 +430,30 @@ def _parse_forget(body: memoryview, payload: int) -> Frame:
 
 
 def _parse_batch(body: memoryview, payload: int) -> Frame:
+    frame, end = _batch_of(body, payload)
+    if body.nbytes != end or not 1 <= payload <= frame.table.nbytes:
+        raise MalformedFrame(f"{payload} bytes begin a batch of {frame.table.nbytes}")
+    return frame
+
+
+def _parse_batch_from(body: memoryview, payload: int) -> Frame:
+    frame, end = _batch_of(body, 0)
+    pledge, region_ident, stride, count, length = _SOURCE.unpack_from(body, end)
+    parts = len(frame.table)
+    # Raises struct.error unless the sizes agree.
+    numbers = struct.unpack(f"<{2 * parts}Q", body[end + _SOURCE.size :])
+    bases, skips = numbers[:parts], numbers[parts:]
+    source = SliceTable(stride, count, length, bases, skips, frame.table.sizes)
+    return BatchFromFrame(frame, pledge, region_ident, source)
+
+
+def _batch_of(body: memoryview, payload: int) -> tuple[BatchFrame, int]:
+    """The frame, and where its table ends."""
     ident, key, generation, first_tag, lane, stride, count, length, parts = _BATCH.unpack_from(body)
     if not 1 <= parts <= BATCH_WRITES_MAX:
         raise MalformedFrame(f"a batch of {parts} writes")
-    # Raises struct.error unless the sizes agree.
-    numbers = struct.unpack(f"<{2 * parts}Q{parts}I", body[_BATCH.size :])
+    form = f"<{2 * parts}Q{parts}I"
+    numbers = struct.unpack_from(form, body, _BATCH.size)  # or struct.error
     table = SliceTable(
         stride, count, length, numbers[:parts], numbers[parts : 2 * parts], numbers[2 * parts :]
     )
@@ -458,9 +461,8 @@ def _parse_batch(body: memoryview, payload: int) -> Frame:
         raise MalformedFrame(f"a batch of {table.nbytes} bytes, or with an empty write")
     if lane not in _LANES:
         raise MalformedFrame(f"unknown lane {lane}")
-    if not 1 <= payload <= table.nbytes:
-        raise MalformedFrame(f"{payload} bytes begin a batch of {table.nbytes}")
-    return BatchFrame(ident, key, generation, first_tag, lane, table, payload)
+    frame = BatchFrame(ident, key, generation, first_tag, lane, table, payload)
+    return frame, _BATCH.size + struct.calcsize(form)
 
 
 def _parse_results(body: memoryview, payload: int) -> Frame:
@@ -484,12 +486,12 @@ _DECODERS: dict[int, Callable[[memoryview, int], Frame]] = {
     FrameType.ACK: _parse_acks,
     FrameType.REGION: _parse_region,
     FrameType.FORGET: _parse_forget,
-    FrameType.WRITE_FROM: _parse_write_from,
+    FrameType.BATCH_FROM: _parse_batch_from,
     FrameType.BATCH: _parse_batch,
     FrameType.RESULTS: _parse_results,
 }
 
 assert _HELLO.size + PEER_NAME_BYTES_MAX <= BODY_BYTES_MAX
 assert _ACK.size * ACKS_MAX <= BODY_BYTES_MAX
-assert _BATCH.size + 20 * BATCH_WRITES_MAX <= BODY_BYTES_MAX
+assert _BATCH.size + _SOURCE.size + 36 * BATCH_WRITES_MAX <= BODY_BYTES_MAX
 assert struct.calcsize("16s") == INVITATION_BYTES

@@ -114,6 +114,8 @@ class StreamReceiver:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._buffer = memoryview(bytearray(frames.HEAD_BYTES_MAX + LOOKAHEAD_BYTES))
+        self._lookahead_bytes = LOOKAHEAD_BYTES
+        self._acked_bytes_delayed_max = ACKED_BYTES_DELAYED_MAX
         self._start = 0
         self._end = 0
         self._open: dict[int, OpenWrite] = {}
@@ -226,7 +228,8 @@ class StreamReceiver:
             self._sender.acknowledge_each(ident, bytes(codes))
         self._delayed_acks += 1
         self._delayed_bytes += nbytes
-        if self._delayed_acks >= ACKS_DELAYED_MAX or self._delayed_bytes >= ACKED_BYTES_DELAYED_MAX:
+        due = self._delayed_bytes >= self._acked_bytes_delayed_max
+        if due or self._delayed_acks >= ACKS_DELAYED_MAX:
             self._flush()
 
     # Bytes.
@@ -249,7 +252,7 @@ class StreamReceiver:
         if have >= frames.PREFIX_BYTES:  # parsed, so its length is in bounds
             wanted = frames.head_bytes(self._buffer) - have
         else:
-            wanted = (DATA_HEAD_BYTES if self._open else LOOKAHEAD_BYTES) - have
+            wanted = (DATA_HEAD_BYTES if self._open else self._lookahead_bytes) - have
         try:
             got = self._read_head(self._buffer[have : have + wanted])
         except BlockingIOError:

@@ -210,9 +210,10 @@ class WindowTable:
     def _arm(self, window: RegionDescriptor, fresh: dict[int, Fields]) -> None:
         with self._lock:
             record = self._live(window)
-            for known in (record.armed, record.landings, record.spent):
+            # Of two views the smaller is walked through: not all that is armed, each time.
+            for known in (record.armed.keys(), record.landings.keys(), record.spent):
                 if known and not fresh.keys().isdisjoint(known):
-                    tag = min(fresh.keys() & set(known))
+                    tag = min(fresh.keys() & known)
                     raise InvalidRequest(f"tag {tag} is armed already; disarm it first")
             if len(record.armed) + len(fresh) > ARMED_TAGS_MAX:
                 raise Overloaded(

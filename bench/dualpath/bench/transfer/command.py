@@ -93,7 +93,7 @@ class TransferBench:
 
 def measure(kinds: Sequence[str], total_bytes: int, rounds: int, progress: Progress) -> Report:
     """Everything in turn. Raises Unavailable, Corrupt."""
-    from dualpath.bench.transfer.contestant import MEMCPY, flow, memcpy, sockets  # noqa: PLC0415
+    from dualpath.bench.transfer.contestant import flow, memcpy, sockets  # noqa: PLC0415
     from dualpath.bench.transfer.grain import GRAINS  # noqa: PLC0415
     from dualpath.bench.transfer.report import LIMITS, Report  # noqa: PLC0415
 
@@ -103,7 +103,7 @@ def measure(kinds: Sequence[str], total_bytes: int, rounds: int, progress: Progr
     names = {(kind, grain.name): f"{kind} {grain.name}" for kind in kinds for grain in GRAINS}
     with contextlib.ExitStack() as stack:
         contestants: dict[str, Callable[[], Sample]] = {
-            MEMCPY: stack.enter_context(memcpy(total_bytes)),
+            **stack.enter_context(memcpy(total_bytes)),
             **stack.enter_context(sockets(total_bytes)),
         }
         for kind in kinds:

@@ -21,10 +21,13 @@ from dualpath.bench.transfer.flow import FlowReader, FlowWriter
 from dualpath.bench.transfer.grain import Grain
 from dualpath.transfer.errors import Corrupt
 from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
+from numpy.typing import NDArray
 
 KINDS = ("memory", "shm", "tcp")
 MEMCPY, BARE_SOCKET, HASHING_SOCKET = "memcpy", "socket", "hashing-socket"
+MEMCPY_FINE = "memcpy-40K"
 CHUNK_BYTES = 1 << 20
+SLICE_BYTES = 40 << 10
 MEMCPY_BYTES = 32 << 20
 """As much memory a side as flows have: what fits into the caches must do so for all."""
 CONNECT_S_MAX = 30.0
@@ -106,16 +109,38 @@ def _memory_flow(kind: str, grain: Grain, batches: int) -> Iterator[Measure]:
 
 
 @contextmanager
-def memcpy(total_bytes: int) -> Iterator[Measure]:
-    """numpy copies of 1 MiB between memories on the pages that flows have."""
-    source, target = source_of(MEMCPY_BYTES), target_of(MEMCPY_BYTES)
-    places = MEMCPY_BYTES // CHUNK_BYTES
-    order = np.arange(total_bytes // CHUNK_BYTES, dtype=np.int64) % places
+def memcpy(total_bytes: int) -> Iterator[dict[str, Measure]]:
+    """numpy copies between memories on the pages that flows have: of 1 MiB at a time, and of 40 KiB
+    which lie as far apart as the slices of the finest grain."""
+    source, target = source_of(MEMCPY_BYTES), target_of(2 * MEMCPY_BYTES)
     try:
-        yield lambda: copy_blocks(source.view, target.view, CHUNK_BYTES, order)
+        whole, fine = (_order(total_bytes, each) for each in (CHUNK_BYTES, SLICE_BYTES))
+        dense = target.view[:MEMCPY_BYTES]
+        yield {
+            MEMCPY: lambda: copy_blocks(source.view, dense, CHUNK_BYTES, whole),
+            MEMCPY_FINE: lambda: _copy_slices(source.view, target.view, fine),
+        }
+        dense.release()
     finally:
         source.close()
         target.close()
+
+
+def _order(total_bytes: int, block_bytes: int) -> NDArray[np.int64]:
+    return np.arange(total_bytes // block_bytes, dtype=np.int64) % (MEMCPY_BYTES // block_bytes)
+
+
+def _copy_slices(source: memoryview, target: memoryview, order: NDArray[np.int64]) -> Sample:
+    """Slice `order[i]` to a place of its own, with a gap of its size behind it."""
+    slices = np.frombuffer(source, dtype=np.uint8)
+    places = np.frombuffer(target, dtype=np.uint8)
+    starts = (order * SLICE_BYTES).tolist()
+    with Stopwatch() as watch:
+        for start in starts:
+            np.copyto(
+                places[2 * start : 2 * start + SLICE_BYTES], slices[start : start + SLICE_BYTES]
+            )
+    return watch.sample(len(starts) * SLICE_BYTES)
 
 
 @contextmanager
