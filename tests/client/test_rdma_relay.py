@@ -34,10 +34,11 @@ def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedFabric]:
     numbers = itertools.count()
     with SimulatedFabric() as fabric:
 
-        def library() -> SimulatedVerbs:
+        def library(name: str) -> SimulatedVerbs:
+            assert name == "auto"
             return SimulatedVerbs(SimulatedDevice(fabric, f"sim{next(numbers)}"))
 
-        monkeypatch.setattr("dualpath.agent.compute_transport.PyverbsVerbs", library)
+        monkeypatch.setattr("dualpath.agent.compute_transport.open_verbs", library)
         yield fabric
 
 
@@ -74,9 +75,10 @@ def test_a_load_comes_by_a_relay_over_rdma(
     [
         {"compute_transport": "ucx"},
         {"rdma_service_level": 16},
+        {"compute_transport": "rdma", "rdma_library": "ofi"},
         {"compute_transport": "rdma", "compute_limit_bytes_per_s": 1e6},
     ],
 )
 def test_settings_that_do_not_go_are_named(settings: dict[str, object]) -> None:
-    with pytest.raises(InvalidRequest, match=r"compute_|service"):
+    with pytest.raises(InvalidRequest, match=r"compute_|service|rdma_library"):
         AgentConfig(name="a", daemons=(), **settings)  # type: ignore[arg-type]

@@ -13,7 +13,12 @@ import pytest
 
 COMPONENTS = ("bench", "clients", "kvstore", "proto", "transfer")
 
-_EXTENSIONS = {"dualpath/kvstore/_native.abi3.so", "dualpath/transfer/_native.abi3.so"}
+_EXTENSIONS = {
+    "dualpath/bench/transfer/_null_verbs.abi3.so",
+    "dualpath/kvstore/_native.abi3.so",
+    "dualpath/transfer/_native.abi3.so",
+    "dualpath/transfer/rdma/_verbs.abi3.so",
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 

@@ -30,6 +30,7 @@ from dualpath.transfer.rdma.registration_cache import RegistrationCache
 from dualpath.transfer.rdma.simulated_device import SimulatedDevice
 from dualpath.transfer.rdma.simulated_fabric import SimulatedFabric
 from dualpath.transfer.rdma.verbs import DeviceInfo, GidEntry, LinkLayer, Opcode, Piece, PortInfo
+from dualpath.transfer.rdma.work_rows import requests_in
 from dualpath.transfer.rdma.write_requests import requests_of
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_table import SliceTable
@@ -183,11 +184,12 @@ def test_requests_write_each_byte_of_a_fragment_to_its_place() -> None:
         skipped = draw.randrange(8)
         skip = bytearray(SKIP_BYTES)
         skip[0] |= 1 << skipped
-        requests = list(
-            requests_of(
-                pending, offset, nbytes, Grant(9, 1 << 32, 77, bytes(skip)), Piece(1 << 40, 0, 5), 3
-            )
-        )
+        grant = Grant(9, 1 << 32, 77, bytes(skip))
+        requests = [
+            request
+            for rows in requests_of(pending, offset, nbytes, grant, Piece(1 << 40, 0, 5), 3)
+            for request in requests_in(rows)
+        ]
         written: list[tuple[int, int]] = []
         for request in requests:
             assert len(request.pieces) <= 3
@@ -229,8 +231,8 @@ def test_a_single_write_is_gathered_as_well() -> None:
     )
     pending = Outbox("p", 1 << 20).add(write, lambda _: None, 0.0)
     grant = Grant(1, 0, 7, bytes(SKIP_BYTES))
-    requests = list(requests_of(pending, 0, 1000, grant, Piece(0, 0, 5), 16))
-    assert [len(each.pieces) for each in requests] == [10]
+    (rows,) = requests_of(pending, 0, 1000, grant, Piece(0, 0, 5), 16)
+    assert [len(each.pieces) for each in requests_in(rows)] == [10]
 
 
 @pytest.mark.parametrize(

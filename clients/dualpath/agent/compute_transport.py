@@ -6,7 +6,7 @@ from dualpath.agent.config import AgentConfig
 from dualpath.agent.network import MakeTransport
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.rdma.config import RdmaConfig
-from dualpath.transfer.rdma.pyverbs_device import PyverbsVerbs
+from dualpath.transfer.rdma.library import open_verbs
 from dualpath.transfer.rdma.rdma_transport import RdmaTransport
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
 from dualpath.transfer.transport import OnPeerLost, Transport
@@ -27,7 +27,7 @@ def compute_transport(settings: AgentConfig) -> MakeTransport:
             service_levels=(settings.rdma_service_level,) * len(Lane),
             set_up=tcp_config(settings, 0.0),
         )
-        return RdmaTransport(name, on_peer_lost, PyverbsVerbs(), config)
+        return RdmaTransport(name, on_peer_lost, open_verbs(settings.rdma_library), config)
 
     return rdma if settings.compute_transport == "rdma" else tcp
 

@@ -15,6 +15,7 @@ from dualpath.proto.tls import Tls
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.lane_marks import LaneMarks
 from dualpath.transfer.rdma.config import SERVICE_LEVEL_MAX
+from dualpath.transfer.rdma.library import LIBRARIES
 from dualpath.transfer.tcp_transport import check_congestion
 
 DAEMONS_MAX = 64
@@ -101,6 +102,9 @@ class AgentConfig:
     """Row of the port's table of GIDs; -1: that of RoCE v2 with an IPv4 address."""
     rdma_service_level: int = 0
     """InfiniBand service level of our traffic, 0..15; RoCE goes by `lane_dscp`."""
+    rdma_library: str = "auto"
+    """How RDMA devices are called: `native`, `pyverbs`, or `auto`: native where that was built,
+    else pyverbs."""
     stall_s: float = 1.0
     """A path with grants in flight and no arrival for this long gives its chunks back."""
     deadline_s_max: float = 600.0
@@ -166,6 +170,10 @@ class AgentConfig:
         if not 0 <= self.rdma_service_level <= SERVICE_LEVEL_MAX:
             raise InvalidRequest(
                 f"rdma_service_level is 0..{SERVICE_LEVEL_MAX}, not {self.rdma_service_level}"
+            )
+        if self.rdma_library not in LIBRARIES:
+            raise InvalidRequest(
+                f"rdma_library is one of {', '.join(LIBRARIES)}, not {self.rdma_library!r}"
             )
         if self.compute_transport != "tcp" and self.compute_limit_bytes_per_s:
             raise InvalidRequest(

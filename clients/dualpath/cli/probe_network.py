@@ -9,8 +9,10 @@ from pathlib import Path
 
 from dualpath.cli.finding import Finding, Status
 from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.rdma.library import open_verbs
+from dualpath.transfer.rdma.native_device import REMEDY, NativeVerbs
 from dualpath.transfer.rdma.port_choice import choose_port
-from dualpath.transfer.rdma.pyverbs_device import REMEDY, PyverbsVerbs
+from dualpath.transfer.rdma.verbs import Verbs
 
 _TIMEOUT_S = 10.0
 # All of it happens in a network namespace that ends with the child.
@@ -27,7 +29,7 @@ def network_findings() -> list[Finding]:
 
 def _rdma() -> Finding:
     try:
-        verbs = PyverbsVerbs()
+        verbs = open_verbs()
         found = [_rdma_port(verbs, name) for name in verbs.devices()]
     except Unavailable as error:
         try:
@@ -42,10 +44,14 @@ def _rdma() -> Finding:
             cost="`compute-transport = rdma`: agents move blocks over TCP and shared memory",
             remedy=REMEDY,
         )
-    return Finding(name="RDMA devices", status=Status.OK, detail="; ".join(found))
+    return Finding(name="RDMA devices", status=Status.OK, detail=_how(verbs) + "; ".join(found))
 
 
-def _rdma_port(verbs: PyverbsVerbs, name: str) -> str:
+def _how(verbs: Verbs) -> str:
+    return "" if isinstance(verbs, NativeVerbs) else "by pyverbs, an object a request: "
+
+
+def _rdma_port(verbs: Verbs, name: str) -> str:
     """A device, and the port and GID that an agent would use."""
     try:
         device = verbs.open(name)

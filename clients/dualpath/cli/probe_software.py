@@ -27,7 +27,10 @@ _EXTRAS = {
         "`dualpath demo-model` is skipped (`make demo-model` installs it)",
     ),
     "cuda": (("cupy",), "nothing in this version, which loads into host memory"),
-    "rdma": (("pyverbs",), "`compute-transport = rdma`, unless python3-pyverbs of Debian is used"),
+    "rdma": (
+        ("pyverbs",),
+        "`compute-transport = rdma` where the native part was not built; nothing elsewhere",
+    ),
 }
 
 

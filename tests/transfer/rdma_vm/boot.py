@@ -159,7 +159,11 @@ def make_initrd(scratch: Path, modules: Path, arguments: list[str]) -> Path:
         (kept / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(modules / path, kept / path)
     init = (Path(__file__).parent / "init.sh").read_text()
-    folders = [str(TREE / "transfer"), sysconfig.get_paths()["purelib"], "/run/pyverbs"]
+    # Through the environment's own site hooks, so that the native parts are found as on the host.
+    purelib = sysconfig.get_paths()["purelib"]
+    (root / "site").mkdir()
+    (root / "site/sitecustomize.py").write_text(f"import site\nsite.addsitedir({purelib!r})\n")
+    folders = ["/site", "/run/pyverbs"]
     insmod = " ".join(f"/modules/{modules.name}/{path}" for path in needed(modules))
     for name, value in {
         "MODULES": insmod,

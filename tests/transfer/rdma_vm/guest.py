@@ -1,8 +1,9 @@
 """What runs inside the virtual machine of `make test-rdma`: guest.py VERDICT [CHECK ...].
 
-The whole conformance suite over real verbs between two devices, and what only real devices show:
-packet loss, a cut cable, a wrong key, a writer that is stopped, a writer that is killed. The
-verdict is written after every check, so that a crash leaves what was found until then.
+The whole conformance suite over real verbs between two devices, posted natively; parts of it over
+pyverbs, and with one end of each kind; and what only real devices show: packet loss, a cut cable, a
+wrong key, a writer that is stopped, a writer that is killed. The verdict is written after every
+check, so that a crash leaves what was found until then.
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ from dualpath.transfer.conformance_scene import (
     scene_of,
     wait_for_byte,
 )
+from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.lane_marks import LaneMarks
 from dualpath.transfer.rdma.config import RdmaConfig
 from dualpath.transfer.rdma.engine import RdmaEngine
+from dualpath.transfer.rdma.library import open_verbs
 from dualpath.transfer.rdma.messages import Grant
+from dualpath.transfer.rdma.native_device import NativeVerbs
+from dualpath.transfer.rdma.port_choice import choose_port
 from dualpath.transfer.rdma.pyverbs_device import PyverbsVerbs
 from dualpath.transfer.rdma.rdma_transport import RdmaTransport
+from dualpath.transfer.rdma.registration_cache import address_of
+from dualpath.transfer.rdma.verbs import PathSettings, QueueLimits, QueuePairAddress
+from dualpath.transfer.rdma.work_rows import write_rows
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.tcp_transport import TcpConfig
 from dualpath.transfer.transport import OnPeerLost, Write, WriteStatus
@@ -64,11 +72,16 @@ DONE, LOST = WriteStatus.DONE, WriteStatus.LOST
 
 @contextmanager
 def pair(
-    writer_lost: OnPeerLost, reader_lost: OnPeerLost, config: RdmaConfig = CONFIG
+    writer_lost: OnPeerLost,
+    reader_lost: OnPeerLost,
+    config: RdmaConfig = CONFIG,
+    libraries: tuple[str, str] = ("native", "native"),
 ) -> Iterator[TransportPair]:
-    """The writer on one device, the reader on the other."""
-    writer = RdmaTransport(WRITER, writer_lost, PyverbsVerbs(), config)
-    reader = RdmaTransport(READER, reader_lost, PyverbsVerbs(), replace(config, device="rxe1"))
+    """The writer on one device, the reader on the other. What ends a connection is printed."""
+    writer_lost, reader_lost = _told(WRITER, writer_lost), _told(READER, reader_lost)
+    ours, theirs = map(open_verbs, libraries)
+    writer = RdmaTransport(WRITER, writer_lost, ours, config)
+    reader = RdmaTransport(READER, reader_lost, theirs, replace(config, device="rxe1"))
     try:
         yield TransportPair(
             writer, reader, "127.0.0.1:0", lambda n: Region.memfd("test", n), QUEUE_BYTES_MAX
@@ -78,18 +91,86 @@ def pair(
         reader.close()
 
 
+def _told(name: str, on_lost: OnPeerLost) -> OnPeerLost:
+    def told(peer: str, reason: str) -> None:
+        print(f"  the {name} lost the {peer}: {reason}")
+        on_lost(peer, reason)
+
+    return told
+
+
 WITHOUT_WINDOWS = partial(pair, config=replace(CONFIG, memory_windows=False))
+
+
+ESSENTIAL = (
+    "strided_ranges_land_byte_for_byte",
+    "revoke_fences_what_is_arriving",
+    "disarm_fences_its_tags_only",
+    "each_write_completes_exactly_once",
+)
 
 
 def without_memory_windows_the_contract_holds_too() -> None:
     """Fences end the connection then, where the writer does not come to its end."""
-    for name in (
-        "strided_ranges_land_byte_for_byte",
-        "revoke_fences_what_is_arriving",
-        "disarm_fences_its_tags_only",
-        "each_write_completes_exactly_once",
-    ):
+    for name in ESSENTIAL:
         CHECKS[name](WITHOUT_WINDOWS)
+
+
+def by_pyverbs_the_contract_holds_too() -> None:
+    """It is used where the native part was not built."""
+    for name in ESSENTIAL:
+        CHECKS[name](partial(pair, libraries=("pyverbs", "pyverbs")))
+
+
+def a_native_end_and_one_by_pyverbs_understand_each_other() -> None:
+    """Whichever of them writes."""
+    for libraries in (("native", "pyverbs"), ("pyverbs", "native")):
+        for name in ("either_side_may_write", "revoke_fences_what_is_arriving"):
+            CHECKS[name](partial(pair, libraries=libraries))
+
+
+def both_ways_find_the_same_device() -> None:
+    """Limits, ports, GIDs."""
+    found = []
+    for library in (NativeVerbs(), PyverbsVerbs()):
+        assert sorted(library.devices()) == ["rxe0", "rxe1"]
+        device = library.open("rxe1")
+        found.append(device.info)
+        device.close()
+    native, other = found
+    assert native.ports == other.ports, found
+    assert replace(native, pieces_max=0) == replace(other, pieces_max=0), found
+
+
+def a_post_that_is_refused_is_named() -> None:
+    """One that has more pieces than the queue pair was made for."""
+    device = NativeVerbs().open("rxe0")
+    queue = device.completion_queue(16)
+    limits = QueueLimits(sends=8, receives=1, pieces=2)
+    made = device.queue_pair(queue, limits, 1)
+    target = device.queue_pair(queue, limits, 1)
+    region = Region.anonymous(4096)
+    memory = device.register(address_of(region), region.nbytes, writable=True)
+    port = choose_port(device.info)
+    ends = [
+        QueuePairAddress(each.number, 7, port.port.lid, port.gid.gid, port.port.mtu)
+        for each in (made, target)
+    ]
+    made.join(ends[0], ends[1], PathSettings(1, port.gid.row, 0, 0))
+    pieces = [(address_of(region) + at, 8) for at in range(0, 32, 8)]
+    good, bad = (write_rows(pieces[:count], memory.lkey, 0, 1) for count in (2, 4))
+    said = ""
+    try:
+        made.post_rows(good * 3 + bad + good)
+    except Unavailable as error:
+        said = str(error)
+    assert "took 3 of 5" in said, said
+    for each in (made, target):
+        each.halt()
+        each.close()
+    memory.close()
+    queue.close()
+    device.close()
 
 
 def lanes_have_queue_pairs_of_their_own() -> None:
@@ -241,7 +322,7 @@ class Child:
 
 def write_as_told() -> None:
     """The child's side."""
-    transport = RdmaTransport(WRITER, lambda *_: None, PyverbsVerbs(), CONFIG)
+    transport = RdmaTransport(WRITER, lambda *_: None, NativeVerbs(), CONFIG)
     print(transport.listen("127.0.0.1:0"), transport.invite(READER).hex(), flush=True)
     for line in sys.stdin:
         said, count = line.split()
@@ -257,7 +338,7 @@ def a_fence_of_a_stopped_writer_returns_and_holds() -> None:
     """Also when the writer is let go on later."""
     heard, child = Recorder(), Child()
     config = replace(CONFIG, device="rxe1", fence_wait_s=0.5, withdraw_wait_s=2.0)
-    reader = RdmaTransport(READER, heard.on_lost, PyverbsVerbs(), config)
+    reader = RdmaTransport(READER, heard.on_lost, NativeVerbs(), config)
     try:
         target = Region.anonymous(24 * MIB)
         window = reader.expose(target, 0, target.nbytes, heard.on_arrival)
@@ -286,7 +367,7 @@ def a_fence_of_a_stopped_writer_returns_and_holds() -> None:
 def a_killed_writer_is_noticed_and_replaced() -> None:
     """In bounded time; what had not landed can be armed again."""
     heard, child = Recorder(), Child()
-    reader = RdmaTransport(READER, heard.on_lost, PyverbsVerbs(), replace(CONFIG, device="rxe1"))
+    reader = RdmaTransport(READER, heard.on_lost, NativeVerbs(), replace(CONFIG, device="rxe1"))
     try:
         target = Region.anonymous(24 * MIB)
         window = reader.expose(target, 0, target.nbytes, heard.on_arrival)
@@ -325,6 +406,10 @@ def main(verdict: Path, names: list[str]) -> None:
         name: conformance(check) for name, check in CHECKS.items()
     }
     for check in (
+        both_ways_find_the_same_device,
+        a_post_that_is_refused_is_named,
+        by_pyverbs_the_contract_holds_too,
+        a_native_end_and_one_by_pyverbs_understand_each_other,
         lanes_have_queue_pairs_of_their_own,
         without_memory_windows_the_contract_holds_too,
         with_memory_windows_a_loss_costs_the_connection_at_most,

@@ -30,6 +30,7 @@ _EPILOG = """examples:
   dualpath bench transfer --json out.json --plot out.png
   dualpath bench transfer --only tcp --rounds 15 --mib 512 --check
   dualpath bench transfer --quick             tries everything with little data
+  dualpath bench transfer --posting           only what posting RDMA writes costs (seconds)
 
 Each transport moves the same bytes in each grain, verified by their hash where they land; the
 writers of tcp and shm are processes of their own. Beside them memcpy on the same kind of pages, and
@@ -56,6 +57,9 @@ class TransferBench:
             "--mib", type=int, default=MIB, metavar="N", help=f"MiB a measurement, default {MIB}"
         )
         parser.add_argument("--only", default="", metavar="LIST", help="of memory, shm, tcp")
+        parser.add_argument(
+            "--posting", action="store_true", help="posting RDMA writes to a null provider instead"
+        )
         parser.add_argument("--quick", action="store_true", help="one round of little data")
         parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
         parser.add_argument("--json", default="", metavar="FILE", help="write the figures as JSON")
@@ -82,6 +86,8 @@ class TransferBench:
             return EXIT_USAGE
         try:
             rounds, mib = (1, QUICK_MIB) if args.quick else (args.rounds, args.mib)
+            if args.posting:
+                return _tell_posting(rounds, args)
             return _tell(measure(kinds, mib << 20, rounds, Progress()), args)
         except (DualPathError, OSError) as error:
             print(f"dualpath bench transfer: {error}", file=sys.stderr)
@@ -132,6 +138,22 @@ def _tell(report: Report, args: argparse.Namespace) -> int:
     if args.plot:
         draw(report, args.plot)
     return EXIT_MISSED if args.check and report.misses() else EXIT_OK
+
+
+def _tell_posting(rounds: int, args: argparse.Namespace) -> int:
+    from dualpath.bench.transfer.posting import (  # noqa: PLC0415
+        markdown,
+        measure_posting,
+        print_posting,
+    )
+
+    posting = measure_posting(rounds, describe_machine())
+    print_posting(posting)
+    if args.json:
+        Path(args.json).write_text(json.dumps(posting.to_json(), indent=2) + "\n", encoding="utf-8")
+    if args.markdown:
+        put_figures(Path(args.markdown), markdown(posting))
+    return EXIT_MISSED if args.check and posting.misses() else EXIT_OK
 
 
 command = TransferBench()

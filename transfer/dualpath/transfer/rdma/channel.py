@@ -31,6 +31,7 @@ from dualpath.transfer.rdma.verbs import (
     QueuePairAddress,
     WorkRequest,
 )
+from dualpath.transfer.rdma.work_rows import has_immediate, signaled
 from dualpath.transfer.region import Region
 
 SENDS_MAX = 1024
@@ -47,8 +48,8 @@ assert MESSAGE_SENDS > POST_MAX
 class WriteStream(Protocol):
     """Writes that follow one another; the channel takes as many as fit."""
 
-    def requests(self) -> Iterator[WorkRequest]:
-        """The writes that are left; the channel fills in `ident` and `signaled`."""
+    def requests(self) -> Iterator[bytes]:
+        """The writes that are left, each as its rows; the last that is taken is signaled."""
 
     def posted(self, count: int, exhausted: bool) -> None:
         """So many were posted; `exhausted`: there are no more."""
@@ -90,7 +91,7 @@ class Channel:
         self._memory = device.register(self._address, self._buffers.nbytes, writable=True)
         self._idle_buffers = list(range(receives, receives + MESSAGE_SENDS // 2))
         self._messages: deque[_Waiting] = deque()
-        self._writes: deque[tuple[WriteStream, Iterator[WorkRequest]]] = deque()
+        self._writes: deque[tuple[WriteStream, Iterator[bytes]]] = deque()
         self._posted: dict[int, tuple[int, Callable[[], None]]] = {}
         self._next_ident = 1
         self._progress_at = 0.0  # when something completed last, or was posted after a pause
@@ -174,17 +175,17 @@ class Channel:
             return False
         stream, iterator = self._writes[0]
         requests = list(islice(iterator, room))
-        exhausted = len(requests) < room or requests[-1].opcode is Opcode.WRITE_IMM
+        exhausted = len(requests) < room or has_immediate(requests[-1])
         if exhausted:
             self._writes.popleft()
         if requests:
             count = len(requests)
             ident = self._remember(count, lambda: stream.completed(count))
-            requests[-1] = replace(requests[-1], ident=ident, signaled=True)
+            requests[-1] = signaled(requests[-1], ident)
             self._free -= count
         stream.posted(len(requests), exhausted)
         if requests:
-            self._pair.post_send(requests)
+            self._pair.post_rows(b"".join(requests))
         return bool(requests) or exhausted
 
     def _remember(self, count: int, completed: Callable[[], None]) -> int:

@@ -37,6 +37,7 @@ from dualpath.transfer.rdma.verbs import (
     WorkCompletion,
     WorkRequest,
 )
+from dualpath.transfer.rdma.work_rows import requests_in
 
 REMEDY = (
     "install python3-pyverbs and ibverbs-providers (Debian, Ubuntu) or the extra `rdma`, load the "
@@ -431,6 +432,9 @@ class _QueuePair:
             finally:
                 for each in made:
                     each.close()
+
+    def post_rows(self, rows: bytes) -> None:
+        self.post_send(requests_in(rows))
 
     def _request(self, request: WorkRequest) -> Any:
         enums, wr = self._library.enums, self._library.wr

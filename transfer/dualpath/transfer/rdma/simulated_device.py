@@ -41,6 +41,7 @@ from dualpath.transfer.rdma.verbs import (
     WorkCompletion,
     WorkRequest,
 )
+from dualpath.transfer.rdma.work_rows import requests_in
 
 PACKET_BYTES = 64 << 10
 _LOCAL_PROTECTION = 4
@@ -268,6 +269,10 @@ class SimulatedQueuePair:
             if self.state == "error":
                 self._flush()
             self.device.fabric.enqueue(self)
+
+    def post_rows(self, rows: bytes) -> None:
+        """See the port."""
+        self.post_send(requests_in(rows))
 
     def halt(self) -> None:
         """See the port."""

@@ -1,17 +1,18 @@
 """The verbs port: what the RDMA transport needs of a device, and no more.
 
-Between the transport's logic and the library. Implementations: `pyverbs_device` (libibverbs, as
-Debian and PyPI package it) and `simulated_device` (inside this process, for tests).
+Between the transport's logic and the library. Implementations: `native_device` (libibverbs, called
+by our own extension), `pyverbs_device` (libibverbs by way of pyverbs, of Debian or PyPI) and
+`simulated_device` (inside this process, for tests).
 
 Contract
     Work requests of one queue pair are carried out in the order in which they were posted, those
-    of one `post_send` call with one ring of the doorbell where the library can. A request that is
-    not `signaled` completes with the next one of its queue pair that is; one that fails always
+    of one post with one ring of the doorbell where the library can. A request that is not
+    `signaled` completes with the next one of its queue pair that is; one that fails always
     completes, and the queue pair is in error from then on.
     A BIND takes effect before any later request of its queue pair begins. Once an INVALIDATE has
     completed, no further byte is written under that key. Once `halt` has returned, the queue pair
     neither reads nor writes any memory any more; completions that were not polled may be lost.
-    `post_send`, `post_receive`, `poll`, `arm` are one thread's; `halt` may be any thread's.
+    Posting, `poll` and `arm` are one thread's; `halt` may be any thread's.
 Errors
     Everything raises Unavailable, naming the call and what to do, and nothing else.
 """
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 POST_MAX = 64
-"""Most work requests of one `post_send`."""
+"""Most work requests of one post."""
 
 
 class Opcode(enum.Enum):
@@ -235,7 +236,11 @@ class QueuePair(Protocol):
         """Give memory for one message (an immediate takes one as well)."""
 
     def post_send(self, requests: Sequence[WorkRequest]) -> None:
-        """Post up to POST_MAX requests with one call."""
+        """Post up to POST_MAX requests with one call. What the device refuses half way raises: it
+        then has those in front of the refused one, and the queue pair is to be halted."""
+
+    def post_rows(self, rows: bytes) -> None:
+        """The same with WRITEs as rows of bytes (`work_rows`), which cost no object each."""
 
     def halt(self) -> None:
         """Into error, then reset; see the contract."""

@@ -1,7 +1,8 @@
 """From slices to work requests: which bytes of the source go where in the peer's memory. Pure.
 
 A request writes one contiguous range of the target; its bytes are gathered from as many pieces of
-the source as the device takes. Nothing is copied.
+the source as the device takes. Nothing is copied, and requests are bytes (work_rows.py): there are
+too many of them for objects.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 
 from dualpath.transfer.outbox import PendingWrite
 from dualpath.transfer.rdma.messages import Grant
-from dualpath.transfer.rdma.verbs import Opcode, Piece, WorkRequest
+from dualpath.transfer.rdma.verbs import Piece
+from dualpath.transfer.rdma.work_rows import with_immediate, write_rows
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import WriteBatch
 
@@ -51,44 +53,37 @@ def parts_of(
 
 def requests_of(
     pending: PendingWrite, offset: int, nbytes: int, grant: Grant, source: Piece, pieces_max: int
-) -> Iterator[WorkRequest]:
-    """The writes of these bytes, the last with the grant's slot as immediate. `source` is the
-    whole source region."""
-    last: WorkRequest | None = None
+) -> Iterator[bytes]:
+    """The writes of these bytes, each as its rows, the last with the grant's slot as immediate.
+    `source` is the whole source region."""
+    last = b""
     for index, from_, to in parts_of(pending, offset, nbytes):
         if skips(grant, index):
             continue
-        for at, pieces in _gathered(from_, to, source, pieces_max):
-            if last is not None:
+        for at, pieces in _gathered(from_, to, source.address, pieces_max):
+            if last:
                 yield last
-            last = WorkRequest(0, Opcode.WRITE, False, pieces, grant.address + at, grant.rkey)
-    if last is not None:
-        yield WorkRequest(
-            0,
-            Opcode.WRITE_IMM,
-            True,
-            last.pieces,
-            last.remote_address,
-            last.rkey,
-            immediate=grant.slot,
-        )
+            last = write_rows(pieces, source.lkey, grant.address + at, grant.rkey)
+    if last:
+        yield with_immediate(last, grant.slot)
 
 
 def _gathered(
-    from_: Slices, to: Slices, source: Piece, pieces_max: int
-) -> Iterator[tuple[int, list[Piece]]]:
-    """Yield (target offset, pieces of the source that go there one after another)."""
+    from_: Slices, to: Slices, start: int, pieces_max: int
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Yield (target offset, pieces of the source, which begins at `start`, that go there one after
+    another)."""
     sources = from_.pieces()
     at = have = 0
     for offset, length in to.pieces():
-        start, filled, pieces = offset, 0, list[Piece]()
+        first, filled, pieces = offset, 0, list[tuple[int, int]]()
         while filled < length:
             if not have:
                 at, have = next(sources)
             take = min(length - filled, have)
-            pieces.append(Piece(source.address + at, take, source.lkey))
+            pieces.append((start + at, take))
             at, have, filled = at + take, have - take, filled + take
             if len(pieces) == pieces_max and filled < length:
-                yield start, pieces
-                start, pieces = offset + filled, []
-        yield start, pieces
+                yield first, pieces
+                first, pieces = offset + filled, []
+        yield first, pieces

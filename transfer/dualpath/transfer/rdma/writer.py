@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.ledger import PeerCounters
@@ -18,7 +18,8 @@ from dualpath.transfer.outbox import NONE_REFUSED, Outbox, PendingWrite
 from dualpath.transfer.rdma.channel import Channel
 from dualpath.transfer.rdma.messages import Ask, Cancel, Done, Grant, Opening, Release
 from dualpath.transfer.rdma.registration_cache import Registered, RegistrationCache
-from dualpath.transfer.rdma.verbs import Opcode, Piece, WorkRequest
+from dualpath.transfer.rdma.verbs import Piece
+from dualpath.transfer.rdma.work_rows import without_immediate
 from dualpath.transfer.rdma.write_requests import requests_of
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_frame import REFUSALS, MalformedFrame
@@ -87,7 +88,7 @@ class Exchange:
         pending = self.pending
         return pending is not None and 0 <= pending.truncate_at < self._offset + self.nbytes
 
-    def requests(self) -> Iterator[WorkRequest]:
+    def requests(self) -> Iterator[bytes]:
         """See WriteStream."""
         assert self._grant is not None
         assert self.memory is not None
@@ -100,7 +101,7 @@ class Exchange:
             self.pending, self._offset, nbytes, self._grant, source, self.channel.pieces_max
         )
         if self.cut:  # the peer must not hear that it has all of it
-            return (replace(each, opcode=Opcode.WRITE) for each in found)
+            return map(without_immediate, found)
         return found
 
     def posted(self, count: int, exhausted: bool) -> None:
