@@ -19,6 +19,7 @@ from dualpath.client.loopback_cluster import (
 )
 from dualpath.kvstore.namespace import Namespace
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.lane import Lane
 from dualpath.transfer.rdma.simulated_device import SimulatedDevice, SimulatedVerbs
 from dualpath.transfer.rdma.simulated_fabric import SimulatedFabric
 
@@ -75,6 +76,8 @@ def test_a_load_comes_by_a_relay_over_rdma(
     [
         {"compute_transport": "ucx"},
         {"rdma_service_level": 16},
+        {"rdma_lane_service_level": ("save=16",)},
+        {"rdma_lane_service_level": ("model=1",)},
         {"compute_transport": "rdma", "rdma_library": "ofi"},
         {"compute_transport": "rdma", "compute_limit_bytes_per_s": 1e6},
     ],
@@ -82,3 +85,15 @@ def test_a_load_comes_by_a_relay_over_rdma(
 def test_settings_that_do_not_go_are_named(settings: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest, match=r"compute_|service|rdma_library"):
         AgentConfig(name="a", daemons=(), **settings)  # type: ignore[arg-type]
+
+
+def test_an_agent_marks_each_lane_as_it_is_told() -> None:
+    def agent(**settings: object) -> AgentConfig:
+        return AgentConfig(name="a", daemons=(), **settings)  # type: ignore[arg-type]
+
+    assert agent().service_levels == (0,) * len(Lane)
+    assert agent(rdma_service_level=4).service_levels == (4,) * len(Lane)
+    apart = agent(rdma_service_level=4, rdma_lane_service_level=("load-prefill=5", "save=0"))
+    assert [apart.service_levels[list(Lane).index(lane)] for lane in Lane] == [
+        {Lane.LOAD_PREFILL: 5, Lane.SAVE: 0}.get(lane, 4) for lane in Lane
+    ]

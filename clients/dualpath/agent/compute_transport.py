@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.network import MakeTransport
-from dualpath.transfer.lane import Lane
 from dualpath.transfer.rdma.config import RdmaConfig
 from dualpath.transfer.rdma.library import open_verbs
 from dualpath.transfer.rdma.rdma_transport import RdmaTransport
@@ -24,7 +23,7 @@ def compute_transport(settings: AgentConfig) -> MakeTransport:
         config = RdmaConfig(
             device=settings.rdma_device,
             gid_index=settings.rdma_gid_index,
-            service_levels=(settings.rdma_service_level,) * len(Lane),
+            service_levels=settings.service_levels,
             set_up=tcp_config(settings, 0.0),
         )
         return RdmaTransport(name, on_peer_lost, open_verbs(settings.rdma_library), config)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from dualpath.kvstore.service.config import ServerFiles
 from dualpath.proto.tls import Tls
 from dualpath.transfer.errors import InvalidRequest
-from dualpath.transfer.lane_marks import LaneMarks
+from dualpath.transfer.lane_marks import LaneMarks, lane_values
 from dualpath.transfer.rdma.config import SERVICE_LEVEL_MAX
 from dualpath.transfer.rdma.library import LIBRARIES
 from dualpath.transfer.tcp_transport import check_congestion
@@ -102,6 +102,10 @@ class AgentConfig:
     """Row of the port's table of GIDs; -1: that of RoCE v2 with an IPv4 address."""
     rdma_service_level: int = 0
     """InfiniBand service level of our traffic, 0..15; RoCE goes by `lane_dscp`."""
+    rdma_lane_service_level: tuple[str, ...] = ()
+    """`lane=LEVEL`: the service level of a lane, with the lanes of `lane_dscp`, where it is another
+    than `rdma_service_level`. Lanes that differ in it or in their DSCP have queue pairs of their
+    own; all agents of a cluster need the same classes."""
     rdma_library: str = "auto"
     """How RDMA devices are called: `native`, `pyverbs`, or `auto`: native where that was built,
     else pyverbs."""
@@ -175,6 +179,7 @@ class AgentConfig:
             raise InvalidRequest(
                 f"rdma_library is one of {', '.join(LIBRARIES)}, not {self.rdma_library!r}"
             )
+        _ = self.service_levels  # raises what is none
         if self.compute_transport != "tcp" and self.compute_limit_bytes_per_s:
             raise InvalidRequest(
                 "compute_limit_bytes_per_s paces tcp only; limit RDMA at the switch or the card"
@@ -184,6 +189,17 @@ class AgentConfig:
     def lane_marks(self) -> LaneMarks:
         """`lane_dscp`, parsed. Raises InvalidRequest."""
         return LaneMarks.parse(self.lane_dscp)
+
+    @property
+    def service_levels(self) -> tuple[int, ...]:
+        """Those of the lanes, in their order. Raises InvalidRequest."""
+        return lane_values(
+            "rdma_lane_service_level",
+            "LEVEL",
+            self.rdma_lane_service_level,
+            default=self.rdma_service_level,
+            most=SERVICE_LEVEL_MAX,
+        )
 
     @property
     def mount_paths(self) -> dict[str, str]:

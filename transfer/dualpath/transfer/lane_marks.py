@@ -45,20 +45,7 @@ class LaneMarks:
 
         Raises InvalidRequest naming the entry.
         """
-        names = {lane_name(lane): lane for lane in Lane}
-        marks = dict.fromkeys(Lane, DSCP_KV)
-        for entry in entries:
-            name, _, text = (part.strip() for part in entry.partition("="))
-            if name not in (ALL, *names) or not text.isascii() or not text.isdecimal():
-                raise InvalidRequest(
-                    f"lane_dscp {entry!r} is not LANE=DSCP, with a lane of {', '.join(names)} or "
-                    f"{ALL} and a DSCP of 0..{DSCP_MAX}, 0 to leave packets unmarked"
-                )
-            if int(text) > DSCP_MAX:
-                raise InvalidRequest(f"lane_dscp {entry!r}: a DSCP is 0..{DSCP_MAX}")
-            for lane in Lane if name == ALL else (names[name],):
-                marks[lane] = int(text)
-        return LaneMarks(tuple(marks[lane] for lane in Lane))
+        return LaneMarks(lane_values("lane_dscp", "DSCP", entries, default=DSCP_KV, most=DSCP_MAX))
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -72,6 +59,27 @@ class LaneMarks:
     def of_stream(self, stream: int) -> int:
         """The DSCP of a stream; those that only the peer asked for have that of the last."""
         return self.classes[min(stream, len(self.classes) - 1)]
+
+
+def lane_values(
+    setting: str, unit: str, entries: Sequence[str], *, default: int, most: int
+) -> tuple[int, ...]:
+    """A number of 0..`most` for each lane, in the lanes' order, from `lane=number` entries, later
+    ones winning. Raises InvalidRequest naming the setting and the entry."""
+    names = {lane_name(lane): lane for lane in Lane}
+    values = dict.fromkeys(Lane, default)
+    for entry in entries:
+        name, _, text = (part.strip() for part in entry.partition("="))
+        if name not in (ALL, *names) or not text.isascii() or not text.isdecimal():
+            raise InvalidRequest(
+                f"{setting} {entry!r} is not LANE={unit}, with a lane of {', '.join(names)} or "
+                f"{ALL} and a {unit} of 0..{most}"
+            )
+        if int(text) > most:
+            raise InvalidRequest(f"{setting} {entry!r}: a {unit} is 0..{most}")
+        for lane in Lane if name == ALL else (names[name],):
+            values[lane] = int(text)
+    return tuple(values[lane] for lane in Lane)
 
 
 def priority_of(dscp: int) -> int:
