@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,3 +61,22 @@ def test_a_file_goes_through_the_agent_of_the_node(
 def test_an_agent_is_named_after_its_host_unless_told(agent: dict[str, Any]) -> None:
     assert agent["name"]
     assert main(["agent", "--daemons", "not an address"]) == 2
+
+
+def test_a_crash_of_native_code_leaves_where_every_thread_was(
+    daemon: dict[str, Any], tmp_path: Path
+) -> None:
+    program = [sys.executable, "-m", "dualpath.cli.main", "agent"]
+    flags = ["--daemons", daemon["listen"], "--unix", ""]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*program, *flags], stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready ")
+        process.send_signal(signal.SIGSEGV)
+        assert process.wait(30) == -signal.SIGSEGV
+    told = (tmp_path / "log").read_text()
+    assert "Fatal Python error: Segmentation fault" in told
+    assert "run_agent" in told or "selectors.py" in told

@@ -16,6 +16,7 @@ import contextlib
 import enum
 import logging
 import os
+import select
 import socket
 import struct
 import threading
@@ -202,6 +203,16 @@ class RegionClient:
         """Take a region back: it is fenced when this returns. An agent that has gone counts."""
         with contextlib.suppress(Unavailable):
             self._ask(_REQUEST.pack(MAGIC, Operation.DROP, 0, handle), [])
+
+    @property
+    def lost(self) -> bool:
+        """Whether the agent has closed the connection, or has gone."""
+        with self._lock:
+            if self._sock.fileno() < 0:
+                return True
+            waiting = select.poll()
+            waiting.register(self._sock, select.POLLIN)
+            return bool(waiting.poll(0))  # nothing is said unasked
 
     def close(self) -> None:
         """Drop everything that was registered here."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import logging
 import sys
 import time
@@ -20,7 +22,10 @@ class _Lines(logging.Formatter):
 
 
 def configure_logs(level: str) -> None:
-    """Send everything from `level` on to stderr. Called once, by a command's `run`."""
+    """Send everything from `level` on to stderr, and where every thread was if native code crashes.
+    Called once, by a command's `run`."""
+    with contextlib.suppress(OSError, ValueError):  # stderr may be no file
+        faulthandler.enable()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         _Lines(

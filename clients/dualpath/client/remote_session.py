@@ -1,14 +1,16 @@
 """A session with the node's agent in another process, over gRPC.
 
-Owns the channel, the connection to the region socket and the mapping of messages to values. The
-agent's loss is Unavailable; its memory registrations end with this process in any case.
+Owns the channel and the mapping of messages to values. The agent's loss is Unavailable; one that
+was restarted is told again what it has to know, namespaces and memory, once it misses that.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,8 +18,8 @@ from dualpath.agent.hand_off_spec import HandOffResult, HandOffSpec, LayerGate
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, LoadStarted, Lookup, MissReason, SaveResult, tiers_of
 from dualpath.agent.places import Places
-from dualpath.agent.region_socket import RegionClient
 from dualpath.client.memory import EngineMemory
+from dualpath.client.shared_memories import SharedMemories
 from dualpath.kvstore.namespace import Namespace
 from dualpath.kvstore.packed_hashes import PackedHashes
 from dualpath.kvstore.service.namespace_message import namespace_message
@@ -34,6 +36,10 @@ CALL_S_MAX = 30.0
 GRACE_S = 10.0
 """How long after a deadline the agent may take to say how it ended."""
 CONNECT_S_MAX = 5.0
+_LACKS_MAX = 2
+"""What a restarted agent may lack for a call: the namespace, then the memory."""
+_LEFT_S_MIN = 0.001
+Answer = TypeVar("Answer")
 
 
 class RemoteSession:
@@ -45,8 +51,11 @@ class RemoteSession:
         # The generated stub does not say that its calls are awaitable.
         self._stub: Any = agent_pb2_grpc.AgentStub(channel)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._regions: RegionClient | None = None
-        self._connecting = asyncio.Lock()
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._memories: SharedMemories | None = None
+        if address.startswith("unix:"):
+            path = address.removeprefix("unix:").removeprefix("//")
+            self._memories = SharedMemories(f"{path}.regions")
 
     @classmethod
     async def connect(cls, address: str, *, token: str, tls: Tls = NO_TLS) -> RemoteSession:
@@ -65,16 +74,22 @@ class RemoteSession:
 
     async def open_namespace(self, namespace: Namespace) -> bytes:
         """See AgentSession."""
+        namespace_id = await self._say_namespace(namespace, CALL_S_MAX)
+        self._namespaces[namespace_id] = namespace
+        return namespace_id
+
+    async def _say_namespace(self, namespace: Namespace, timeout_s: float) -> bytes:
         request = store_pb2.OpenNamespaceRequest(namespace=namespace_message(namespace))
         with translated("OpenNamespace at the agent"):
             answer = await self._stub.OpenNamespace(
-                request, timeout=CALL_S_MAX, metadata=self._metadata
+                request, timeout=timeout_s, metadata=self._metadata
             )
         return bytes(answer.namespace_id)
 
     async def allocate(self, nbytes: int, *, behind_compute_link: bool) -> EngineMemory:
         """See AgentSession."""
-        if not self._address.startswith("unix:"):
+        memories = self._memories
+        if memories is None:
             raise InvalidRequest(
                 f"memory can be shared over the agent's Unix socket only, not over "
                 f"{self._address}; connect to unix:/path"
@@ -82,23 +97,55 @@ class RemoteSession:
         region = Region.memfd("dualpath-engine", nbytes)
         try:
             region.prefault()
-            loop = asyncio.get_running_loop()
-            client = await self._region_client()
-            handle = await loop.run_in_executor(
-                None, lambda: client.register(region, behind_compute_link=behind_compute_link)
+            handle = await asyncio.get_running_loop().run_in_executor(
+                None, lambda: memories.add(region, behind_compute_link=behind_compute_link)
             )
         except BaseException:
             region.close()
             raise
-        return EngineMemory(region, handle, client.drop, waits=True)
+        return EngineMemory(region, handle, memories.drop, waits=True)
 
-    async def _region_client(self) -> RegionClient:
-        async with self._connecting:
-            if self._regions is None:
-                path = self._address.removeprefix("unix:").removeprefix("//") + ".regions"
-                loop = asyncio.get_running_loop()
-                self._regions = await loop.run_in_executor(None, RegionClient, path)
-            return self._regions
+    async def _remind(
+        self, error: InvalidRequest, namespace_id: bytes, region: int, current: int, left_s: float
+    ) -> None:
+        """Tell a restarted agent what it lacks. Raises `error` if that is not known here either,
+        Unavailable if it cannot be told in `left_s` seconds."""
+        namespace, memories = self._namespaces.get(namespace_id), self._memories
+        try:
+            async with asyncio.timeout(left_s):
+                if error.reason == "namespace" and namespace is not None:
+                    await self._say_namespace(namespace, left_s)
+                    return
+                if error.reason == "unknown_region" and memories is not None:
+                    again = partial(memories.again, region, current)
+                    if await asyncio.get_running_loop().run_in_executor(None, again):
+                        return
+        except TimeoutError:
+            text = "the agent was restarted and could not be told of our memory in time"
+            raise Unavailable(text) from error
+        raise error
+
+    async def _told(
+        self,
+        namespace_id: bytes,
+        region: int,
+        within_s: float,
+        call: Callable[[int, float], Awaitable[Answer]],
+    ) -> Answer:
+        """What `call(region, seconds left)` answers, again if a restarted agent lacked something.
+        `call` raises InvalidRequest before it does anything."""
+        loop = asyncio.get_running_loop()
+        end_at = loop.time() + within_s
+        for lacks in range(_LACKS_MAX + 1):
+            current = region if self._memories is None else self._memories.current(region)
+            left_s = max(_LEFT_S_MIN, end_at - loop.time())
+            try:
+                return await call(current, left_s)
+            except InvalidRequest as error:
+                if lacks == _LACKS_MAX:
+                    raise
+                await self._remind(error, namespace_id, region, current, left_s)
+        raise AssertionError("unreachable")
 
     async def lookup(self, namespace_id: bytes, hashes: Sequence[bytes]) -> Lookup:
         """See AgentSession."""
@@ -106,38 +153,58 @@ class RemoteSession:
         request = store_pb2.LookupRequest(
             namespace_id=namespace_id, hashes=bytes(packed.data), hash_bytes=packed.hash_bytes
         )
-        with translated("Lookup at the agent"):
-            answer = await self._stub.Lookup(request, timeout=CALL_S_MAX, metadata=self._metadata)
+
+        async def ask(_region: int, left_s: float) -> store_pb2.LookupResponse:
+            with translated("Lookup at the agent"):
+                answer = await self._stub.Lookup(request, timeout=left_s, metadata=self._metadata)
+            assert isinstance(answer, store_pb2.LookupResponse)
+            return answer
+
+        answer = await self._told(namespace_id, 0, CALL_S_MAX, ask)
         return Lookup(
             answer.blocks, tiers_of(answer), MissReason.of_proto(answer.miss), answer.detail
         )
 
     async def load(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
         """See AgentSession."""
-        timeout_s = spec.deadline_s + GRACE_S
-        with translated("Load at the agent"):
-            call = self._stub.Load(_load_request(spec), timeout=timeout_s, metadata=self._metadata)
-            async for event in call:
-                yield _update(event, len(spec.hashes))
+        async for update in self._updates("Load at the agent", self._stub.Load, spec):
+            yield update
 
     async def receive(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
         """See AgentSession."""
-        timeout_s = spec.deadline_s + GRACE_S
-        with translated("Receive at the agent"):
-            call = self._stub.Receive(
-                _load_request(spec), timeout=timeout_s, metadata=self._metadata
-            )
-            async for event in call:
+        async for update in self._updates("Receive at the agent", self._stub.Receive, spec):
+            yield update
+
+    async def _updates(self, what: str, method: Any, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
+        async def begin(region: int, left_s: float) -> tuple[Any, Any]:
+            request = _load_request(replace(spec, region=region, deadline_s=left_s))
+            with translated(what):
+                call = method(request, timeout=left_s + GRACE_S, metadata=self._metadata)
+                return call, await call.read()
+
+        call, event = await self._told(spec.namespace_id, spec.region, spec.deadline_s, begin)
+        try:
+            while event is not grpc.aio.EOF:
                 yield _update(event, len(spec.hashes))
+                with translated(what):
+                    event = await call.read()
+        finally:
+            call.cancel()  # of no effect once it has ended
 
     async def hand_off(self, spec: HandOffSpec, gate: LayerGate) -> HandOffResult:
         """See AgentSession. An agent that is gone, or too old, is a reason as any other."""
-        timeout_s = spec.deadline_s + GRACE_S
-        try:
+
+        async def ask(region: int, left_s: float) -> agent_pb2.HandOffResponse:
+            requests = _hand_off_requests(replace(spec, region=region, deadline_s=left_s), gate)
             with translated("HandOff at the agent"):
                 answer = await self._stub.HandOff(
-                    _hand_off_requests(spec, gate), timeout=timeout_s, metadata=self._metadata
+                    requests, timeout=left_s + GRACE_S, metadata=self._metadata
                 )
+            assert isinstance(answer, agent_pb2.HandOffResponse)
+            return answer
+
+        try:
+            answer = await self._told(spec.namespace_id, spec.region, spec.deadline_s, ask)
         except InvalidRequest:
             raise
         except DualPathError as error:
@@ -164,17 +231,24 @@ class RemoteSession:
 
     async def save(self, spec: SaveSpec) -> SaveResult:
         """See AgentSession."""
-        request = agent_pb2.SaveRequest(
-            namespace_id=spec.namespace_id,
-            hash=spec.hashes,
-            parent=spec.parents,
-            places=_places(spec.region, spec.places),
-            durable=spec.durable,
-            deadline_ms=max(1, round(spec.deadline_s * 1000)),
-        )
-        timeout_s = spec.deadline_s + GRACE_S
-        with translated("Save at the agent"):
-            answer = await self._stub.Save(request, timeout=timeout_s, metadata=self._metadata)
+
+        async def ask(region: int, left_s: float) -> agent_pb2.SaveResponse:
+            request = agent_pb2.SaveRequest(
+                namespace_id=spec.namespace_id,
+                hash=spec.hashes,
+                parent=spec.parents,
+                places=_places(region, spec.places),
+                durable=spec.durable,
+                deadline_ms=max(1, round(left_s * 1000)),
+            )
+            with translated("Save at the agent"):
+                answer = await self._stub.Save(
+                    request, timeout=left_s + GRACE_S, metadata=self._metadata
+                )
+            assert isinstance(answer, agent_pb2.SaveResponse)
+            return answer
+
+        answer = await self._told(spec.namespace_id, spec.region, spec.deadline_s, ask)
         return SaveResult(
             reserved=tuple(_RESERVE.get(status) for status in answer.reserved),
             sealed=tuple(_SEAL.get(status) for status in answer.status),
@@ -194,9 +268,8 @@ class RemoteSession:
 
     async def close(self) -> None:
         """See AgentSession."""
-        if self._regions is not None:
-            self._regions.close()
-            self._regions = None
+        if self._memories is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._memories.close)
         await self._channel.close()
 
 

@@ -11,6 +11,9 @@ STREAMS_MAX = 1024
 """Most concurrent calls on one connection."""
 KEEPALIVE_S = 20.0
 KEEPALIVE_TIMEOUT_S = 10.0
+RECONNECT_S_MIN = 0.1
+RECONNECT_S_MAX = 2.0
+"""Pauses between attempts to reach a server that has gone; gRPC's own grow to two minutes."""
 HANDSHAKE_S = 10.0
 """Longest that a server waits for a caller's handshake, TLS included: whoever connects and says
 nothing holds a descriptor."""
@@ -28,6 +31,8 @@ def client_options() -> tuple[tuple[str, int], ...]:
         ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_S_MIN * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(RECONNECT_S_MAX * 1000)),
         # Channels share connections by default, and with them one TCP window.
         ("grpc.use_local_subchannel_pool", 1),
     )
