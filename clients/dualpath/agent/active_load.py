@@ -83,6 +83,12 @@ class ActiveLoad:
         self._skips, self._sizes = np.array(extents, np.int64).T
         self._bases: NDArray[np.int64] = np.empty(0, np.int64)
 
+    @property
+    def recompute_block_s(self) -> float:
+        """Seconds in which the engine would compute a block itself; 0: it has not said."""
+        rate = self.spec.recompute_tokens_per_s
+        return self.layout.block_tokens / rate if rate else 0.0
+
     def begin(self, hit: LoadStarted, lease_id: int, checksums: NDArray[np.uint64]) -> None:
         """The lookup found something: `checksums` has one a chunk, block after block."""
         self._spread(hit.hit_blocks)

@@ -190,6 +190,7 @@ def _load_spec(request: agent_pb2.LoadRequest) -> LoadSpec:
         decode_peer=request.decode_peer,
         paths=tuple(request.path),
         request=request.request,
+        recompute_tokens_per_s=request.recompute_tokens_per_s,
     )
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.first_looks import FirstLooks
-from dualpath.agent.load_forecast import LoadForecast
+from dualpath.agent.load_cuts import LoadCuts
 from dualpath.agent.load_refresh import LoadRefresh
 from dualpath.agent.load_routes import LoadRoutes
 from dualpath.agent.load_window import LoadWindow
@@ -80,7 +80,7 @@ class DaemonLoads:
         self._again = False
         self._refresh = LoadRefresh(daemon, by_path, lease_s)
         self.dispatcher = Dispatcher(config)
-        self._forecast = LoadForecast()
+        self._cuts = LoadCuts()
         self.first_looks = FirstLooks(self, self._routes, self._refresh, loop, lease_s)
         now = loop.time()
         self.dispatcher.add_path(DIRECT_PATH, PathKind.DIRECT, now, storage_limit_bytes_per_s)
@@ -298,15 +298,15 @@ class DaemonLoads:
                 self._routes.renew(path, f"stalled {STALLS_MAX} times")
         for grant in self.dispatcher.overtaken(now):
             self._take_back(grant)
-        for grant in self.dispatcher.grants(now):
-            self._send(grant)
-        for late in self._forecast.late(self.loads, self.dispatcher.paths_of, self.views, now):
-            load = self.loads.get(late.load_id)
-            if load is not None and load.looking is None:
+        for cut in self._cuts.due(self.loads, self.dispatcher.paths_of, self.views, now):
+            load = self.loads.get(cut.load_id)
+            if load is not None:
                 load.events["shortened"] += 1
-                self.cut(load, late.blocks, "deadline", str(late))
+                self.cut(load, cut.blocks, cut.reason, cut.detail)
                 self._ask_anew(load)
                 self._check_done(load)
+        for grant in self.dispatcher.grants(now):
+            self._send(grant)
 
     def _ask_anew(self, load: ActiveLoad) -> None:
         """Fence and cancel what is under way, so that nobody sends what is wanted no more."""

@@ -81,6 +81,11 @@ class LoadProgress:
         chunks = self._valid * self._chunks - self._verified
         return chunks * self._layout.block_bytes // self._chunks
 
+    def left_bytes_of_blocks(self) -> list[float]:
+        """What is not verified yet of each valid block; chunks count as of one size."""
+        chunk_bytes = self._layout.block_bytes / self._chunks
+        return [(self._chunks - have) * chunk_bytes for have in self._by_block[: self._valid]]
+
     def fitting(self, nbytes: float) -> int:
         """Length of the longest prefix of which no more than `nbytes` are not verified yet."""
         chunk_bytes = self._layout.block_bytes / self._chunks

@@ -23,7 +23,9 @@ class LoadSpec:
 
     `deadline_s` is time left from now. Empty `policy`: the agent's. `paths` restricts the paths
     ("direct", "relay:NAME"); empty: all. `decode_peer` names the request's own decode agent, which
-    keeps what it relays for a later hand-off if there is a `request`.
+    keeps what it relays for a later hand-off if there is a `request`. `recompute_tokens_per_s` is
+    how fast the engine would compute the KV itself (0: it does not say): what would come later than
+    that is not loaded.
     """
 
     load_id: str
@@ -36,6 +38,7 @@ class LoadSpec:
     decode_peer: str = ""
     paths: tuple[str, ...] = ()
     request: str = ""
+    recompute_tokens_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.request) > REQUEST_CHARS_MAX:
@@ -48,6 +51,11 @@ class LoadSpec:
                 f"{len(self.hashes)} hashes, but places of {len(self.places.base_bytes)} blocks"
             )
         check_deadline(self.deadline_s)
+        if not 0 <= self.recompute_tokens_per_s < float("inf"):
+            raise InvalidRequest(
+                "recompute_tokens_per_s is finite and not negative (0: load whatever it takes), "
+                f"not {self.recompute_tokens_per_s}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class MissReason(enum.Enum):
     OVERLOADED = "overloaded"
     UNAVAILABLE = "unavailable"
     PEER_LOST = "peer_lost"
+    RECOMPUTE = "recompute"
 
     @staticmethod
     def of_proto(value: int) -> MissReason:

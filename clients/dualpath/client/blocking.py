@@ -242,6 +242,7 @@ class BlockingKVClient:
         paths: Sequence[str] = (),
         load_id: str = "",
         request: str = "",
+        recompute_tokens_per_s: float = 0.0,
     ) -> BlockingLoad:
         """See KVClient.load. Returns at once; wait on what it returns."""
         spec = load_spec(
@@ -255,6 +256,7 @@ class BlockingKVClient:
             paths=paths,
             load_id=load_id,
             request=request,
+            recompute_tokens_per_s=recompute_tokens_per_s,
         )
         return BlockingLoad(self._client.begin, spec, self._thread)
 

@@ -77,11 +77,14 @@ class KVClient:
         paths: Sequence[str] = (),
         load_id: str = "",
         request: str = "",
+        recompute_tokens_per_s: float = 0.0,
     ) -> Load:
         """Start to load the longest stored prefix into `memory`; see `Load`.
 
         With a `request` the agent `decode_peer` keeps what it relays, for a later `hand_off`.
-        `load_id` must be unique among the agent's running loads; "" makes one up.
+        `load_id` must be unique among the agent's running loads; "" makes one up. Who says how many
+        tokens a second it would compute (`recompute_tokens_per_s`) does not wait for a load that is
+        slower: it is refused at once, or cut to the blocks that come sooner, miss `recompute`.
         """
         spec = load_spec(
             namespace_id,
@@ -94,6 +97,7 @@ class KVClient:
             paths=paths,
             load_id=load_id,
             request=request,
+            recompute_tokens_per_s=recompute_tokens_per_s,
         )
         return self.begin(spec)
 
@@ -209,6 +213,7 @@ def load_spec(
     paths: Sequence[str],
     load_id: str,
     request: str = "",
+    recompute_tokens_per_s: float = 0.0,
 ) -> LoadSpec:
     """The arguments of `KVClient.load`, checked; in any thread. Raises InvalidRequest."""
     return LoadSpec(
@@ -222,6 +227,7 @@ def load_spec(
         decode_peer=decode_peer,
         paths=tuple(paths),
         request=request,
+        recompute_tokens_per_s=recompute_tokens_per_s,
     )
 
 

@@ -307,6 +307,7 @@ def _load_request(spec: LoadSpec) -> agent_pb2.LoadRequest:
         decode_peer=spec.decode_peer,
         path=spec.paths,
         request=spec.request,
+        recompute_tokens_per_s=spec.recompute_tokens_per_s,
     )
 
 

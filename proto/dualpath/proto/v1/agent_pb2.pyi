@@ -56,6 +56,7 @@ class LoadRequest(google.protobuf.message.Message):
     DECODE_PEER_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
+    RECOMPUTE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     load_id: builtins.str
     """chosen by the engine, unique; for Abort and logs"""
     namespace_id: builtins.bytes
@@ -66,6 +67,8 @@ class LoadRequest(google.protobuf.message.Message):
     """name of the request's own decode agent, if any"""
     request: builtins.str
     """the engines' name of the request: the decode peer keeps what it relays"""
+    recompute_tokens_per_s: builtins.float
+    """how fast the engine computes KV; 0: unknown, load anyway"""
     @property
     def hash(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
     @property
@@ -86,9 +89,10 @@ class LoadRequest(google.protobuf.message.Message):
         decode_peer: builtins.str = ...,
         path: collections.abc.Iterable[builtins.str] | None = ...,
         request: builtins.str = ...,
+        recompute_tokens_per_s: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["places", b"places"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "decode_peer", b"decode_peer", "hash", b"hash", "load_id", b"load_id", "namespace_id", b"namespace_id", "path", b"path", "places", b"places", "policy", b"policy", "request", b"request"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "decode_peer", b"decode_peer", "hash", b"hash", "load_id", b"load_id", "namespace_id", b"namespace_id", "path", b"path", "places", b"places", "policy", b"policy", "recompute_tokens_per_s", b"recompute_tokens_per_s", "request", b"request"]) -> None: ...
 
 global___LoadRequest = LoadRequest
 

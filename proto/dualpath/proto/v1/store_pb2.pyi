@@ -47,6 +47,8 @@ class _MissReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """not used for the tenant's time to live"""
     MISS_REASON_PEER_LOST: _MissReason.ValueType  # 13
     """of a receive: the prefill side went away"""
+    MISS_REASON_RECOMPUTE: _MissReason.ValueType  # 14
+    """of a load: computing the rest is faster than loading it"""
 
 class MissReason(_MissReason, metaclass=_MissReasonEnumTypeWrapper): ...
 
@@ -68,6 +70,8 @@ MISS_REASON_EXPIRED: MissReason.ValueType  # 12
 """not used for the tenant's time to live"""
 MISS_REASON_PEER_LOST: MissReason.ValueType  # 13
 """of a receive: the prefill side went away"""
+MISS_REASON_RECOMPUTE: MissReason.ValueType  # 14
+"""of a load: computing the rest is faster than loading it"""
 global___MissReason = MissReason
 
 class _ReserveStatus:
