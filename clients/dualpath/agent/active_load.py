@@ -67,6 +67,8 @@ class ActiveLoad:
         self.held_bytes: Counter[str] = Counter()
         """By path: what a relay did not have to read, as far as it has said so."""
         self.aborted = False
+        self.look_limit: asyncio.Timeout | None = None
+        """Of the look-up, while that is under way: what is aborted then does not wait for it."""
         self.refreshes = 0
         self.events: Counter[str] = Counter()
         self.shares: Counter[str] = Counter()

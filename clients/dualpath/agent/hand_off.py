@@ -36,7 +36,9 @@ WRITING_BYTES_MAX = 32 << 20
 AGAIN_S = 0.01
 """Pause after the transport's queue was full of others' writes."""
 LAST_WORD_S_MAX = 1.0
-"""How long to wait for the answer to an abort."""
+"""How long to wait for the answer to an abort,"""
+LATE_S_MAX = 0.1
+"""but after the deadline only for what is on its way already."""
 
 
 class HandOff:
@@ -99,7 +101,8 @@ class HandOff:
             await asyncio.wait((session, ended), return_when=asyncio.FIRST_COMPLETED)
             self.finish("peer_lost", f"decode peer {self._relay.name}: {self._relay.link.reason}")
             # Time for the last word: how far it came, if the other side still answers.
-            await asyncio.wait((session,), timeout=LAST_WORD_S_MAX)
+            left_s = self._deadline_at - self._loop.time()
+            await asyncio.wait((session,), timeout=min(LAST_WORD_S_MAX, max(LATE_S_MAX, left_s)))
         finally:
             self.finish("aborted", "the agent stops")
             session.cancel()

@@ -143,6 +143,9 @@ class Loader:
             starting = self._starting.get(load_id)
             if starting is not None:
                 starting.aborted = True
+                limit = starting.look_limit
+                if limit is not None and not limit.expired():
+                    limit.reschedule(self._loop.time())
                 aborted += 1
             for loads in self._loads.values():
                 load = loads.loads.get(load_id)
@@ -188,18 +191,31 @@ class Loader:
         try:
             if self.active > self._config.loads_max:
                 raise Overloaded(f"{self.active - 1} loads are running", retry_after_s=0.1)
-            try:
-                loads, load = await self._looked_first(load)
-                if loads is not None:
-                    return load, loads
-                daemon, answer = await self._looked_up(load)
-            except Unavailable:
-                # The session may have ended on the way; with a new one the prefix is not lost.
-                daemon, answer = await self._looked_up(load)
+            # Calls have deadlines of their own, but those of a dying channel may come late.
+            async with asyncio.timeout_at(load.deadline_at) as limit:
+                load.look_limit = limit
+                try:
+                    loads, load = await self._looked_first(load)
+                    if loads is not None:
+                        return load, loads
+                    daemon, answer = await self._looked_up(load)
+                except Unavailable:
+                    # The session may have ended on the way; with a new one the prefix is not lost.
+                    daemon, answer = await self._looked_up(load)
+        except TimeoutError:
+            if load.aborted:
+                load.events["aborted"] += 1
+                self._miss(load, MissReason.UNAVAILABLE, "aborted before it began")
+            else:
+                load.events["deadline"] += 1
+                self._miss(load, MissReason.DEADLINE, "the look-up had no answer by the deadline")
+            return load, None
         except DualPathError as error:
             load.events[_event_of(error)] += 1
             self._miss(load, _miss_of(error), str(error))
             return load, None
+        finally:
+            load.look_limit = None
         load.lookup_s = self._loop.time() - load.started_at
         if answer.blocks == 0:
             self._miss(load, MissReason.of_proto(answer.miss), answer.detail)
@@ -233,6 +249,7 @@ class Loader:
     def _afresh(self, load: ActiveLoad) -> ActiveLoad:
         """In place of a load that was taken back: one that has not begun, as old as it."""
         fresh = ActiveLoad(load.spec, load.layout, load.entry, load.started_at)
+        fresh.look_limit = load.look_limit
         self._starting[load.spec.load_id] = fresh
         return fresh
 
