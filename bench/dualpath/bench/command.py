@@ -41,6 +41,10 @@ PROGRAMS: Mapping[str, tuple[str, str]] = {
         "dualpath.bench.cluster.command",
         "a shaped cluster of this machine's: both paths against the limit of its links, faults",
     ),
+    "faults": (
+        "dualpath.bench.faults.command",
+        "random faults over real processes: how every load ends, and what is left behind",
+    ),
     "explore": (
         "dualpath.bench.explore.command",
         "orders of messages, writes and faults of a small load, exhaustively",
@@ -56,6 +60,7 @@ _EPILOG = """examples:
   dualpath bench peers --mib 512 --only redis,dualpath-local
   dualpath bench eviction --trace FILE --json out.json
   dualpath bench cluster --prefill 1 --decode 2 --json out.json
+  dualpath bench faults --rounds 10
   dualpath bench explore --delays 2 --faults 2 --seconds 600
   dualpath bench soak --help
 

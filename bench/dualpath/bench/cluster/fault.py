@@ -6,6 +6,9 @@ Pure: making them is `fault_script.py`'s. `kill` ends the agents of a decode nod
 `stop` freezes them, `cut` pulls the plug of a link, `slow` sets it to FACTOR of its rate, and
 `restore` undoes whatever was done to the node or the link. Without LINK all links of the node are
 meant. TIME counts from the first load.
+
+Where loads may end early (`everywhere`), the agents of prefill nodes can be killed and stopped as
+well, and so can the daemon, on the node `storage`, whose link can be cut but not slowed.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ SNIC_LINK = "snic"
 CNIC_LINK = "cnic"
 
 _FORM = re.compile(
-    r"(?P<action>[a-z]+):(?P<kind>[a-z]+)-?(?P<number>[0-9]{1,3})(?:\.(?P<link>[a-z]+[0-9]{0,2}))?"
-    r"@(?P<at>[0-9]+(?:\.[0-9]+)?)s?(?::(?P<factor>[0-9.]+))?"
+    r"(?P<action>[a-z]+):(?P<kind>[a-z]+)(?:-?(?P<number>[0-9]{1,3}))?"
+    r"(?:\.(?P<link>[a-z]+[0-9]{0,2}))?@(?P<at>[0-9]+(?:\.[0-9]+)?)s?(?::(?P<factor>[0-9.]+))?"
 )
 _EXAMPLE = "write for example kill:decode1@5s or slow:decode0.snic@8s:0.25"
 
@@ -58,18 +61,19 @@ class Fault:
         return f"{self.action.value}:{where}@{self.at_s:g}s{factor}"
 
 
-def parse_faults(text: str, topology: Topology) -> tuple[Fault, ...]:
+def parse_faults(text: str, topology: Topology, *, everywhere: bool = False) -> tuple[Fault, ...]:
     """The faults of a list separated by commas, in the order of their times. Raises InvalidRequest,
     naming the part that is wrong and what would be right."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if len(parts) > FAULTS_MAX:
         raise InvalidRequest(f"--faults: {len(parts)} faults, at most {FAULTS_MAX} can be made")
-    faults = sorted((_fault(part, topology) for part in parts), key=lambda each: each.at_s)
+    faults = [_fault(part, topology, everywhere) for part in parts]
+    faults.sort(key=lambda each: each.at_s)
     _check_order(faults)
     return tuple(faults)
 
 
-def _fault(part: str, topology: Topology) -> Fault:
+def _fault(part: str, topology: Topology, everywhere: bool) -> Fault:
     match = _FORM.fullmatch(part)
     if match is None:
         raise InvalidRequest(f"--faults: {part!r} is not a fault; {_EXAMPLE}")
@@ -80,23 +84,29 @@ def _fault(part: str, topology: Topology) -> Fault:
         raise InvalidRequest(
             f"--faults {part}: {match['action']!r} is no action; there are {known}"
         ) from None
-    node = _node(part, f"{match['kind']}-{match['number']}", topology)
-    link = match["link"] or ""
-    if link and link not in link_names(topology):
+    name = f"{match['kind']}-{match['number']}" if match["number"] else match["kind"]
+    node = _node(part, name, topology, everywhere)
+    link, links = match["link"] or "", node_links(node, topology)
+    if link and link not in links:
         raise InvalidRequest(
-            f"--faults {part}: {node.name} has no link {link!r}; "
-            f"it has {', '.join(link_names(topology))}"
+            f"--faults {part}: {node.name} has no link {link!r}; it has {', '.join(links)}"
         )
     if action in (FaultAction.KILL, FaultAction.STOP):
-        _check_process_fault(part, node, link)
+        _check_process_fault(part, node, link, everywhere)
+    if action is FaultAction.SLOW and node.kind is NodeKind.STORAGE:
+        raise InvalidRequest(f"--faults {part}: the storage node's link has no limit to lower")
     at_s = float(match["at"])
     if at_s > TIME_S_MAX:
         raise InvalidRequest(f"--faults {part}: {at_s:g} s is too late, at most {TIME_S_MAX:g} s")
     return Fault(action, node.name, link, at_s, _factor(part, action, match["factor"]))
 
 
-def _node(part: str, name: str, topology: Topology) -> Node:
-    nodes = {node.name: node for node in topology.nodes if node.kind is not NodeKind.STORAGE}
+def _node(part: str, name: str, topology: Topology, everywhere: bool) -> Node:
+    nodes = {
+        node.name: node
+        for node in topology.nodes
+        if everywhere or node.kind is not NodeKind.STORAGE
+    }
     if name not in nodes:
         raise InvalidRequest(
             f"--faults {part}: there is no node {name!r} in {topology.label}; "
@@ -105,10 +115,10 @@ def _node(part: str, name: str, topology: Topology) -> Node:
     return nodes[name]
 
 
-def _check_process_fault(part: str, node: Node, link: str) -> None:
+def _check_process_fault(part: str, node: Node, link: str, everywhere: bool) -> None:
     if link:
         raise InvalidRequest(f"--faults {part}: a link has no process; leave out .{link}")
-    if node.kind is not NodeKind.DECODE:
+    if node.kind is not NodeKind.DECODE and not everywhere:
         raise InvalidRequest(
             f"--faults {part}: the loads of a prefill node end with its agent; choose a decode "
             "node, or cut the links of this one"
@@ -153,6 +163,11 @@ def link_names(topology: Topology) -> tuple[str, ...]:
     return (SNIC_LINK, *(f"{CNIC_LINK}{rail or ''}" for rail in range(topology.rails)))
 
 
+def node_links(node: Node, topology: Topology) -> tuple[str, ...]:
+    """The words for the links of this node; the storage node has one."""
+    return (SNIC_LINK,) if node.kind is NodeKind.STORAGE else link_names(topology)
+
+
 @dataclass(frozen=True, slots=True)
 class NodeState:
     """What is left of a node: whether its agents answer, and the share of each link's rate."""
@@ -166,16 +181,16 @@ class NodeState:
 
 
 def states_after(faults: Iterable[Fault], topology: Topology) -> dict[str, NodeState]:
-    """Each prefill and decode node after these faults, made one after another."""
-    links = link_names(topology)
+    """Each node after these faults, made one after another."""
     states = {
-        node.name: NodeState(up=True, shares=tuple((link, 1.0) for link in links))
+        node.name: NodeState(
+            up=True, shares=tuple((link, 1.0) for link in node_links(node, topology))
+        )
         for node in topology.nodes
-        if node.kind is not NodeKind.STORAGE
     }
     for fault in faults:
         before = states[fault.node]
-        touched = (fault.link,) if fault.link else links
+        touched = (fault.link,) if fault.link else tuple(link for link, _ in before.shares)
         up, share = before.up, 1.0
         match fault.action:
             case FaultAction.KILL | FaultAction.STOP:

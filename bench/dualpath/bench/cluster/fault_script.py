@@ -1,7 +1,7 @@
 """Makes the faults of a list at their times, on a cluster that runs.
 
 Owns the translation of a fault into what is done to processes and links, and notes when it really
-was. A restored agent is started where its peers look for it; until it is ready, the next fault
+was. A restored process is started where its peers look for it; until it is ready, the next fault
 waits. Whatever is still down at the end goes with the cluster.
 """
 
@@ -9,12 +9,40 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from dualpath.bench.cluster.fault import SNIC_LINK, Fault, FaultAction, link_names, states_after
-from dualpath.bench.cluster.shaped_cluster import ShapedCluster
+from dualpath.bench.cluster.fault import SNIC_LINK, Fault, FaultAction, states_after
+from dualpath.bench.testbed.cluster import Cluster
+from dualpath.bench.testbed.namespaces import Namespaces
+from dualpath.bench.testbed.shaping import LinkRates
+from dualpath.bench.testbed.topology import Topology
 from dualpath.transfer.errors import Unavailable
+
+
+class Faultable(Protocol):
+    """A running cluster; `rates` is None while its links have no limits."""
+
+    @property
+    def topology(self) -> Topology:
+        """Its nodes."""
+
+    @property
+    def namespaces(self) -> Namespaces:
+        """Its links."""
+
+    @property
+    def cluster(self) -> Cluster:
+        """Its processes."""
+
+    @property
+    def rates(self) -> LinkRates | None:
+        """What its links carry while nothing is done to them."""
+
+
+async def _nothing(_fault: Fault) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +57,17 @@ class FaultScript:
     """The faults of one run; `made` grows as they are made."""
 
     def __init__(
-        self, faults: Sequence[Fault], cluster: ShapedCluster, say: Callable[[str], None]
+        self,
+        faults: Sequence[Fault],
+        cluster: Faultable,
+        say: Callable[[str], None],
+        on_made: Callable[[Fault], Awaitable[None]] = _nothing,
     ) -> None:
+        """`on_made` is waited for after each."""
         self._faults = tuple(faults)
         self._cluster = cluster
         self._say = say
+        self._on_made = on_made
         self.made: list[MadeFault] = []
 
     async def run(self) -> None:
@@ -48,6 +82,7 @@ class FaultScript:
             # there at the end.
             restored = fault.action is FaultAction.RESTORE
             self.made.append(MadeFault(fault, time.monotonic() if restored else begun_s))
+            await self._on_made(fault)
 
     async def _make(self, index: int) -> None:
         fault, cluster = self._faults[index], self._cluster.cluster
@@ -76,7 +111,7 @@ class FaultScript:
             share = shares[link]
             if link == SNIC_LINK:
                 spaces.plug_storage(fault.node, up=share > 0)
-                if share > 0:
+                if share > 0 and fault.node != topology.storage.name:  # its link has no limit
                     spaces.limit_storage(fault.node, share * rates.storage_bytes_per_s)
                 return
             rail = int(link.removeprefix("cnic") or 0)
@@ -84,5 +119,5 @@ class FaultScript:
             if share > 0:
                 spaces.limit_compute(fault.node, rail, share * rates.compute_bytes_per_s)
 
-        for link in (fault.link,) if fault.link else link_names(topology):
+        for link in (fault.link,) if fault.link else shares:
             await asyncio.to_thread(change, link)

@@ -47,6 +47,10 @@ class ClusterConfig:
     staging_bytes: int
     hold_bytes: int = 0
     """Of each agent, for hand-offs; nothing is kept there as a cache, which no link would bind."""
+    daemon_socket: bool = False
+    """Let the daemon answer at a Unix socket too; its memory is one that can be shared then."""
+    agent_settings: str = ""
+    """More lines of TOML for all agents."""
     namespaces: Namespaces | None = None
     pacing: LinkRates | None = None
 
@@ -80,7 +84,7 @@ class Cluster:
         return {name: child.pid for name, child in self._children.items()}
 
     def socket(self, node: str) -> str:
-        """Where an engine of that node finds its agent."""
+        """Where an engine of that node finds its agent; on the storage node, the daemon."""
         return f"unix:{self._config.folder / node}.sock"
 
     def _argv(self, node: str, words: Sequence[str]) -> list[str]:
@@ -89,8 +93,7 @@ class Cluster:
         return spaces.enter(node, argv) if spaces is not None else argv
 
     async def _launch(self, name: str, node: str, words: Sequence[str]) -> ChildProcess:
-        log = self._config.folder / f"{name}.log"
-        child = await ChildProcess.start(name, self._argv(node, words), log)
+        child = await ChildProcess.start(name, self._argv(node, words), self.log(name))
         self._children[name] = child
         await child.wait_ready(READY_S_MAX)
         return child
@@ -98,11 +101,13 @@ class Cluster:
     def _serve_words(self) -> list[str]:
         config = self._config
         listen = f"{config.topology.storage.storage_address}:0"
+        at = self.socket(config.topology.storage.name).removeprefix("unix:")
         return [
             "serve",
             *("--data", str(config.data)),
-            *("--listen", listen),
+            *("--listen", self._daemon_address or listen),
             *("--data-listen", listen),
+            *(("--unix", at) if config.daemon_socket else ()),
             *("--disk-bytes", str(config.disk_bytes)),
             *("--dram-bytes", str(config.dram_bytes)),
             *("--config", str(self._settings)),
@@ -140,6 +145,7 @@ class Cluster:
         # In a file, since other users can see the flags of a process.
         accepted = f'tokens = ["{self.token}"]\n'
         text = f'[serve]\n{accepted}[agent]\nhold_cache = false\ntoken = "{self.token}"\n{accepted}'
+        text += self._config.agent_settings
         self._settings.write_text(text, encoding="ascii")
         daemon = await self._launch(storage.name, storage.name, self._serve_words())
         self._daemon_address = daemon.address("listen")
@@ -172,32 +178,48 @@ class Cluster:
         await child.close(END_S_MAX)
 
     async def kill(self, node: str) -> None:
-        """End the agents of a decode node, as a crash would."""
-        for agent in self._agents(node):
-            self._expected.add(agent)
-            self._children[agent].kill()
-            await self._children[agent].lost()
+        """End the processes of a node, as a crash would."""
+        for name in self._agents(node):
+            self._expected.add(name)
+            self._children[name].kill()
+            await self._children[name].lost()
 
     def freeze(self, node: str) -> None:
-        """Stop the agents of a node where they are."""
-        for agent in self._agents(node):
-            self._children[agent].freeze()
+        """Stop the processes of a node where they are."""
+        for name in self._agents(node):
+            self._children[name].freeze()
 
     def thaw(self, node: str) -> None:
-        """Let the agents of a node go on."""
-        for agent in self._agents(node):
-            self._children[agent].thaw()
+        """Let the processes of a node go on."""
+        for name in self._agents(node):
+            self._children[name].thaw()
 
     async def start_again(self, node: str) -> None:
-        """Start the killed agents of a decode node, where peers look for them."""
-        for place in self._config.topology.decode:
-            for rail, agent in enumerate(place.agents):
-                if place.name != node or agent not in self._expected:
-                    continue
-                words = self._agent_words(agent, place, rail, paced=True)
-                words[words.index("--listen") + 1] = self._relays[agent]
-                self._expected.discard(agent)
-                await self._launch(agent, node, words)
+        """Start the killed processes of a node, where peers look for them."""
+        place = next(each for each in self._config.topology.nodes if each.name == node)
+        for rail, name in enumerate(place.agents):
+            if name not in self._expected:
+                continue
+            if place.kind is NodeKind.STORAGE:
+                words = self._serve_words()
+            else:
+                words = self._agent_words(name, place, rail, paced=True)
+                if name in self._relays:
+                    words[words.index("--listen") + 1] = self._relays[name]
+            self._expected.discard(name)
+            await self._launch(name, node, words)
+
+    def ended(self) -> tuple[str, ...]:
+        """Last words of each process that ended by itself."""
+        return tuple(
+            child.last_words
+            for name, child in self._children.items()
+            if name not in self._expected and child.has_ended
+        )
+
+    def log(self, name: str) -> Path:
+        """What a process, and those before it of its name, said on stderr."""
+        return self._config.folder / f"{name}.log"
 
     def _agents(self, node: str) -> tuple[str, ...]:
         return next(each.agents for each in self._config.topology.nodes if each.name == node)

@@ -7,13 +7,20 @@ loads. It decodes nothing: the pages of a prompt are free again once they were c
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dualpath.agent.places import Places
-from dualpath.bench.testbed.page_pool import PagedMemory, PagePool, connect_paged
+from dualpath.bench.testbed.page_pool import (
+    PagedMemory,
+    PagePool,
+    connect_paged,
+    result_or_abort,
+)
 from dualpath.client.kv_client import KVClient
 from dualpath.kvstore.namespace import Namespace
 from dualpath.transfer.errors import DualPathError
@@ -28,6 +35,10 @@ class Received:
     corrupt_blocks: int
     failure: str
     shares: dict[str, int]
+    started_s: float = 0.0
+    elapsed_s: float = 0.0
+    """From its request (monotonic) to its end, before it was verified."""
+    detail: str = ""
 
 
 class DecodeEngine:
@@ -72,11 +83,26 @@ class DecodeEngine:
         )
         return cls(client, namespace, memory, seed=seed, verifier=verifier)
 
-    async def receive(self, request: str, hashes: Sequence[bytes], deadline_s: float) -> Received:
-        """Receive the prompt of `request`, of these blocks, and check it. What fails is a value."""
+    @property
+    def client(self) -> KVClient:
+        """For the agent's statistics."""
+        return self._client
+
+    async def disturbed_pages(self) -> tuple[int, ...]:
+        """Pages that were written to since they were given back. Only while nothing is received."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._verifier, self._memory.disturbed, range(self._memory.pages)
+        )
+
+    async def receive(
+        self, request: str, hashes: Sequence[bytes], deadline_s: float, *, abort_s: float = math.inf
+    ) -> Received:
+        """Receive the prompt of `request`, of these blocks, and check it; give it up after
+        `abort_s`. What fails is a value."""
         pages = await self._pool.take(len(hashes))
         places = self._memory.places(pages)
-        blocks, failure, shares = 0, "", dict[str, int]()
+        blocks, failure, detail, shares = 0, "", "", dict[str, int]()
+        started_s = time.monotonic()
         try:
             try:
                 receive = await self._client.receive(
@@ -87,17 +113,20 @@ class DecodeEngine:
                     places,
                     deadline_s=deadline_s,
                 )
-                result = await receive.result()
+                result = await result_or_abort(receive, abort_s)
                 blocks, shares = result.blocks, dict(result.shares)
                 failure = "" if blocks == len(hashes) else result.miss.value
+                detail = result.detail
             except DualPathError as error:
-                failure = error.reason
+                failure, detail = error.reason, str(error)
+            elapsed_s = time.monotonic() - started_s
             wrong = await asyncio.get_running_loop().run_in_executor(
                 self._verifier, self._verify, hashes[:blocks], places
             )
         finally:
             await self._pool.give(pages)
-        return Received(blocks - wrong, wrong, "corrupt" if wrong else failure, shares)
+        failure = "corrupt" if wrong else failure
+        return Received(blocks - wrong, wrong, failure, shares, started_s, elapsed_s, detail)
 
     def _verify(self, hashes: Sequence[bytes], places: Places) -> int:
         wrong = len(self._memory.wrong(hashes, places))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from dualpath.agent.hand_off_spec import HandOffResult
 from dualpath.agent.places import Places
 from dualpath.bench.testbed.decode_engine import DecodeEngine, Received
-from dualpath.bench.testbed.page_pool import PagedMemory, PagePool, connect_paged
+from dualpath.bench.testbed.page_pool import (
+    PagedMemory,
+    PagePool,
+    connect_paged,
+    result_or_abort,
+)
 from dualpath.bench.testbed.workload import PlannedLoad
 from dualpath.client.kv_client import KVClient
 from dualpath.kvstore.namespace import Namespace
@@ -57,6 +64,8 @@ class LoadOutcome:
     events: Mapping[str, int]
     deadline_s: float = 0.0
     handed_off: Received | None = None
+    raised: bool = False
+    """The load ended with an error, not with a shorter prefix."""
 
 
 @dataclass(slots=True)
@@ -67,12 +76,14 @@ class _Arrival:
     places: Places
     new: tuple[bytes, ...]
     deadline_s: float
+    abort_s: float = math.inf
     request: str = ""
     blocks: int = 0
     ended_s: float = 0.0
     elapsed_s: float = 0.0
     failure: str = ""
     detail: str = ""
+    raised: bool = False
     shares: Mapping[str, int] = field(default_factory=dict)
     events: Mapping[str, int] = field(default_factory=dict)
 
@@ -135,6 +146,10 @@ class PrefillEngine:
         """For the agent's statistics."""
         return self._client
 
+    async def disturbed_pages(self) -> tuple[int, ...]:
+        """Pages that were written to since they were given back. Only while nothing is loaded."""
+        return await self._run(self._memory.disturbed, range(self._memory.pages))
+
     async def load(
         self,
         planned: PlannedLoad,
@@ -143,16 +158,18 @@ class PrefillEngine:
         decode_peer: str,
         deadline_s: float,
         decode: DecodeEngine | None = None,
+        abort_s: float = math.inf,
     ) -> asyncio.Task[LoadOutcome]:
         """Run one load; return when it has ended, with the verification under way, and with
-        `decode`, the engine at `decode_peer`, the hand-off as well.
+        `decode`, the engine at `decode_peer`, the hand-off as well. The load is given up after
+        `abort_s`; if it has ended by then, the hand-off is, so long after its beginning.
 
         Failures are outcomes; only programming errors raise. The pages are taken until all of that
         has ended, so that it never piles up beyond the pool.
         """
         new = () if decode is None else _new_blocks(planned)
         pages = await self._pool.take(len(planned.hashes) + len(new))
-        arrival = _Arrival(self._memory.places(pages), new, deadline_s)
+        arrival = _Arrival(self._memory.places(pages), new, deadline_s, abort_s)
         if decode is not None:
             arrival.request = f"request-{next(_requests)}"
         try:
@@ -178,13 +195,13 @@ class PrefillEngine:
                 decode_peer=decode_peer,
                 request=arrival.request,
             )
-            result = await load.result()
+            result = await result_or_abort(load, arrival.abort_s)
             arrival.blocks = result.blocks
             arrival.shares, arrival.events = result.shares, result.events
             if result.blocks < count:
                 arrival.failure, arrival.detail = result.miss.value, result.detail
         except DualPathError as error:
-            arrival.failure, arrival.detail = error.reason, str(error)
+            arrival.failure, arrival.detail, arrival.raised = error.reason, str(error), True
         arrival.ended_s = time.monotonic()
         arrival.elapsed_s = arrival.ended_s - started_s
 
@@ -222,6 +239,7 @@ class PrefillEngine:
             events=arrival.events,
             deadline_s=arrival.deadline_s,
             handed_off=handed_off,
+            raised=arrival.raised,
         )
 
     async def _hand_off(
@@ -242,10 +260,27 @@ class PrefillEngine:
             deadline_s=left_s,
         )
         hand_off.layer_done(self._namespace.layout.layers - 1)
-        received, result = await asyncio.gather(
-            decode.receive(arrival.request, hashes, left_s), hand_off.result()
+        started_s = time.monotonic()
+
+        async def give() -> tuple[HandOffResult, float]:
+            ending = asyncio.ensure_future(hand_off.result())
+            if arrival.abort_s < math.inf:
+                await asyncio.wait((ending,), timeout=arrival.abort_s)
+                await hand_off.abort()
+            return await ending, time.monotonic() - started_s
+
+        received, (result, given_s) = await asyncio.gather(
+            decode.receive(arrival.request, hashes, left_s), give()
         )
-        return replace(received, failure=received.failure or result.reason)
+        slower = (given_s, started_s)
+        slower = max(slower, (received.elapsed_s, received.started_s))
+        return replace(
+            received,
+            failure=received.failure or result.reason,
+            detail=received.detail or result.detail,
+            elapsed_s=slower[0],
+            started_s=slower[1],
+        )
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._verifier, work, *args)

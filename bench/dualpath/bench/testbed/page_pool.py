@@ -1,22 +1,28 @@
 """Paged memory of an engine `[layers, pages, layer_bytes]`: its free pages, and what lies in them.
 
 A page is poisoned before it is used again, so that bytes of an earlier prompt can never pass for
-those of a later one.
+those of a later one; and whoever writes late into a page that is not in use can be found out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import random
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
+from dualpath.agent.outcome import LoadResult
 from dualpath.agent.places import Places
 from dualpath.bench.testbed.keyed_content import KeyedContent
 from dualpath.client.kv_client import KVClient
+from dualpath.client.load import Load
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.layout import KVLayout
 from dualpath.kvstore.namespace import Namespace
+from dualpath.transfer.errors import DualPathError
 
 _POISON = 0xDB
 
@@ -94,14 +100,23 @@ class PagedMemory:
                 found.append(f"block {index} ({key.hex()[:12]}): {bad}")
         return found
 
+    def disturbed(self, pages: Sequence[int]) -> tuple[int, ...]:
+        """Which of these pages, poisoned and given back, were written to since."""
+        by_page = self._by_page(self.pages * self._layout.layer_bytes)
+        return tuple(page for page in pages if (by_page[:, page] != _POISON).any())
+
     def poison(self, places: Places) -> None:
         """Make the pages unfit for use."""
-        layout = self._layout
-        pool = np.frombuffer(self.memory.view, dtype=np.uint8)
-        pool = pool[: layout.layers * places.layer_stride_bytes]
-        by_page = pool.reshape(layout.layers, -1, layout.layer_bytes)
+        by_page = self._by_page(places.layer_stride_bytes)
         for base in places.base_bytes:
-            by_page[:, base // layout.layer_bytes] = _POISON
+            by_page[:, base // self._layout.layer_bytes] = _POISON
+
+    def _by_page(self, layer_stride_bytes: int) -> npt.NDArray[np.uint8]:
+        """`[layers, pages, layer_bytes]`."""
+        layout = self._layout
+        pool: npt.NDArray[np.uint8] = np.frombuffer(self.memory.view, dtype=np.uint8)
+        pool = pool[: layout.layers * layer_stride_bytes]
+        return pool.reshape(layout.layers, -1, layout.layer_bytes)
 
 
 async def connect_paged(
@@ -128,3 +143,15 @@ async def connect_paged(
         await client.close()
         raise
     return client, memory
+
+
+async def result_or_abort(load: Load, abort_s: float) -> LoadResult:
+    """What a load or a receive comes to; it is given up after `abort_s`, which may be inf. Raises
+    what its `result` raises."""
+    if abort_s < math.inf:
+        result = asyncio.ensure_future(load.result())
+        await asyncio.wait((result,), timeout=abort_s)
+        with contextlib.suppress(DualPathError):  # what cannot be told to end, ends by itself
+            await load.abort()
+        return await result
+    return await load.result()

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,20 @@ def die_with_parent() -> Callable[[], None] | None:
     return ask
 
 
+_DYING = (
+    "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,9,0,0,0);os.execvp(sys.argv[1],sys.argv[1:])"
+)
+"""1: PR_SET_PDEATHSIG, 9: SIGKILL."""
+
+
+def dying_with_parent(argv: Sequence[str]) -> list[str]:
+    """The command line of a child that ends with this process. Other than `die_with_parent` it runs
+    nothing between fork and exec, where a process with many threads may crash."""
+    if not sys.platform.startswith("linux"):
+        return list(argv)
+    return [sys.executable, "-I", "-S", "-c", _DYING, *argv]
+
+
 class ChildProcess:
     """A running `dualpath serve` or `dualpath agent`; `ready` is what it announced."""
 
@@ -47,16 +62,18 @@ class ChildProcess:
 
     @classmethod
     async def start(cls, name: str, argv: Sequence[str], log: Path) -> ChildProcess:
-        """Run `argv` in a process group of its own, stderr into `log`. Raises Unavailable."""
+        """Run `argv` in a process group of its own, stderr appended to `log`. Raises
+        Unavailable."""
+        if shutil.which(argv[0]) is None:
+            raise Unavailable(f"{name} did not start ({' '.join(argv)}): no such program")
         try:
-            with log.open("wb") as stderr:
+            with log.open("ab") as stderr:
                 process = await asyncio.create_subprocess_exec(
-                    *argv,
+                    *dying_with_parent(argv),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=stderr,
                     start_new_session=True,
-                    preexec_fn=die_with_parent(),
                     limit=READY_LINE_BYTES_MAX,
                 )
         except OSError as error:
@@ -101,8 +118,18 @@ class ChildProcess:
 
     async def lost(self) -> str:
         """Wait until the process ends; return what to say about it."""
-        status = await self._process.wait()
-        return f"{self.name} ended with status {status}\n{self.tail()}"
+        await self._process.wait()
+        return self.last_words
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.returncode is not None
+
+    @property
+    def last_words(self) -> str:
+        """What to say about a process that has ended."""
+        return f"{self.name} ended with status {self._process.returncode}\n{self.tail()}"
 
     def tail(self) -> str:
         """The end of its stderr, for errors."""
