@@ -88,11 +88,15 @@ class Simulation:
             self.run.grants += 1
             for chunk in grant.chunks:
                 start_s = max(self.free_s[grant.path], self.now + self.control_s)
-                rates = self.slow if start_s >= self.slow_from_s else self.rates
-                rate = rates.get(grant.path, self.rates[grant.path])
+                rate = self.rate(grant.path, start_s)
                 end_s = self.free_s[grant.path] = start_s + self.sizes[grant.load_id][chunk] / rate
                 entry = (end_s, next(self.serial), grant.load_id, chunk, grant.path)
                 heapq.heappush(self.landing, entry)
+
+    def rate(self, path: str, at_s: float) -> float:
+        """Bytes a second of the path's link."""
+        rates = self.slow if at_s >= self.slow_from_s else self.rates
+        return rates.get(path, self.rates[path])
 
     def wait(self) -> None:
         """Until the next chunk lands or the dispatcher wants to be asked again."""
@@ -184,3 +188,89 @@ def test_a_link_that_never_answers_costs_little_more_than_going_without_it() -> 
 def test_fast_links_get_large_grants() -> None:
     run = Simulation(paths(5e9, 5e9), "split", control_s=0.001).play([1024 * MIB] * 4, 2)
     assert 4096 * MIB / run.grants >= 8 * MIB
+
+
+Stretch = tuple[float, dict[str, float]]
+"""Seconds, and the rates of the paths meanwhile."""
+
+
+class Changing(Simulation):
+    """One load over links that change their rates; notes what landed when, and what the paths are
+    thought to carry a second after each change."""
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        super().__init__(stretches[0][1], "split")
+        ends = list(itertools.accumulate(seconds for seconds, _ in stretches))
+        self.stretches = [
+            (start, end, rates)
+            for start, end, (_, rates) in zip([0.0, *ends], ends, stretches, strict=False)
+        ]
+        self.landed: list[tuple[float, str]] = []
+        self.thought: list[dict[str, float]] = []
+        # More than there is time for: always a backlog.
+        most = sum(seconds * sum(rates.values()) for seconds, rates in stretches)
+        self.nbytes = int(1.2 * most) // CHUNK * CHUNK
+        self.play([self.nbytes])
+
+    def rate(self, path: str, at_s: float) -> float:
+        for _, end, rates in self.stretches:
+            if at_s < end:
+                return rates[path]
+        return self.stretches[-1][2][path]
+
+    def wait(self) -> None:
+        before = dict(self.run.bytes_by_path)
+        super().wait()
+        for path, nbytes in self.run.bytes_by_path.items():
+            if nbytes != before[path]:
+                self.landed.append((self.now, path))
+        if len(self.thought) < len(self.stretches):
+            start, _, _ = self.stretches[len(self.thought)]
+            if self.now >= start + 1:
+                views = self.dispatcher.views(self.now)
+                self.thought.append({view.name: view.rate_bytes_per_s for view in views})
+
+    def carried(self, path: str, start: float, end: float) -> float:
+        """Bytes a second that landed by the path."""
+        chunks = sum(start <= at < end and name == path for at, name in self.landed)
+        return chunks * CHUNK / (end - start)
+
+
+def stretches_of(*rates: tuple[float, float], seconds: float = 3.0) -> list[Stretch]:
+    return [(seconds, paths(*each)) for each in rates]
+
+
+@pytest.mark.parametrize(
+    "stretches",
+    [
+        stretches_of((RATE, RATE), (RATE, RATE / 4)),
+        stretches_of((RATE, RATE / 4), (RATE, RATE)),
+        stretches_of((RATE, RATE), (RATE / 8, RATE)),
+        stretches_of((RATE, RATE / 3), (RATE / 3, RATE), (RATE, RATE / 3)),
+        stretches_of(*[(RATE, RATE * (1 + step) / 6) for step in range(6)], seconds=2.0),
+        stretches_of(*[(RATE, RATE / (1 + 3 * (step % 2))) for step in range(5)], seconds=2.0),
+    ],
+    ids=["quarter", "back", "direct slows", "swap", "ramp", "flapping"],
+)
+def test_a_second_after_a_change_of_rates_each_path_carries_what_its_link_can(
+    stretches: list[Stretch],
+) -> None:
+    run = Changing(stretches)
+    for thought, (start, end, rates) in zip(run.thought, run.stretches, strict=True):
+        for path, rate in rates.items():
+            assert thought[path] == pytest.approx(rate, rel=0.15), (path, start)
+            chunks_off = CHUNK / (end - start - 1)  # one that lands just outside of the window
+            carried = run.carried(path, start + 1, end)
+            assert carried == pytest.approx(rate, rel=0.05, abs=2 * chunks_off), (path, start)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.floats(8e6, 80e6), st.floats(8e6, 80e6)), min_size=2, max_size=4))
+def test_whatever_the_rates_change_to_none_of_any_link_is_left_idle(
+    rates: list[tuple[float, float]],
+) -> None:
+    run = Changing(stretches_of(*rates, seconds=2.0))
+    for start, end, each in run.stretches:
+        for path, rate in each.items():
+            carried = run.carried(path, start + 1, end)
+            assert carried == pytest.approx(rate, rel=0.1, abs=3 * CHUNK), (path, start)
