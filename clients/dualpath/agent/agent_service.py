@@ -84,7 +84,9 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             result = await self._agent.hand_offs.run(spec, gate)
         finally:
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            (wrong,) = await asyncio.gather(reader, return_exceptions=True)
+        if isinstance(wrong, InvalidRequest):
+            raise wrong
         return agent_pb2.HandOffResponse(
             blocks=result.blocks,
             sent_bytes=result.sent_bytes,

@@ -274,6 +274,9 @@ class Attachments:
         self._by_session.pop(attachment.session, None)
         self._relay.close(attachment.requester)
         for on_close in tuple(attachment.on_close.values()):
-            on_close(reason)
+            try:
+                on_close(reason)
+            except Exception:  # the others must still end
+                log.exception("agent %s: what it used could not be ended", attachment.peer_id)
         self._compute.forget(attachment.peer_id)
         log.info("agent %s left: %s", attachment.peer_id, reason)

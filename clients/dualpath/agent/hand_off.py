@@ -36,9 +36,20 @@ WRITING_BYTES_MAX = 32 << 20
 AGAIN_S = 0.01
 """Pause after the transport's queue was full of others' writes."""
 LAST_WORD_S_MAX = 1.0
-"""How long to wait for the answer to an abort,"""
-LATE_S_MAX = 0.1
-"""but after the deadline only for what is on its way already."""
+"""How long to wait for how far it came, before the deadline or after an abort."""
+LAST_WORD_SHARE = 0.25
+"""At most of the time that a hand-off has."""
+
+DETAIL_CHARS_MAX = 2000
+REASONS = frozenset(
+    (
+        *("", "aborted", "corrupt", "deadline", "duplicate_request", "expired"),
+        *("invalid", "no_room", "overloaded", "peer_lost", "unsupported"),
+    )
+)
+"""How a hand-off can end; what a peer says beyond them is `peer_lost`."""
+_OURS = frozenset(("aborted", "peer_lost"))
+"""What the other side sees of our own end."""
 
 
 class HandOff:
@@ -51,6 +62,7 @@ class HandOff:
         entry: EngineRegion,
         relay: RelayLink,
         gate: LayerGate,
+        stall_s: float,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.spec = spec
@@ -59,14 +71,17 @@ class HandOff:
         self.entry = entry
         self._relay = relay
         self._gate = gate
+        self._stall_s = stall_s
         self._loop = loop
         self._blocks = len(spec.hashes)
         self._chunks = self._blocks * layout.chunk_count
         self._extents = [layout.chunk_extent(chunk) for chunk in range(layout.chunk_count)]
         self._deadline_at = loop.time() + spec.deadline_s
+        self._last_word_s = min(LAST_WORD_S_MAX, LAST_WORD_SHARE * spec.deadline_s)
         self._over: tuple[str, str] | None = None
         self._ended = asyncio.Event()
         self._offered = 0
+        self._hashing: asyncio.Future[list[int]] | None = None
         self._answer = agent_pb2.TakeResponse()
         self._window: RegionDescriptor | None = None
         self._transport: Transport | None = None
@@ -90,7 +105,7 @@ class HandOff:
         """Carry it out. Raises nothing; if it is cancelled, no write begins any more."""
         started_at = self._loop.time()
         timer = self._loop.call_at(
-            self._deadline_at, self.finish, "deadline", "the deadline passed"
+            self._deadline_at - self._last_word_s, self.finish, "deadline", "the deadline passed"
         )
         self._gate.on_abort = self._on_abort
         if self._gate.aborted:
@@ -101,8 +116,7 @@ class HandOff:
             await asyncio.wait((session, ended), return_when=asyncio.FIRST_COMPLETED)
             self.finish("peer_lost", f"decode peer {self._relay.name}: {self._relay.link.reason}")
             # Time for the last word: how far it came, if the other side still answers.
-            left_s = self._deadline_at - self._loop.time()
-            await asyncio.wait((session,), timeout=min(LAST_WORD_S_MAX, max(LATE_S_MAX, left_s)))
+            await asyncio.wait((session,), timeout=self._last_word_s)
         finally:
             self.finish("aborted", "the agent stops")
             session.cancel()
@@ -110,8 +124,9 @@ class HandOff:
             timer.cancel()
             if self._again is not None:
                 self._again.cancel()
-        # A write that was queued ends with its acknowledgement, its refusal or its deadline.
-        await self._idle.wait()
+        if self._hashing is not None:
+            await asyncio.wait((self._hashing,))  # it ends with the chunk that it reads
+        await self._acknowledged()
         assert self._over is not None
         reason, detail = self._over
         return HandOffResult(
@@ -122,6 +137,25 @@ class HandOff:
             detail=detail,
             elapsed_s=self._loop.time() - started_at,
         )
+
+    async def _acknowledged(self) -> None:
+        """Wait until no write reads the memory: each is acknowledged, refused or expired. A peer
+        that takes and acknowledges nothing for a while is left."""
+        before = (0, 0)
+        while self._writing_bytes:
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                now = (self._writing_bytes, self._moved_bytes())
+                if now == before:
+                    self._relay.link.lose("it acknowledges no write of a hand-off")
+                before = now
+
+    def _moved_bytes(self) -> int:
+        """What went to the peer so far, of all writes."""
+        assert self._transport is not None
+        return sum(each.sent_bytes for each in self._transport.traffic() if each.peer == self._peer)
 
     def _on_abort(self) -> None:
         self.finish("aborted", "its engine gave it up")
@@ -171,13 +205,25 @@ class HandOff:
                     offers = offers or asyncio.create_task(self._offer(call))
                 self._ask(answer)
                 if answer.done:
-                    self._answer = answer
-                    self.finish(answer.reason, answer.detail)
+                    self._on_last_word(answer)
                     return
         finally:
             if offers is not None:
                 offers.cancel()
                 await asyncio.gather(offers, return_exceptions=True)
+
+    def _on_last_word(self, answer: agent_pb2.TakeResponse) -> None:
+        """How it ended there. Raises InvalidRequest if that cannot be."""
+        short = answer.blocks < self._blocks and not answer.reason
+        if short or answer.blocks > self._blocks:
+            raise InvalidRequest(
+                f"{answer.blocks} blocks of {self._blocks} with reason {answer.reason[:80]!r}"
+            )
+        reason = answer.reason if answer.reason in REASONS else "peer_lost"
+        self._answer = answer
+        if self._over is not None and self._over[0] == "deadline" and reason not in _OURS:
+            self._over = (reason, answer.detail[:DETAIL_CHARS_MAX])  # it knows better why
+        self.finish(reason, answer.detail[:DETAIL_CHARS_MAX])
 
     async def _offer(self, call: Any) -> None:
         """Hash and offer what is final, in order; say at last if it was given up."""
@@ -208,7 +254,10 @@ class HandOff:
             nbytes += self._extents[last // self._blocks][1]
             last += 1
         numbers = range(self._offered, last)
-        checksums = await self._loop.run_in_executor(None, self._hashes_of, numbers)
+        self._hashing = self._loop.run_in_executor(None, self._hashes_of, numbers)
+        checksums = await asyncio.shield(self._hashing)
+        if self._over is not None:
+            return
         self._offered = last
         await call.write(agent_pb2.TakeRequest(checksum=checksums))
 
@@ -219,8 +268,14 @@ class HandOff:
         return final * self._blocks
 
     def _hashes_of(self, numbers: range) -> list[int]:
+        """Checksums of chunks; fewer once it is over, since the memory is the engine's again."""
         view = self.entry.region.view
-        return [of_slices(view, self._source(number)) for number in numbers]
+        checksums: list[int] = []
+        for number in numbers:
+            if self._over is not None:
+                break
+            checksums.append(of_slices(view, self._source(number)))
+        return checksums
 
     def _source(self, number: int) -> Slices:
         """Where a chunk lies in the engine's memory."""
@@ -289,6 +344,6 @@ class HandOff:
 
 def _reason_of(error: DualPathError) -> str:
     """The word for the end of a hand-off. What says nothing more exact means that it is lost."""
-    if isinstance(error, InvalidRequest | Overloaded):
+    if isinstance(error, InvalidRequest | Overloaded) and error.reason in REASONS:
         return error.reason
     return "deadline" if error.reason == "deadline" else "peer_lost"

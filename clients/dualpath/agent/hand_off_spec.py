@@ -8,6 +8,7 @@ block, then chunk 1 of every block, ..., so that they are final in the order of 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,11 +71,22 @@ class LayerGate:
         self.aborted = False
         self.on_abort: Callable[[], None] = lambda: None
         self._changed = asyncio.Event()
+        self._most = sys.maxsize
+
+    def limit(self, layers: int) -> None:
+        """There are so many layers. Raises InvalidRequest if more are done already."""
+        self._most = layers
+        self._check(self.layers - 1)
+
+    def _check(self, layer: int) -> None:
+        if layer >= self._most:
+            raise InvalidRequest(f"layer {layer} is done, of layers 0 to {self._most - 1}")
 
     def done(self, layer: int) -> None:
         """Layers [0, layer] are final. Raises InvalidRequest."""
         if layer < 0:
             raise InvalidRequest(f"a layer has a number from 0 on, not {layer}")
+        self._check(layer)
         self.layers = max(self.layers, layer + 1)
         self._changed.set()
 

@@ -74,7 +74,9 @@ class HandOffs:
         if len(self._running) >= HAND_OFFS_MAX:
             self.events["hand_off_overloaded"] += 1
             return HandOffResult(0, 0, 0, "overloaded", f"{HAND_OFFS_MAX} hand-offs are running")
-        hand_off = HandOff(spec, layout, entry, relay, gate, self._loop)
+        gate.limit(layout.layers)
+        stall_s = self._config.stall_s
+        hand_off = HandOff(spec, layout, entry, relay, gate, stall_s, self._loop)
         entry.pins += 1
         entry.on_gone[hand_off] = lambda: hand_off.finish("aborted", "its memory was taken back")
         task = asyncio.create_task(hand_off.run(), name=f"hand-off {spec.request}")

@@ -8,6 +8,7 @@ know how a region came here (Unix socket, or the same process).
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region
 
 REGIONS_MAX = 4096
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +71,10 @@ class Regions:
             return
         entry.gone = True
         for callback in tuple(entry.on_gone.values()):
-            callback()
+            try:
+                callback()
+            except Exception:  # the others must still be fenced
+                log.exception("region %#x: what used it could not be ended", handle)
         entry.on_gone.clear()
         self._unmap(entry)
 
