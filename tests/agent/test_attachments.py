@@ -28,8 +28,8 @@ class _Relay:
         self.closed: list[Requester] = []
         self.holdings = Holdings(None, 1.0)
 
-    def open(self, name: str, peer: str) -> Requester:
-        return Requester(name, peer)
+    def open(self, name: str, peer: str, rail: int) -> Requester:
+        return Requester(name, peer, rail)
 
     def close(self, requester: Requester) -> None:
         self.closed.append(requester)
@@ -43,8 +43,9 @@ def _attached(loop: asyncio.AbstractEventLoop) -> tuple[Attachments, Attachment,
     network = SimpleNamespace(transport=transport, watch=lambda *_: None, forget=lambda _: None)
     relay = _Relay()
     link = SimpleNamespace(address=DAEMON, peer_id="us", up=True)
+    rails = SimpleNamespace(links=(link,), serving=lambda _: link)
     made = Attachments(
-        "server", cast(Any, network), cast(Any, relay), cast(Any, {DAEMON: link}), loop
+        "server", cast(Any, network), cast(Any, relay), cast(Any, {DAEMON: rails}), loop
     )
     made.attach(common_pb2.AttachRequest(name="peer", transports=["tcp"]))
     (attachment,) = made._by_session.values()

@@ -57,6 +57,33 @@ def test_a_split_uses_both_storage_links_of_a_shaped_cluster(tmp_path: Path) -> 
         assert bool(handed["bytes"].get("retained")) is (name == "split")
 
 
+def test_loads_are_striped_over_two_storage_links_of_a_node(tmp_path: Path) -> None:
+    words = ("--prefill", "1", "--decode", "1", "--snic", "8MB/s,4MB/s", "--seconds", "4")
+    found = measure(tmp_path, *words, "--policies", "direct,split", "--no-hand-off")
+    direct, split = found["direct"], found["split"]
+    assert isinstance(direct, dict)
+    assert isinstance(split, dict)
+    for policy in (direct, split):
+        assert policy["failed_loads"] == policy["corrupt_blocks"] == 0
+    own, relayed = {"direct", "direct:snic1"}, {"relay:decode-0", "relay:decode-0:1"}
+    assert set(direct["bytes_by_path"]) == own
+    assert set(split["bytes_by_path"]) == own | relayed
+    # By their rates, 2:1; far from what half and half, or one of them alone, would give.
+    by_path = direct["bytes_by_path"]
+    assert 0.2 < by_path["direct:snic1"] / sum(by_path.values()) < 0.45, by_path
+    assert split["whole_ratio_to_direct"] > 1.4
+
+
+@pytest.mark.parametrize("snic", ["snic", "snic1"])
+def test_a_storage_link_that_is_cut_costs_no_load(tmp_path: Path, snic: str) -> None:
+    words = ("--prefill", "1", "--decode", "0", "--snic", "8MB/s,8MB/s", "--no-hand-off")
+    faults = f"cut:prefill0.{snic}@2s"
+    found = measure(tmp_path, *words, "--policies", "split", "--faults", faults)
+    told = found["faults"]
+    assert isinstance(told, dict)
+    assert told["failed_loads"] == 0, told
+
+
 def test_prompts_stay_with_their_prefill_engines_if_asked(tmp_path: Path) -> None:
     words = ("--prefill", "1", "--decode", "1", "--snic", "15MB/s", "--seconds", "2")
     found = measure(tmp_path, *words, "--policies", "split", "--no-hand-off")

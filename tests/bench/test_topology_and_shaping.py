@@ -3,6 +3,8 @@
 import os
 
 import pytest
+from dualpath.bench.cluster.fault import link_names
+from dualpath.bench.cluster.limits import limit_bytes_per_s
 from dualpath.bench.testbed.ownership import is_stale, owner_tag
 from dualpath.bench.testbed.shaping import (
     LinkRates,
@@ -100,3 +102,21 @@ def test_every_shaped_queue_is_bounded_and_every_class_has_a_quantum() -> None:
 )
 def test_only_what_a_process_that_is_gone_has_made_is_stale(name: str, *, stale: bool) -> None:
     assert is_stale(name, "dualpath-") is stale
+
+
+def test_further_storage_links_have_networks_rates_and_words_of_their_own() -> None:
+    topology = Topology.of(1, 1, snics=2)
+    assert topology.snics == 2
+    assert topology.with_one_snic == Topology.of(1, 1)
+    addresses = [each for node in topology.nodes for each in node.further_storage]
+    assert len(set(addresses)) == len(topology.nodes)
+    assert {each.rpartition(".")[0] for each in addresses} == {"10.77.201"}
+    made = [" ".join(command) for command in create_commands("dp-1", topology)]
+    assert sum("link add snic1 " in command for command in made) == len(topology.nodes)
+    rates = LinkRates(8e6, 64e6, (4e6,))
+    assert rates.node_storage_bytes_per_s == 12e6
+    shaped = [" ".join(command) for command in shape_commands("dp-1", topology, rates)]
+    assert any("dev snic1 " in command and "rate 32000000bit" in command for command in shaped)
+    assert link_names(topology) == ("snic", "snic1", "cnic")
+    assert limit_bytes_per_s(topology, rates) == 24e6
+    assert limit_bytes_per_s(topology, rates, relays=False) == 12e6

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from dualpath.cli import topology
+from dualpath.cli.gpu_place import Gpu, closeness, gpus
 from dualpath.cli.main import main
 from dualpath.cli.topology import Placed, Topology
 from dualpath.transfer.nics import Nic
@@ -40,6 +43,52 @@ def test_every_device_has_a_line() -> None:
     assert "down, speed unknown, NUMA node unknown, over eth0, eth1, no address" in text
     assert "nvme0n1" in text
     assert "mlx5_0" in text
+
+
+def test_an_address_in_the_network_of_several_devices_is_told() -> None:
+    several = replace(found(), striped={STORE: ("eth0", "eth1")})
+    (told,) = [line for line in several.lines() if "stripe" in line]
+    assert STORE in told
+    assert "eth0, eth1" in told
+    assert not [line for line in found().lines() if "stripe" in line]
+
+
+def test_gpus_are_told_with_what_is_between_them_and_the_network(tmp_path: Path) -> None:
+    bus = tmp_path / "pci0000:00"
+    places = {
+        "0000:02:00.0": ("0x030200", "0x10de", "0"),  # a GPU
+        "0000:03:00.0": ("0x020000", "0x15b3", "0"),  # a network device
+        "0000:04:00.0": ("0x030000", "0x1234", "0"),  # the screen of a virtual machine
+    }
+    listed = tmp_path / "devices"
+    listed.mkdir()
+    for name, (kind, maker, node) in places.items():
+        folder = bus / "0000:01:00.0" / name
+        folder.mkdir(parents=True)
+        for key, text in (("class", kind), ("vendor", maker), ("numa_node", node)):
+            (folder / key).write_text(text + "\n")
+        (listed / name).symlink_to(folder)
+    (gpu,) = gpus(listed)
+    assert (gpu.device, gpu.numa_node) == ("0000:02:00.0", 0)
+    assert gpu.bus_path == ("pci0000:00", "0000:01:00.0", "0000:02:00.0")
+    told = "\n".join(replace(found(), gpus=(gpu,)).lines())
+    assert "0000:02:00.0     GPU, NUMA node 0, no network device on the bus" in told
+
+
+@pytest.mark.parametrize(
+    ("nic_path", "nic_node", "word"),
+    [
+        (("pci0", "a", "nic"), 0, "behind the same switch"),
+        (("pci0", "b", "nic"), 0, "at the same root complex"),
+        (("pci1", "a", "nic"), 0, "on the same NUMA node"),
+        (("pci1", "a", "nic"), 1, "on another NUMA node"),
+        ((), -1, "of unknown distance"),
+    ],
+)
+def test_closeness_is_what_has_to_be_crossed(
+    nic_path: tuple[str, ...], nic_node: int, word: str
+) -> None:
+    assert closeness(Gpu("gpu", 0, ("pci0", "a", "gpu")), nic_path, nic_node) == word
 
 
 def test_this_machine_is_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections import Counter
@@ -17,9 +18,11 @@ from importlib import metadata
 
 from dualpath.agent.attachments import Attachments
 from dualpath.agent.compute_transport import compute_transport, tcp_config
-from dualpath.agent.config import AgentConfig
+from dualpath.agent.config import AgentConfig, RelayAddress
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.daemon_loads import DaemonLoads
+from dualpath.agent.daemon_rails import asked_rail
+from dualpath.agent.further_links import FurtherLinks
 from dualpath.agent.hand_offs import HandOffs
 from dualpath.agent.handed_request import HandedRequests
 from dualpath.agent.holdings import Holdings
@@ -34,16 +37,21 @@ from dualpath.agent.saver import Saver
 from dualpath.agent.self_relay import SelfRelay
 from dualpath.agent.staging import SLAB_BYTES, Staging
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.numa import bind
 from dualpath.proto.v1 import agent_pb2
+from dualpath.transfer.affinity import ANY_NODE, near, node_towards
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
-from dualpath.transfer.placement import DIRECT_PATH, policy_named, relay_path
+from dualpath.transfer.placement import PathKind, policy_named, relay_path
+from dualpath.transfer.rails import Rail
 from dualpath.transfer.region import Region
 from dualpath.transfer.shm_transport import ShmTransport
 from dualpath.transfer.tcp_transport import TcpTransport
 from dualpath.transfer.transport import OnPeerLost, Transport
 
 NAMESPACES_MAX = 4096
+
+log = logging.getLogger(__name__)
 
 
 class Agent:
@@ -65,7 +73,7 @@ class Agent:
         self.server_id = secrets.token_hex(8)
         self.namespaces: dict[bytes, Namespace] = {}
         self.regions = Regions()
-        self._make_storage = make_storage or _storage_tcp(config)
+        self._make_storage = make_storage
         self._make_compute = make_compute or compute_transport(config)
         self._started_at = time.monotonic()
         self._stack = contextlib.AsyncExitStack()
@@ -85,18 +93,13 @@ class Agent:
     async def _start(self, relaying: bool) -> None:
         config, stack = self.config, self._stack
         loop = asyncio.get_running_loop()
-        self.storage = {"tcp": Network(config.name, self._make_storage, loop)}
-        stack.push_async_callback(self.storage["tcp"].close)
-        self.compute = Network(config.name, self._make_compute, loop)
-        stack.push_async_callback(self.compute.close)
-        if any(address.startswith("unix:") for address in config.daemons):
-            self.storage = {"shm": Network(config.name, ShmTransport, loop), **self.storage}
-            stack.push_async_callback(self.storage["shm"].close)
+        self._open_networks(loop)
         stack.callback(self.regions.close)
         if relaying and config.data_listen:
             _listen(self.compute.transport, config.data_listen)
         staging = Region.anonymous(config.staging_bytes // SLAB_BYTES * SLAB_BYTES)
         stack.callback(_close_region, staging)
+        _place(staging, config.daemons)
         self.holdings = Holdings(
             self._hold_region() if relaying else None, config.hold_s, cache=config.hold_cache
         )
@@ -107,7 +110,9 @@ class Agent:
         self._make_links()
         for daemon in self.daemons.values():
             stack.push_async_callback(daemon.close_mount)
-        self.attachments = Attachments(self.server_id, self.compute, self.relay, self.daemons, loop)
+            self.further.add_daemon(daemon)
+        self.rails = self.further.rails
+        self.attachments = Attachments(self.server_id, self.compute, self.relay, self.rails, loop)
         self.self_relay = SelfRelay(
             self.relay,
             self.compute,
@@ -133,6 +138,7 @@ class Agent:
             )
             for daemon in self.daemons.values()
         }
+        self.further.loads = self.loads
         self.loader = Loader(
             config,
             self.daemons,
@@ -145,6 +151,26 @@ class Agent:
         self.saver = Saver(config, self.daemons, self.regions, self.namespaces, loop)
         self._make_hand_offs(loop)
         self._connect(stack)
+
+    def _open_networks(self, loop: asyncio.AbstractEventLoop) -> None:
+        config, stack = self.config, self._stack
+        first = self._storage_maker(asked_rail(config.storage_addresses))
+        self.storage = {"tcp": Network(config.name, first, loop)}
+        stack.push_async_callback(self.storage["tcp"].close)
+        self.further = FurtherLinks(
+            config,
+            self.storage["tcp"],
+            self._storage_maker,
+            self._rail_changed,
+            self._relay_link,
+            loop,
+        )
+        stack.push_async_callback(self.further.close_networks)
+        self.compute = Network(config.name, self._make_compute, loop)
+        stack.push_async_callback(self.compute.close)
+        if any(address.startswith("unix:") for address in config.daemons):
+            self.storage = {"shm": Network(config.name, ShmTransport, loop), **self.storage}
+            stack.push_async_callback(self.storage["shm"].close)
 
     def _make_hand_offs(self, loop: asyncio.AbstractEventLoop) -> None:
         config, holdings = self.config, self.holdings
@@ -196,21 +222,26 @@ class Agent:
             )
             for address in config.daemons
         }
-        self.relays = {
-            relay.name: RelayLink(
-                relay,
-                config.daemons,
-                {self.compute.transport.name: self.compute},
-                self._relay_changed,
-                self._relay_queue,
-                name=config.name,
-                token=config.token,
-                tls=config.tls,
-                timeout_s=config.lookup_timeout_s,
-                pause_s_max=config.reconnect_s_max,
-            )
-            for relay in config.relay_addresses
-        }
+        self.relays = {relay.name: self._relay_link(relay) for relay in config.relay_addresses}
+
+    def _relay_link(self, relay: RelayAddress, rail: int = 0) -> RelayLink:
+        config = self.config
+        return RelayLink(
+            relay,
+            config.daemons,
+            {self.compute.transport.name: self.compute},
+            self._relay_changed,
+            self._relay_queue,
+            name=config.name,
+            token=config.token,
+            tls=config.tls,
+            timeout_s=config.lookup_timeout_s,
+            pause_s_max=config.reconnect_s_max,
+            rail=rail,
+        )
+
+    def _storage_maker(self, rail: Rail) -> MakeTransport:
+        return self._make_storage or _storage_tcp(self.config, rail)
 
     def _connect(self, stack: contextlib.AsyncExitStack) -> None:
         for daemon in self.daemons.values():
@@ -219,6 +250,7 @@ class Agent:
         for relay in self.relays.values():
             stack.push_async_callback(relay.link.close)
             relay.link.start()
+        stack.push_async_callback(self.further.close)
         stack.callback(self.attachments.close)
         stack.push_async_callback(self.loader.close)
         for part in (self.handed, self.intakes, self.receiver):
@@ -235,23 +267,32 @@ class Agent:
     def _daemon_changed(self, daemon: DaemonLink) -> None:
         if not daemon.up:
             self.relay.daemon_lost(daemon, daemon.link.reason)
+        else:
+            self.rails[daemon.address].first_up()
         self.attachments.daemon_changed(daemon)
         self.loads[daemon.address].link_changed()
 
+    def _rail_changed(self, rail: DaemonLink) -> None:
+        if not rail.up:
+            self.relay.daemon_lost(rail, rail.link.reason)
+        self.attachments.daemon_changed(rail)
+        self.loads[rail.address].link_changed()
+
     def _relay_changed(self, relay: RelayLink) -> None:
-        del relay
+        self.further.join(relay)
         for loads in self.loads.values():
             loads.link_changed()
 
     def _relay_queue(self, relay: RelayLink, queue_bytes: int) -> None:
         for loads in self.loads.values():
-            loads.report_queue(relay_path(relay.name), queue_bytes)
+            loads.report_queue(relay_path(relay.name, relay.rail), queue_bytes)
 
     def _own_queue_changed(self) -> None:
-        """What others wait for at our storage link delays our own direct loads."""
-        others = self.relay.read_bytes - self.self_relay.own_read_bytes()
-        for loads in self.loads.values():
-            loads.report_queue(DIRECT_PATH, others)
+        """What others wait for at a storage link of ours delays our own direct loads by it."""
+        for address, loads in self.loads.items():
+            for path, rail in zip(loads.routes.direct, self.rails[address].links, strict=True):
+                own = self.self_relay.own_read_bytes(rail.rail)
+                loads.report_queue(path, self.relay.read_bytes_by(rail.rail) - own)
 
     def _self_relay_lost(self, reason: str) -> None:
         del reason
@@ -299,7 +340,7 @@ class Agent:
             view.queue_bytes
             for loads in self.loads.values()
             for view in loads.views()
-            if view.name == DIRECT_PATH
+            if view.kind is PathKind.DIRECT
         )
         return own + self.relay.read_bytes - self.self_relay.own_read_bytes()
 
@@ -317,7 +358,7 @@ class Agent:
 
     def stats(self) -> agent_pb2.AgentStatsResponse:
         """Counters and gauges."""
-        storage = list(self.storage.values())
+        storage = self.storage_networks
         response = agent_pb2.AgentStatsResponse(
             server_id=self.server_id,
             name=self.config.name,
@@ -352,8 +393,14 @@ class Agent:
                 ),
             )
         )
+        response.link.extend(self.further.stats())
         response.path.extend(self._path_stats())
         return response
+
+    @property
+    def storage_networks(self) -> Sequence[Network]:
+        """Of all links to daemons: those to the first address, then the further ones."""
+        return (*self.storage.values(), *self.further.networks)
 
     def _holding_stats(self) -> agent_pb2.HoldingStats:
         return agent_pb2.HoldingStats(
@@ -375,7 +422,7 @@ class Agent:
             view.rate_bytes_per_s
             for loads in self.loads.values()
             for view in loads.views()
-            if view.name == DIRECT_PATH
+            if view.kind is PathKind.DIRECT
         )
         return own + self.relay.read_rate_bytes_per_s()
 
@@ -392,9 +439,9 @@ class Agent:
         return list(merged.values())
 
 
-def _storage_tcp(settings: AgentConfig) -> MakeTransport:
+def _storage_tcp(settings: AgentConfig, rail: Rail) -> MakeTransport:
     def make(name: str, on_peer_lost: OnPeerLost) -> Transport:
-        config = tcp_config(settings, settings.storage_limit_bytes_per_s)
+        config = tcp_config(settings, settings.storage_limit_bytes_per_s, rail)
         return TcpTransport(name, on_peer_lost, config)
 
     return make
@@ -402,13 +449,25 @@ def _storage_tcp(settings: AgentConfig) -> MakeTransport:
 
 def _listen(transport: Transport, address: str) -> None:
     try:
-        transport.listen(address)
+        with near(node_towards(address)):
+            transport.listen(address)
     except Unavailable as error:
         raise Unavailable(
             f"data_listen: {error}; stop what listens there or choose another address of this "
             "machine",
             reason="address_in_use",
         ) from error
+
+
+def _place(staging: Region, daemons: Sequence[str]) -> None:
+    """Take the staging's memory from the NUMA node of the devices that lead to the daemons, if it
+    is one; else from wherever the kernel does."""
+    found = {node_towards(address) for address in daemons}
+    if len(found) == 1 and (node := found.pop()) != ANY_NODE:
+        try:
+            log.info("staging: %s", bind(staging.view, node))
+        except InvalidRequest as error:
+            log.warning("staging is not placed: %s", error)
 
 
 def _close_region(region: Region) -> None:

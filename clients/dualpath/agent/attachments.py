@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from dualpath.agent.config import check_name
 from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.daemon_rails import DaemonRails
 from dualpath.agent.network import Network
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_job import FAILURE_OF_REASON, Requester, Source
@@ -32,6 +33,7 @@ from dualpath.transfer.errors import (
     PeerLost,
     PermissionDenied,
 )
+from dualpath.transfer.rails import RAILS_MAX
 from dualpath.transfer.transport import INVITATION_TTL_S
 
 ATTACHMENTS_MAX = 1024
@@ -61,8 +63,8 @@ class Attachment:
     progress: deque[common_pb2.GrantProgress] = field(default_factory=deque)
     unread_tags: int = 0
     """Failed chunks in it."""
-    announced: dict[str, str] = field(default_factory=dict)
-    """What it was told of our attachment at each daemon that it named."""
+    announced: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """What it was told of our attachment at each daemon that it named: its name, how many links."""
     told_queue_bytes: int = -1
     expiry: asyncio.TimerHandle | None = None
     on_close: dict[object, Callable[[str], None]] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Attachments:
         server_id: str,
         compute: Network,
         relay: Relay,
-        daemons: Mapping[str, DaemonLink],
+        daemons: Mapping[str, DaemonRails],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._server_id = server_id
@@ -103,9 +105,13 @@ class Attachments:
             raise InvalidRequest("this agent does not relay: it has no data_listen")
         if len(self._by_session) >= ATTACHMENTS_MAX:
             raise Overloaded(f"{ATTACHMENTS_MAX} agents are attached already", retry_after_s=5.0)
+        if request.rail >= RAILS_MAX:
+            raise InvalidRequest(f"rail: a node has {RAILS_MAX} links at most, not {request.rail}")
         peer_id = f"{request.name}@{next(self._serial)}"
         attachment = Attachment(
-            secrets.token_bytes(16), peer_id, self._relay.open(request.name, peer_id)
+            secrets.token_bytes(16),
+            peer_id,
+            self._relay.open(request.name, peer_id, request.rail),
         )
         attachment.requester.on_queue = lambda: self._tell_queue(attachment)
         self._by_session[attachment.session] = attachment
@@ -186,20 +192,20 @@ class Attachments:
             attachment.wake.set()
 
     def _handle(self, attachment: Attachment, request: agent_pb2.RelayRequest) -> None:
-        daemon = self._daemons.get(request.daemon)
+        rails = self._daemons.get(request.daemon)
         if request.daemon and request.daemon not in attachment.announced:
-            if daemon is None:
+            if rails is None:
                 raise InvalidRequest(
                     f"this agent does not read from daemon {request.daemon!r}; it knows "
                     f"{', '.join(self._daemons) or 'none'}"
                 )
-            attachment.announced[request.daemon] = "?"
+            attachment.announced[request.daemon] = ("?", 0)
             attachment.wake.set()
         if request.cancel_grant_id:
             self._relay.cancel(attachment.requester, request.cancel_grant_id)
         if not request.HasField("grant"):
             return
-        if daemon is None:
+        if rails is None:
             raise InvalidRequest("a grant names the daemon to read from")
         if len(request.grant.tag) > GRANT_CHUNKS_MAX:
             # Not even refused chunk by chunk: the report would be as long.
@@ -207,6 +213,9 @@ class Attachments:
                 f"a grant of {len(request.grant.tag)} chunks; {GRANT_CHUNKS_MAX} at most"
             )
         try:
+            daemon = rails.serving(attachment.requester.rail)
+            if daemon is None:
+                raise PeerLost("that link of this agent is not in use", reason="peer_lost")
             self._relay.submit(
                 attachment.requester,
                 Source(daemon, ticket=request.ticket),
@@ -242,13 +251,18 @@ class Attachments:
     def _responses(self, attachment: Attachment) -> list[agent_pb2.RelayResponse]:
         responses = []
         for address, told in attachment.announced.items():
-            link = self._daemons[address]
-            peer_id = link.peer_id if link.up else ""
-            if peer_id != told:
-                attachment.announced[address] = peer_id
-                holds = self._relay.holdings.capacity_bytes > 0
+            rails = self._daemons[address]
+            link = rails.serving(attachment.requester.rail)
+            peer_id = link.peer_id if link is not None and link.up else ""
+            if (peer_id, len(rails.links)) != told:
+                attachment.announced[address] = (peer_id, len(rails.links))
                 responses.append(
-                    agent_pb2.RelayResponse(daemon=address, daemon_peer_id=peer_id, holds=holds)
+                    agent_pb2.RelayResponse(
+                        daemon=address,
+                        daemon_peer_id=peer_id,
+                        holds=self._relay.holdings.capacity_bytes > 0,
+                        rails=len(rails.links),
+                    )
                 )
         while attachment.progress:
             batch = [attachment.progress.popleft()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.network import MakeTransport
+from dualpath.transfer.rails import FIRST_RAIL, Rail
 from dualpath.transfer.rdma.config import RdmaConfig
 from dualpath.transfer.rdma.library import open_verbs
 from dualpath.transfer.rdma.rdma_transport import RdmaTransport
@@ -31,11 +32,15 @@ def compute_transport(settings: AgentConfig) -> MakeTransport:
     return rdma if settings.compute_transport == "rdma" else tcp
 
 
-def tcp_config(settings: AgentConfig, limit_bytes_per_s: float) -> TcpConfig:
-    """Of a network whose bytes in each direction are limited so."""
+def tcp_config(
+    settings: AgentConfig, limit_bytes_per_s: float, rail: Rail = FIRST_RAIL
+) -> TcpConfig:
+    """Of a network whose bytes in each direction are limited so, by one of its links."""
     return TcpConfig(
         receive_bytes_per_s=limit_bytes_per_s,
         send_bytes_per_s=limit_bytes_per_s,
         congestion=settings.tcp_congestion,
         marks=settings.lane_marks,
+        local_host=rail.host,
+        local_device=rail.device,
     )

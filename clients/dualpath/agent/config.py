@@ -14,6 +14,7 @@ from dualpath.kvstore.service.config import ServerFiles
 from dualpath.proto.tls import Tls
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.lane_marks import LaneMarks, lane_values
+from dualpath.transfer.rails import check_hosts
 from dualpath.transfer.rdma.config import SERVICE_LEVEL_MAX
 from dualpath.transfer.rdma.library import LIBRARIES
 from dualpath.transfer.tcp_transport import check_congestion
@@ -42,11 +43,14 @@ class AgentConfig:
     also selects shared memory for the data). `listen` is our control address for peers, `unix`
     the path of the engines' socket ("" for none; the region socket is `<unix>.regions`),
     `data_listen` our address on the compute network. `relays` are `name=host:port`.
+    `storage_addresses` are addresses of this node on the storage network, one a link, to stripe
+    over; none: those that lie in the network of one of a daemon's data addresses are found.
     `name` is how peers and daemons call us, 1..64 characters of A-Z, a-z, 0-9, ".", "_" and "-".
     `policy` is the placement policy of loads that name none: direct, round-robin, shorter-queue or
     split. `staging_bytes` is the memory in which we relay for peers. `storage_limit_bytes_per_s`
-    and `compute_limit_bytes_per_s` pace each network in user space, payload in each direction, 0
-    for no limit. `metrics_listen` is the address of the Prometheus endpoint, "" for none.
+    and `compute_limit_bytes_per_s` pace each link to a network in user space, payload in each
+    direction, 0 for no limit. `metrics_listen` is the address of the Prometheus endpoint, "" for
+    none.
     """
 
     name: str
@@ -54,6 +58,7 @@ class AgentConfig:
     listen: str = "127.0.0.1:0"
     unix: str = ""
     data_listen: str = "127.0.0.1:0"
+    storage_addresses: tuple[str, ...] = ()
     relays: tuple[str, ...] = ()
     mounts: tuple[str, ...] = ()
     """`daemon=/path`: where the data directory of a daemon shows on this node, so that we read its
@@ -159,6 +164,7 @@ class AgentConfig:
         for address in (self.listen, self.data_listen, self.metrics_listen):
             if address:
                 check_address(address)
+        check_hosts(self.storage_addresses, "storage_addresses")
         if self.data_listen and is_wildcard(self.data_listen):
             raise InvalidRequest(
                 f"data_listen {self.data_listen!r} is no address that peers can dial: give it the "

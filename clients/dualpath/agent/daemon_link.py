@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import grpc.aio
+from dualpath.agent.hedged_call import hedged
 from dualpath.agent.mounted_reads import MountedReads
 from dualpath.agent.network import Network
 from dualpath.agent.open_grants import OnProgress, OpenGrants
@@ -38,6 +39,8 @@ from dualpath.transfer.errors import (
 SWALLOWED_S = 0.5
 LOOKUPS_MAX = 32
 """Most look-ups on the stream at once; the daemon lets fewer answers wait than twice that."""
+HEDGED = frozenset({"Lookup", "Renew", "Release", "Delegate"})
+"""Calls that may be made twice; of two leases one ends by itself."""
 OnFound: TypeAlias = Callable[[store_pb2.LookupResponse | None], None]
 """Told what a look-up has found; None if it was refused or the link was lost."""
 
@@ -60,8 +63,19 @@ class DaemonLink:
         timeout_s: float,
         pause_s_max: float,
         mount: str = "",
+        rail: int = 0,
     ) -> None:
         self.address = address
+        self.rail = rail
+        """Which of this node's links to the daemon it is; 0 has the leases, others need tickets."""
+        self.key = f"{address}#{rail}" if rail else address
+        """Tells the links to a daemon apart."""
+        self.devices: frozenset[str] = frozenset()
+        """Of a further link: the network devices that it is bound to."""
+        self.fellows: Sequence[DaemonLink] = ()
+        """Of the first link: the further ones, by which calls are made again that go unanswered."""
+        self.spare = False
+        """Of a further link: whether the first one goes by its devices now."""
         self.mounted: MountedReads | None = None
         """Reads of our own, where the daemon's data directory shows under `mount`."""
         self._mount = mount
@@ -74,7 +88,7 @@ class DaemonLink:
         self._lookups: dict[int, OnFound] = {}  # by the grant that each came with
         self._stub: Any = None
         self.link: SteadyLink[store_pb2.DeliverRequest, store_pb2.DeliverResponse] = SteadyLink(
-            f"daemon {address}",
+            f"daemon {self.key}",
             address,
             self,
             networks,
@@ -89,6 +103,11 @@ class DaemonLink:
     def up(self) -> bool:
         """Whether it can be asked."""
         return self.link.up
+
+    def peer_id_at(self, daemon: str) -> str:
+        """As of RelayLink: our attachment's name, "" while down."""
+        assert daemon == self.address
+        return self.peer_id if self.up else ""
 
     @property
     def session(self) -> bytes:
@@ -247,11 +266,20 @@ class DaemonLink:
         if self._stub is None:
             raise Unavailable(f"daemon {self.address} is not connected: {self.link.reason}")
         timeout_s = timeout_s or self._timeout_s
+        others = [each._stub for each in self.fellows if each.up and not each.spare]
+        if not others or method not in HEDGED:
+            return await self._call_by(self._stub, method, request, timeout_s)
+        stubs = (self._stub, *others[:1])
+        return await hedged(
+            [partial(self._call_by, *(s, method, request, timeout_s)) for s in stubs]
+        )
+
+    async def _call_by(self, stub: Any, method: str, request: Any, timeout_s: float) -> Any:
         try:
             # gRPC keeps deadlines itself; ours is for calls that a dying channel swallowed.
             async with asyncio.timeout(timeout_s + SWALLOWED_S):
                 with translated(f"{method} at daemon {self.address}"):
-                    return await getattr(self._stub, method)(
+                    return await getattr(stub, method)(
                         request, timeout=timeout_s, metadata=self.link.metadata
                     )
         except TimeoutError as error:

@@ -34,7 +34,7 @@ from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import DualPathError, PathDown
 from dualpath.transfer.grant import CANCELLED_REASON, OVERTAKEN_REASON, Grant
 from dualpath.transfer.lane import Lane
-from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_named, relay_path
+from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_named, relay_of
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ class DaemonLoads:
         self.daemon = daemon
         self.loads: dict[str, ActiveLoad] = {}
         self.counts = PathCounts()
-        by_path = {relay_path(relay.name): relay for relay in relays.values()}
-        self._routes = LoadRoutes(daemon, by_path, compute, self_relay)
+        self.routes = LoadRoutes(daemon, relays.values(), compute, self_relay)
         self._loop = loop
         self._grace_s = grace_s
         self._arrivals: Mailbox[LoadWindow] = Mailbox(loop, self._on_arrivals, ARRIVALS_PAUSE_S)
@@ -78,23 +77,26 @@ class DaemonLoads:
         self._stranded_timer: asyncio.TimerHandle | None = None
         self._pumping = False
         self._again = False
-        self._refresh = LoadRefresh(daemon, by_path, lease_s)
+        self._refresh = LoadRefresh(daemon, self.routes.delegates, lease_s)
         self.dispatcher = Dispatcher(config)
         self._cuts = LoadCuts()
-        self.first_looks = FirstLooks(self, self._routes, self._refresh, loop, lease_s)
-        now = loop.time()
-        self.dispatcher.add_path(DIRECT_PATH, PathKind.DIRECT, now, storage_limit_bytes_per_s)
-        self.dispatcher.set_up(DIRECT_PATH, daemon.up, now)
-        for name in by_path:
-            self.dispatcher.add_path(name, PathKind.RELAY, now)
-            self.dispatcher.set_up(name, self._routes.up(name), now)
+        self.first_looks = FirstLooks(self, self.routes, self._refresh, loop, lease_s)
+        for name in self.routes.names:
+            self._add_path(name, storage_limit_bytes_per_s if name == DIRECT_PATH else 0)
+        self.link_changed()
 
     # Paths.
 
-    @property
-    def path_names(self) -> tuple[str, ...]:
-        """All paths, up or not."""
-        return self._routes.names
+    def add_path(self, path: str, link: DaemonLink | RelayLink, limit_bytes_per_s: float) -> None:
+        """Use a further link, of ours or of a relay. Raises InvalidRequest beyond PATHS_MAX."""
+        self._add_path(path, limit_bytes_per_s)
+        self.routes.add(path, link)
+        self.link_changed()
+
+    def _add_path(self, path: str, limit_bytes_per_s: float) -> None:
+        kind = PathKind.RELAY if relay_of(path) else PathKind.DIRECT
+        self.dispatcher.add_path(path, kind, self._loop.time(), limit_bytes_per_s)
+        self.dispatcher.set_up(path, False, self._loop.time())
 
     def views(self) -> tuple[PathView, ...]:
         """State of the paths."""
@@ -104,10 +106,10 @@ class DaemonLoads:
         """The daemon or a relay came or went: bring the dispatcher's paths in line."""
         now = self._loop.time()
         up = {view.name: view.up for view in self.views()}
-        wanted = {name: self._routes.up(name) for name in self.path_names}
+        wanted = {name: self.routes.up(name) for name in self.routes.names}
         for name, is_up in wanted.items():
             if is_up and not up[name]:
-                self.dispatcher.set_spare(name, self._routes.spare(name), now)
+                self.dispatcher.set_spare(name, self.routes.spare(name), now)
                 self.dispatcher.set_up(name, True, now)
             elif not is_up:
                 self._lose(name, "path_lost")
@@ -129,11 +131,7 @@ class DaemonLoads:
         """Fence everything in flight on a path and give it back."""
         self._arrivals.drain()
         now = self._loop.time()
-        inflight = {
-            load_id: chunks
-            for load_id, load in self.loads.items()
-            if (chunks := self.dispatcher.inflight(load_id).get(path))
-        }
+        inflight = [each for each in self.loads if path in self.dispatcher.inflight(each)]
         for load_id in tuple(self.loads):
             self._close_window(self.loads[load_id], path)
         self._arrivals.drain()  # those that had landed before the fence
@@ -152,7 +150,7 @@ class DaemonLoads:
             return
         window.close()
         window.outstanding.clear()
-        self._routes.cancel(load, path, window.grant_ids)
+        self.routes.cancel(load, path, window.grant_ids)
 
     # Loads.
 
@@ -224,7 +222,7 @@ class DaemonLoads:
         for window in load.windows.values():
             window.close()
             landed = not window.outstanding
-            self._routes.cancel(load, window.path, window.grant_ids, landed=landed)
+            self.routes.cancel(load, window.path, window.grant_ids, landed=landed)
         self.dispatcher.remove_load(load.spec.load_id)
         del self.loads[load.spec.load_id]
         load.entry.on_gone.pop(load, None)
@@ -262,7 +260,7 @@ class DaemonLoads:
             if not self.daemon.up:
                 reason = f"daemon {self.daemon.address}: {self.daemon.link.reason}"
                 self.end(load, MissReason.UNAVAILABLE, reason, "daemon_unavailable")
-            elif not up & set(load.spec.paths or self.path_names):
+            elif not up & set(load.spec.paths or self.routes.names):
                 self.end(load, MissReason.UNAVAILABLE, "no path is up", "no_path")
 
     # Decisions.
@@ -295,7 +293,7 @@ class DaemonLoads:
             self._stalls[path] += 1
             if self._stalls[path] >= STALLS_MAX:
                 self._stalls[path] = 0
-                self._routes.renew(path, f"stalled {STALLS_MAX} times")
+                self.routes.renew(path, f"stalled {STALLS_MAX} times")
         for grant in self.dispatcher.overtaken(now):
             self._take_back(grant)
         for cut in self._cuts.due(self.loads, self.dispatcher.paths_of, self.views, now):
@@ -382,14 +380,14 @@ class DaemonLoads:
             target=message_of(armed.targets),
         )
         on_progress = partial(self._on_progress, window)
-        grant_id = self._routes.send(load, path, message, on_progress)
+        grant_id = self.routes.send(load, path, message, on_progress)
         window.grant_ids.add(grant_id)
         window.hungry = self.dispatcher.waiting(load.spec.load_id) > 0
 
     def _window(self, load: ActiveLoad, path: str) -> LoadWindow:
         window = load.windows.get(path)
         if window is None:
-            network = self._routes.network(load, path)
+            network = self.routes.network(load, path)
             window = load.windows[path] = LoadWindow(
                 load.spec.load_id, path, network, load.entry.region, load.span, self._arrivals
             )
@@ -442,7 +440,7 @@ class DaemonLoads:
 
     def _on_progress(self, window: LoadWindow, progress: common_pb2.GrantProgress) -> None:
         self._arrivals.drain()  # what landed before this message was sent
-        if window.path != DIRECT_PATH:
+        if window.path in self.routes.relays:
             self.report_queue(window.path, progress.queue_bytes)
         if progress.done:
             window.grant_ids.discard(progress.grant_id)
@@ -487,7 +485,8 @@ class DaemonLoads:
 
     def self_relay_lost(self) -> None:
         """Our own compute connection broke: what went through it goes again."""
-        self._lose(DIRECT_PATH, "path_lost")
+        for path in self.routes.direct:
+            self._lose(path, "path_lost")
         self.pump()
 
     def close(self) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.daemon_link import DaemonLink
+from dualpath.agent.load_routes import Delegate
 from dualpath.agent.outcome import MissReason
-from dualpath.agent.relay_link import RelayLink
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.errors import DeadlineExceeded, DualPathError, Unavailable
 from numpy.typing import NDArray
@@ -36,11 +36,13 @@ OnCut = Callable[[ActiveLoad, int, str, str], None]
 
 
 class LoadRefresh:
-    """See the module docstring. `relays` are by path. Belongs to the loop."""
+    """See the module docstring. `delegates` are by path. Belongs to the loop."""
 
-    def __init__(self, daemon: DaemonLink, relays: Mapping[str, RelayLink], lease_s: float) -> None:
+    def __init__(
+        self, daemon: DaemonLink, delegates: Mapping[str, Delegate], lease_s: float
+    ) -> None:
         self._daemon = daemon
-        self._relays = relays
+        self._delegates = delegates
         self._lease_s = lease_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._over: list[int] = []
@@ -49,17 +51,18 @@ class LoadRefresh:
         """Whether grants of this load may be sent on a path now."""
         if load.refreshing is not None or load.looking is not None:
             return False
-        relay = self._relays.get(path)
-        if relay is None:
+        delegate = self._delegates.get(path)
+        if delegate is None:
             return True
-        peer_id = relay.peer_id_at(self._daemon.address)
+        peer_id = delegate.peer_id_at(self._daemon.address)
         return bool(peer_id) and load.tickets.get(path, ("", b""))[0] == peer_id
 
     def delegate(
         self, load: ActiveLoad, paths: Collection[str], on_ready: OnReady, on_refused: OnRefused
     ) -> None:
         """Get tickets for those of `paths` that lack one; one call at a time a load."""
-        missing = [path for path in paths if path in self._relays and not self.ready(load, path)]
+        known = [path for path in paths if path in self._delegates]
+        missing = [path for path in known if not self.ready(load, path)]
         if missing and load.delegating is None and load.lease_id and load.refreshing is None:
             load.delegating = self._start(
                 self._delegate(load, missing, on_ready, on_refused), f"tickets {load.spec.load_id}"
@@ -69,7 +72,7 @@ class LoadRefresh:
         self, load: ActiveLoad, paths: list[str], on_ready: OnReady, on_refused: OnRefused
     ) -> None:
         address = self._daemon.address
-        peer_ids = {path: self._relays[path].peer_id_at(address) for path in paths}
+        peer_ids = {path: self._delegates[path].peer_id_at(address) for path in paths}
         away = [path for path, peer_id in peer_ids.items() if not peer_id]
         asked = {path: peer_id for path, peer_id in peer_ids.items() if peer_id}
         ttl_s = min(TICKET_S_MAX, load.spec.deadline_s)

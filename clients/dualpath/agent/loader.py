@@ -169,7 +169,7 @@ class Loader:
             raise InvalidRequest(
                 f"deadline_s {spec.deadline_s} is over {self._config.deadline_s_max}; ask for less"
             )
-        known = next(iter(self._loads.values())).path_names if self._loads else ()
+        known = next(iter(self._loads.values())).routes.names if self._loads else ()
         for path in spec.paths:
             if path not in known:
                 raise InvalidRequest(

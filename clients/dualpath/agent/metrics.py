@@ -47,7 +47,7 @@ def snapshot_of(agent: Agent) -> AgentSnapshot:
     for network in storage:
         received.update(network.received_by_peer())
         sent.update(network.sent_by_peer())
-    paths = {name for loads in agent.loads.values() for name in loads.path_names}
+    paths = {name for loads in agent.loads.values() for name in loads.routes.names}
     return AgentSnapshot(
         stats=agent.stats(),
         requested_blocks=loader.requested_blocks,

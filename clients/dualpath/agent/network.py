@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from dualpath.agent.mailbox import Mailbox
+from dualpath.transfer.affinity import near, node_of, node_towards
 from dualpath.transfer.transport import OnPeerLost, Transport
 
 _SERIAL = re.compile(r"[#@]\d+$")
@@ -24,9 +25,17 @@ MakeTransport = Callable[[str, OnPeerLost], Transport]
 
 
 class Network:
-    """See the module docstring. All methods belong to the loop."""
+    """See the module docstring. All methods belong to the loop. `devices` are those that it is
+    bound to, if it is: its threads run near them."""
 
-    def __init__(self, name: str, make: MakeTransport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: MakeTransport,
+        loop: asyncio.AbstractEventLoop,
+        devices: frozenset[str] = frozenset(),
+    ) -> None:
+        self._devices = devices
         self._lost: Mailbox[tuple[str, str]] = Mailbox(loop, self._on_lost)
         self._watchers: dict[str, Callable[[str], None]] = {}
         self._loop = loop
@@ -39,7 +48,9 @@ class Network:
         """Dial without blocking the loop. Raises Unavailable, DeadlineExceeded, ..."""
 
         def dial() -> None:
-            self.transport.connect(peer, address, invitation, deadline_s=deadline_s)
+            node = node_of(self._devices) if self._devices else node_towards(address)
+            with near(node):
+                self.transport.connect(peer, address, invitation, deadline_s=deadline_s)
 
         await self._loop.run_in_executor(None, dial)
 

@@ -27,6 +27,7 @@ from dualpath.agent.holdings import Holdings
 from dualpath.agent.known_chunks import names_of
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
+from dualpath.agent.rail_reads import RailReads
 from dualpath.agent.relay_job import (
     FAILURE_OF_STATUS,
     REASON_OF_FAILURE,
@@ -47,7 +48,6 @@ from dualpath.proto.v1 import agent_pb2, common_pb2
 from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
 from dualpath.transfer.lane import Lane
-from dualpath.transfer.rates import RateEstimate
 from dualpath.transfer.region import RegionDescriptor
 from dualpath.transfer.transport import Completion, Write
 
@@ -88,16 +88,13 @@ class Relay:
         self.served_bytes = 0
         """and forwarded from there without a storage read."""
         self.relayed_chunks = 0
-        self.read_bytes = 0
-        """Bytes that wait for the storage link or are in flight on it."""
         self.events: Counter[str] = Counter()
         self._on_queue = on_queue
         self._compute = compute
         self._loop = loop
         self._credit = credit or CreditConfig()
-        self._rate = RateEstimate()
-        self._reading_bytes = 0
-        self._requesters: dict[str, Requester] = {}
+        self._reads = {0: RailReads()}  # by storage link
+        self._requesters: dict[tuple[str, int], Requester] = {}  # by peer and storage link
         self._turns = RelayTurns(staging, holdings, self._credit)
         self._serving = RelayServing()
         self._upstream = RelayUpstream(staging, holdings, self._forward)
@@ -109,12 +106,13 @@ class Relay:
 
     # Requesters.
 
-    def open(self, name: str, peer: str) -> Requester:
-        """Begin to serve a requester. Raises Overloaded over the limit."""
+    def open(self, name: str, peer: str, rail: int = 0) -> Requester:
+        """Begin to serve a requester, by storage link `rail`. Raises Overloaded over the limit."""
         if len(self._requesters) >= REQUESTERS_MAX:
             raise Overloaded(f"{REQUESTERS_MAX} agents are attached already", retry_after_s=5.0)
-        assert peer not in self._requesters
-        requester = self._requesters[peer] = Requester(name, peer)
+        assert (peer, rail) not in self._requesters
+        self._reads.setdefault(rail, RailReads())
+        requester = self._requesters[peer, rail] = Requester(name, peer, rail)
         return requester
 
     def close(self, requester: Requester) -> None:
@@ -123,7 +121,7 @@ class Relay:
             return
         requester.closed = True
         self.cancel(requester, tuple(requester.grants))
-        self._requesters.pop(requester.peer, None)
+        self._requesters.pop((requester.peer, requester.rail), None)
 
     # Grants.
 
@@ -178,7 +176,7 @@ class Relay:
                 continue
             requester.queue.append(chunk)
             requester.waiting_bytes += target.nbytes
-            self.read_bytes += target.nbytes
+            self._reads[requester.rail].read_bytes += target.nbytes
         if record.held_bytes:
             self._to_report(record)
         self._turns.add(requester)
@@ -218,13 +216,24 @@ class Relay:
             self.close(requester)
         self._upstream.close()
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that wait for the storage links or are in flight on them."""
+        return sum(reads.read_bytes for reads in self._reads.values())
+
+    def read_bytes_by(self, rail: int) -> int:
+        """The same of one storage link."""
+        return self._reads[rail].read_bytes if rail in self._reads else 0
+
     def read_rate_bytes_per_s(self) -> float:
-        """What the storage link last carried for requesters; 0 while unknown."""
-        return self._rate.bytes_per_s(self._loop.time())
+        """What the storage links last carried for requesters; 0 while unknown."""
+        now = self._loop.time()
+        return sum(reads.rate.bytes_per_s(now) for reads in self._reads.values())
 
     def others_read_bytes(self, requester: Requester) -> int:
-        """Bytes that wait here for the storage link on behalf of everybody else."""
-        return self.read_bytes - requester.waiting_bytes - requester.reading_bytes
+        """Bytes that wait here for the requester's storage link on behalf of everybody else."""
+        others = self._reads[requester.rail].read_bytes
+        return others - requester.waiting_bytes - requester.reading_bytes
 
     # Serving what is held.
 
@@ -257,17 +266,21 @@ class Relay:
         while (chunk := self._serving.next()) is not None:
             self._write(chunk)
         now = self._loop.time()
-        window = self._credit.window_bytes(self._rate.bytes_per_s(self._loop.time()))
+        for rail, reads in self._reads.items():
+            self._pump_rail(rail, reads, now)
+
+    def _pump_rail(self, rail: int, reads: RailReads, now: float) -> None:
+        window = self._credit.window_bytes(reads.rate.bytes_per_s(now))
         batch = self._credit.batch_bytes(window)
         # Wait for a worthwhile batch, so that there is no message a chunk.
-        if self._reading_bytes and window - self._reading_bytes < batch:
+        if reads.reading_bytes and window - reads.reading_bytes < batch:
             return
         batches: dict[tuple[str, int, bytes, Lane, bool], list[RelayChunk]] = {}
-        while (chunk := self._turns.next(self._reading_bytes, window, now)) is not None:
-            self._reading_bytes += chunk.target.nbytes
+        while (chunk := self._turns.next(reads.reading_bytes, window, now, rail)) is not None:
+            reads.reading_bytes += chunk.target.nbytes
             source = chunk.grant.source
             key = (
-                source.daemon.address,
+                source.daemon.key,
                 source.lease_id,
                 source.ticket,
                 chunk.grant.lane,
@@ -278,7 +291,7 @@ class Relay:
             self._read(chunks, now)
 
     def _read(self, chunks: list[RelayChunk], now: float) -> None:
-        self._rate.begin(now)
+        self._reads[chunks[0].grant.requester.rail].rate.begin(now)
         daemon = chunks[0].grant.source.daemon
         try:
             self._upstream.read(chunks, now, partial(self._on_read_progress, daemon))
@@ -340,14 +353,16 @@ class Relay:
         for chunk in chunks:
             self._upstream.landed(chunk)
             if chunk.stage is Stage.READING:
-                self._no_longer_reading(chunk)
-                self._rate.landed(chunk.target.nbytes, now)
+                requester = chunk.grant.requester
+                requester.reading_bytes -= chunk.target.nbytes
+                self._reads[requester.rail].landed(chunk.target.nbytes, now)
                 chunk.stage = Stage.FORWARDING
                 if chunk.held is not None and chunk.intact:
                     self.holdings.filled(chunk.held)
                     self.retained_bytes += chunk.target.nbytes
-        if not self._reading_bytes:
-            self._rate.end()
+        for reads in self._reads.values():
+            if not reads.reading_bytes:
+                reads.rate.end()
         self._queue_changed()
         self._pump()
 
@@ -382,7 +397,7 @@ class Relay:
                 requester.queue = deque(c for c in requester.queue if not chosen(c))
             for chunk in waiting:
                 requester.waiting_bytes -= chunk.target.nbytes
-                self.read_bytes -= chunk.target.nbytes
+                self._reads[requester.rail].read_bytes -= chunk.target.nbytes
                 self._fail(chunk, failure, detail)
             held = [chunk for chunk in requester.held_queue if chosen(chunk)]
             if held:
@@ -395,10 +410,9 @@ class Relay:
         self._queue_changed()
 
     def _no_longer_reading(self, chunk: RelayChunk) -> None:
-        nbytes = chunk.target.nbytes
-        chunk.grant.requester.reading_bytes -= nbytes
-        self._reading_bytes -= nbytes
-        self.read_bytes -= nbytes
+        requester = chunk.grant.requester
+        requester.reading_bytes -= chunk.target.nbytes
+        self._reads[requester.rail].over(chunk.target.nbytes)
 
     def _end(self, chunk: RelayChunk, failure: ChunkFailure | None, detail: str) -> None:
         assert chunk.stage is not Stage.OVER, "a chunk ended twice"

@@ -107,6 +107,8 @@ class Requester:
 
     name: str
     peer: str
+    rail: int = 0
+    """By which of this node's storage links its chunks are read."""
     queue: deque[RelayChunk] = field(default_factory=deque)
     grants: dict[int, RelayGrant] = field(default_factory=dict)
     waiting_bytes: int = 0

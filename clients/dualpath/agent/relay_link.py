@@ -38,10 +38,16 @@ class RelayLink:
         tls: Tls = NO_TLS,
         timeout_s: float,
         pause_s_max: float,
+        rail: int = 0,
     ) -> None:
         if not daemons:
             raise InvalidRequest("a relay needs a daemon to read from: configure one")
         self.name = relay.name
+        self.address = relay
+        self.rail = rail
+        """By which of the relay's storage links it reads for us here."""
+        self.rails = 1
+        """How many it has, as far as it has said."""
         self.holds = False
         """Whether it keeps chunks, and is to be told what those of a grant are."""
         self._daemons = tuple(daemons)
@@ -51,7 +57,7 @@ class RelayLink:
         self._peer_ids: dict[str, str] = {}
         self._stub: Any = None
         self.link: SteadyLink[agent_pb2.RelayRequest, agent_pb2.RelayResponse] = SteadyLink(
-            f"relay {relay.name}",
+            f"relay {relay.name}:{rail}" if rail else f"relay {relay.name}",
             relay.address,
             self,
             networks,
@@ -60,6 +66,7 @@ class RelayLink:
             tls=tls,
             timeout_s=timeout_s,
             pause_s_max=pause_s_max,
+            rail=rail,
         )
 
     def peer_id_at(self, daemon: str) -> str:
@@ -94,6 +101,7 @@ class RelayLink:
         """Note the relay's attachment at the first daemon."""
         self._peer_ids = {first.daemon or self._daemons[0]: first.daemon_peer_id}
         self.holds = first.holds
+        self.rails = max(self.rails, first.rails)
 
     def on_up(self) -> None:
         """Ask for the other daemons and tell the owner."""
@@ -105,6 +113,7 @@ class RelayLink:
         """Progress of grants, or news of a daemon."""
         if response.daemon:
             self._peer_ids[response.daemon] = response.daemon_peer_id
+            self.rails = max(self.rails, response.rails)
             self._on_change(self)
         for progress in response.progress:
             self._on_queue(self, progress.queue_bytes)

@@ -24,23 +24,26 @@ class RelayTurns:
         self._staging = staging
         self._holdings = holdings
         self._credit = credit
-        self._ring: deque[Requester] = deque()
+        self._rings: dict[int, deque[Requester]] = {}  # by storage link
 
     def add(self, requester: Requester) -> None:
         """It has something in its queue."""
         if not requester.in_turns:
             requester.in_turns = True
-            self._ring.append(requester)
+            self._rings.setdefault(requester.rail, deque()).append(requester)
 
-    def next(self, reading_bytes: int, window_bytes: int, now: float) -> RelayChunk | None:
+    def next(
+        self, reading_bytes: int, window_bytes: int, now: float, rail: int = 0
+    ) -> RelayChunk | None:
         """Take the chunk that is read next, with its slot, or None if nothing may start now.
 
-        `reading_bytes` are in flight on the storage link, `window_bytes` may be.
+        `reading_bytes` are in flight on the storage link `rail`, `window_bytes` may be.
         """
-        for _ in range(len(self._ring)):
-            requester = self._ring[0]
+        ring = self._rings.get(rail, deque())
+        for _ in range(len(ring)):
+            requester = ring[0]
             if not requester.queue:
-                self._ring.popleft()
+                ring.popleft()
                 requester.in_turns = False
                 continue
             nbytes = requester.queue[0].target.nbytes
@@ -48,14 +51,14 @@ class RelayTurns:
                 return None
             if not self._retain(requester.queue[0], now):
                 if requester.staged_bytes and requester.staged_bytes + nbytes > self._share():
-                    self._ring.rotate(-1)
+                    ring.rotate(-1)
                     continue
                 slot = self._staging.take(nbytes)
                 if slot is None:
                     return None
                 requester.queue[0].slot = slot
                 requester.staged_bytes += nbytes
-            self._ring.rotate(-1)
+            ring.rotate(-1)
             chunk = requester.queue.popleft()
             requester.waiting_bytes -= nbytes
             requester.reading_bytes += nbytes
@@ -86,4 +89,5 @@ class RelayTurns:
         return chunk.held is not None
 
     def _share(self) -> int:
-        return self._staging.capacity_bytes // (1 + max(1, len(self._ring)))
+        waiting = sum(map(len, self._rings.values()))
+        return self._staging.capacity_bytes // (1 + max(1, waiting))

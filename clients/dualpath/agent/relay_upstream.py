@@ -96,7 +96,7 @@ class RelayUpstream:
 
     def asked(self, daemon: DaemonLink, tag: int) -> RelayChunk | None:
         """What is being read under a tag of ours."""
-        upstream = self._by_daemon.get(daemon.address)
+        upstream = self._by_daemon.get(daemon.key)
         return None if upstream is None else upstream.reading.get(tag)
 
     def reading(self) -> Iterator[RelayChunk]:
@@ -106,13 +106,13 @@ class RelayUpstream:
 
     def landed(self, chunk: RelayChunk) -> None:
         """Forget a chunk that `on_arrival` told of."""
-        upstream = self._by_daemon.get(chunk.grant.source.daemon.address)
+        upstream = self._by_daemon.get(chunk.grant.source.daemon.key)
         if upstream is not None:
             upstream.reading.pop(chunk.upstream_tag, None)
 
     def withdraw(self, chunk: RelayChunk) -> bool:
         """Let a chunk land no more; False if it has landed."""
-        upstream = self._by_daemon.get(chunk.grant.source.daemon.address)
+        upstream = self._by_daemon.get(chunk.grant.source.daemon.key)
         if chunk.armed:
             assert upstream is not None
             assert upstream.network is not None
@@ -127,7 +127,7 @@ class RelayUpstream:
 
     def daemon_lost(self, daemon: DaemonLink) -> None:
         """Nothing is heard of its grants any more."""
-        upstream = self._by_daemon.get(daemon.address)
+        upstream = self._by_daemon.get(daemon.key)
         if upstream is not None:
             upstream.grant_ids.clear()
 
@@ -138,7 +138,7 @@ class RelayUpstream:
         self._by_daemon.clear()
 
     def _of(self, daemon: DaemonLink) -> _Upstream:
-        upstream = self._by_daemon.setdefault(daemon.address, _Upstream(daemon))
+        upstream = self._by_daemon.setdefault(daemon.key, _Upstream(daemon))
         network = daemon.link.network
         if network is None:
             raise DualPathError(f"daemon {daemon.address} is away", reason="peer_lost")

@@ -37,7 +37,8 @@ class SelfRelay:
         self._data_listen = data_listen
         self._on_lost = on_lost
         self._timeout_s = timeout_s
-        self._requester: Requester | None = None
+        self._reader = ""
+        self._requesters: dict[int, Requester] = {}  # by storage link
         self._lock = asyncio.Lock()
         self._serial = itertools.count(1)
         self._grant_ids = itertools.count(1)
@@ -45,17 +46,17 @@ class SelfRelay:
     @property
     def up(self) -> bool:
         """Whether grants can be submitted."""
-        return self._requester is not None
+        return bool(self._reader)
 
     @property
     def peer(self) -> str:
         """The name by which this agent writes to itself, "" while it is not connected."""
-        return "" if self._requester is None else self._requester.peer
+        return self._reader
 
     async def ensure(self) -> None:
         """Connect to ourselves, if we are not. Raises Unavailable, DeadlineExceeded, ..."""
         async with self._lock:
-            if self._requester is not None:
+            if self._reader:
                 return
             transport = self._compute.transport
             address = transport.address or transport.listen(self._data_listen)
@@ -64,7 +65,8 @@ class SelfRelay:
             invitation = transport.invite(reader)
             self._compute.watch(writer, self._lost)
             await self._compute.connect(writer, address, invitation, deadline_s=self._timeout_s)
-            self._requester = self._relay.open("self", reader)
+            self._requesters = {0: self._relay.open("self", reader)}
+            self._reader = reader
 
     def submit(
         self,
@@ -72,27 +74,40 @@ class SelfRelay:
         lease_id: int,
         grant: common_pb2.ChunkGrant,
         on_progress: OnProgress,
+        *,
+        ticket: bytes = b"",
     ) -> int:
-        """Relay chunks of our own lease to ourselves; returns the grant's id. Raises PathDown."""
-        if self._requester is None:
+        """Relay chunks of our own lease to ourselves, of one that was delegated to the link that
+        `daemon` is reached by if there is a `ticket`; returns the grant's id. Raises PathDown,
+        Overloaded."""
+        if not self._reader:
             raise PathDown("the agent's own compute connection is down")
+        requester = self._requesters.get(daemon.rail)
+        if requester is None:
+            requester = self._relay.open("self", self._reader, daemon.rail)
+            self._requesters[daemon.rail] = requester
         grant.grant_id = next(self._grant_ids)
-        self._relay.submit(self._requester, Source(daemon, lease_id), grant, on_progress)
+        self._relay.submit(requester, Source(daemon, lease_id, ticket), grant, on_progress)
         return grant.grant_id
 
     def cancel(self, grant_ids: Iterable[int]) -> None:
         """Drop what nobody wants any more."""
-        if self._requester is not None:
-            self._relay.cancel(self._requester, grant_ids)
+        wanted = tuple(grant_ids)
+        for requester in self._requesters.values():
+            self._relay.cancel(requester, wanted)
 
-    def own_read_bytes(self) -> int:
-        """Bytes of our own loads that wait at the storage link, through the relay."""
-        if self._requester is None:
-            return 0
-        return self._requester.waiting_bytes + self._requester.reading_bytes
+    def own_read_bytes(self, rail: int | None = None) -> int:
+        """Bytes of our own loads that wait at a storage link, at all of them without `rail`,
+        through the relay."""
+        return sum(
+            requester.waiting_bytes + requester.reading_bytes
+            for requester in self._requesters.values()
+            if rail in (None, requester.rail)
+        )
 
     def _lost(self, reason: str) -> None:
-        requester, self._requester = self._requester, None
-        if requester is not None:
+        requesters, self._requesters, self._reader = self._requesters, {}, ""
+        for requester in requesters.values():
             self._relay.close(requester)
+        if requesters:
             self._on_lost(reason)

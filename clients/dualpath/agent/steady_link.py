@@ -14,7 +14,8 @@ import enum
 import logging
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -87,8 +88,19 @@ class Dialect(Protocol[RequestT_co, ResponseT_contra]):
         """The session was lost after `on_up`; nothing that was asked for will be answered."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the other side can be reached: its control address, our networks by the name of their
+    transport, in order of preference, and the number of its rail that they lead to."""
+
+    target: str
+    networks: Mapping[str, Network]
+    rail: int = 0
+
+
 class SteadyLink(Generic[RequestT, ResponseT]):
-    """See the module docstring. `networks` are by transport name, in order of preference."""
+    """See the module docstring. Each new attempt goes by the next of its ways, of which there is
+    one, to `target`, unless `set_ways` has told of more."""
 
     def __init__(
         self,
@@ -102,9 +114,11 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         tls: Tls = NO_TLS,
         timeout_s: float,
         pause_s_max: float,
+        rail: int = 0,
     ) -> None:
         self.label = label
-        self.target = target
+        self.at = 0
+        """By which of its ways it goes, or was tried last."""
         self.peer = ""
         """Name of the other side in `network`, while up."""
         self.network: Network | None = None
@@ -115,7 +129,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         self.metadata = metadata_of(token)
         self._tls = tls
         self._dialect = dialect
-        self._networks = dict(networks)
+        self._ways: Sequence[Way] = (Way(target, networks, rail),)
         self._name = name
         self._timeout_s = timeout_s
         self._pause_s_max = pause_s_max
@@ -148,6 +162,11 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._risen.wait(), timeout_s)
         return self.up
+
+    def set_ways(self, ways: Sequence[Way]) -> None:
+        """What there is from the next attempt on, in the order in which they are tried."""
+        assert ways
+        self._ways = tuple(ways)
 
     @property
     def up(self) -> bool:
@@ -195,6 +214,7 @@ class SteadyLink(Generic[RequestT, ResponseT]):
             except Exception:  # the loop must go on: the next attempt may succeed
                 log.exception("link to %s failed", self.label)
                 self._note("internal error")
+            self.at = (self.at + 1) % len(self._ways)
             if was_up:
                 self._begin_attempt()
                 pause_s = PAUSE_S_MIN
@@ -221,22 +241,26 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         self._lost.clear()
         self._loss = ""
         peer = f"{self.label}#{self._attempt}"
+        self.at %= len(self._ways)
+        way = self._ways[self.at]
         stack = contextlib.AsyncExitStack()
         async with stack:
-            channel = open_channel(self.target, self._tls)
+            channel = open_channel(way.target, self._tls)
             stack.push_async_callback(_closed, channel)
             self._dialect.bind(channel)
             with translated(f"attach to {self.label}"):
                 attached = await self._dialect.attach(
-                    common_pb2.AttachRequest(name=self._name, transports=list(self._networks)),
+                    common_pb2.AttachRequest(
+                        name=self._name, transports=list(way.networks), rail=way.rail
+                    ),
                     timeout=self._timeout_s,
                     metadata=self.metadata,
                 )
-            network = self._networks.get(attached.transport)
+            network = way.networks.get(attached.transport)
             if network is None:
                 raise Unavailable(
                     f"{self.label} chose transport {attached.transport!r}; "
-                    f"known are {', '.join(self._networks)}"
+                    f"known are {', '.join(way.networks)}"
                 )
             network.watch(peer, lambda reason: self.lose(f"data connection: {reason}"))
             stack.callback(network.forget, peer)

@@ -1,19 +1,21 @@
-"""`dualpath doctor --topology`: network devices, disks and RDMA devices of this machine, and which
-of them lead where.
+"""`dualpath doctor --topology`: network devices, disks, RDMA devices and GPUs of this machine, what
+leads where, and what is near what.
 
 Owns the reading and the printing; says of addresses that are reached by the same device that a
-relay behind one adds nothing to direct loads from the other.
+relay behind one adds nothing to direct loads from the other, and of one that lies in the network of
+several devices that agents stripe over them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
+from dualpath.cli.gpu_place import Gpu, closeness, gpus
 from dualpath.cli.sizes import format_rate
-from dualpath.transfer.nics import Nic, devices_towards, nics
+from dualpath.transfer.nics import Nic, devices_towards, nics, on_link
 
 SYS_BLOCK = Path("/sys/block")
 SYS_RDMA = Path("/sys/class/infiniband")
@@ -37,6 +39,9 @@ class Topology:
     disks: tuple[Placed, ...]
     rdma: tuple[Placed, ...]
     routes: dict[str, tuple[str, ...]]
+    gpus: tuple[Gpu, ...] = ()
+    striped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Devices in whose own network an asked address lies, if they are several."""
 
     @staticmethod
     def of_machine(towards: Sequence[str]) -> Topology:
@@ -47,6 +52,12 @@ class Topology:
             _placed(SYS_BLOCK, "nvme*"),
             _placed(SYS_RDMA, "*"),
             {address: tuple(sorted(devices_towards(address))) for address in towards},
+            gpus(),
+            {
+                address: tuple(sorted(found))
+                for address in towards
+                if len(found := on_link(address.rpartition(":")[0])) > 1
+            },
         )
 
     @property
@@ -78,6 +89,17 @@ class Topology:
             "rdma": [{"name": each.name, "numa_node": each.numa_node} for each in self.rdma],
             "routes": {address: list(names) for address, names in self.routes.items()},
             "shared": [list(pair) for pair in self.shared],
+            "striped": {address: list(names) for address, names in self.striped.items()},
+            "gpus": [
+                {
+                    "device": gpu.device,
+                    "numa_node": gpu.numa_node,
+                    "nics": {
+                        nic.name: closeness(gpu, nic.bus_path, nic.numa_node) for nic in self.nics
+                    },
+                }
+                for gpu in self.gpus
+            ],
         }
 
     def lines(self) -> list[str]:
@@ -86,6 +108,14 @@ class Topology:
         found += [_nic_line(nic) for nic in self.nics]
         for kind, devices in (("disk", self.disks), ("RDMA", self.rdma)):
             found += [f"  {each.name:16} {kind}, {_node(each.numa_node)}" for each in devices]
+        found += [self._gpu_line(gpu) for gpu in self.gpus]
+        if len(self.nodes) < 2:
+            found.append(f"  {'placement':16} one NUMA node: threads and staging need no place")
+        for address, names in self.striped.items():
+            found.append(
+                f"  {address:16} is in the network of {', '.join(names)}: agents stripe over them, "
+                "unless `storage-addresses` says otherwise"
+            )
         for address, names in self.routes.items():
             by = ", ".join(names) or "no device: it is this machine, or not an IP address"
             found.append(f"  {address:16} is reached by {by}")
@@ -95,6 +125,15 @@ class Topology:
                 "loads from the other, and a split goes direct"
             )
         return found
+
+    def _gpu_line(self, gpu: Gpu) -> str:
+        near = [
+            f"{nic.name} {closeness(gpu, nic.bus_path, nic.numa_node)}"
+            for nic in self.nics
+            if nic.bus_path
+        ]
+        nearness = "; ".join(near) or "no network device on the bus"
+        return f"  {gpu.device:16} GPU, {_node(gpu.numa_node)}, {nearness}"
 
 
 def _nic_line(nic: Nic) -> str:

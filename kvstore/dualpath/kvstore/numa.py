@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dualpath.transfer.affinity import parse_processors
 from dualpath.transfer.errors import InvalidRequest
 
 try:
@@ -61,11 +62,6 @@ def bind(view: memoryview, wanted: int, *, root: Path = _NODES) -> str:
 def _numbers(path: Path) -> set[int]:
     """The numbers of a kernel list such as `0-3,8`."""
     try:
-        parts = path.read_text().strip().split(",")
+        return set(parse_processors(path.read_text()))
     except OSError:
         return set()
-    numbers: set[int] = set()
-    for part in filter(None, parts):
-        first, _, last = part.partition("-")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return numbers

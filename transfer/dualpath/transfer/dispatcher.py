@@ -407,7 +407,7 @@ class Dispatcher:
         """Paths came or went: place anew the loads that this concerns."""
         for load in self._loads.values():
             if load.policy.fixed:
-                if load.paths and self._paths[load.paths[0]].up:
+                if any(self._paths[name].up for name in load.paths):
                     self._settle(load)  # a new path may take what has failed
                     continue
                 views = self._paths.views(load.hint, self._now)

@@ -13,7 +13,7 @@ import fcntl
 import ipaddress
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ _IFREQ_BYTES = 40
 _IFREQS_MAX = 1024
 _DEPTH_MAX = 8
 _PORT = 9  # any: nothing is sent
+_ROUTES = Path("/proc/net/route")
+_RTF_UP, _RTF_UP_GATEWAY = 1, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Nic:
     numa_node: int
     device: str
     up: bool
+    bus_path: tuple[str, ...] = ()
+    """The bridges of the bus from the root down to it."""
 
 
 def nics(sys_net: Path = SYS_NET) -> tuple[Nic, ...]:
@@ -49,6 +53,42 @@ def nics(sys_net: Path = SYS_NET) -> tuple[Nic, ...]:
     except OSError:
         names = sorted(name for name in by_name if name != "lo")
     return tuple(_nic(sys_net / name, tuple(sorted(by_name.get(name, ())))) for name in names)
+
+
+def device_of(host: str) -> str:
+    """Name of the device that has this address, "" for loopback, and if none has."""
+    name = _addresses().get(host, "")
+    return "" if name == "lo" else name
+
+
+def below(device: str, sys_net: Path = SYS_NET) -> frozenset[str]:
+    """The devices that carry this one, itself if nothing does."""
+    return _below(sys_net / device)
+
+
+def node_of_devices(devices: Iterable[str], sys_net: Path = SYS_NET) -> set[int]:
+    """NUMA nodes of what carries these devices, -1 among them if the machine does not say."""
+    lowest = {each for device in devices for each in _below(sys_net / device)}
+    return {_number(sys_net / each / "device" / "numa_node", -1) for each in lowest}
+
+
+def on_link(host: str, routes: str | None = None) -> frozenset[str]:
+    """Names of the devices whose own network an IPv4 address is in, so that they reach it without
+    a gateway. `routes`: text in the form of /proc/net/route, which is read without."""
+    try:
+        wanted = int(ipaddress.IPv4Address(host))
+    except ValueError:
+        return frozenset()
+    found = set()
+    for line in (_text(_ROUTES) if routes is None else routes).splitlines()[1:]:
+        fields = line.split()
+        if len(fields) < 8 or int(fields[3], 16) & _RTF_UP_GATEWAY != _RTF_UP:
+            continue
+        # In the byte order of the machine.
+        network, mask = (socket.ntohl(int(fields[at], 16)) for at in (1, 7))
+        if mask and wanted & mask == network:
+            found.add(fields[0])
+    return frozenset(found)
 
 
 def devices_towards(address: str, sys_net: Path = SYS_NET) -> frozenset[str]:
@@ -83,7 +123,15 @@ def _nic(path: Path, addresses: tuple[str, ...]) -> Nic:
         numa_node=_number(device / "numa_node", -1),
         device=device.resolve().name if device.exists() else "",
         up=_text(path / "operstate") in ("up", "unknown"),
+        bus_path=bus_path(device) if device.exists() else (),
     )
+
+
+def bus_path(device: Path) -> tuple[str, ...]:
+    """From the root complex down to a device of the PCI bus; () for one of no PCI bus."""
+    parts = device.resolve().parts
+    roots = [index for index, part in enumerate(parts) if part.startswith("pci")]
+    return parts[roots[0] :] if roots else ()
 
 
 def _below(path: Path, depth: int = 0) -> frozenset[str]:

@@ -22,9 +22,21 @@ DIRECT_PATH = "direct"
 RELAY_PREFIX = "relay:"
 
 
-def relay_path(agent: str) -> str:
-    """Name of the path through the agent `agent`."""
-    return RELAY_PREFIX + agent
+def direct_path(rail: str) -> str:
+    """Name of the path by a further storage link of the loading node, "" for the first."""
+    return f"{DIRECT_PATH}:{rail}" if rail else DIRECT_PATH
+
+
+def relay_path(agent: str, rail: int = 0) -> str:
+    """Name of the path through the agent `agent`, by its link number `rail`."""
+    return f"{RELAY_PREFIX}{agent}:{rail}" if rail else RELAY_PREFIX + agent
+
+
+def relay_of(path: str) -> str:
+    """The agent that a path goes through, "" for a direct one."""
+    if not path.startswith(RELAY_PREFIX):
+        return ""
+    return path.removeprefix(RELAY_PREFIX).partition(":")[0]
 
 
 class PathKind(enum.Enum):
@@ -101,9 +113,9 @@ class RoundRobinPolicy:
     fixed = True
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
-        """The path whose turn it is."""
-        up = [path.name for path in paths if path.up]
-        return (up[load.turn % len(up)],) if up else ()
+        """The node whose turn it is, by all of its links."""
+        nodes = _nodes(paths)
+        return _names(nodes[load.turn % len(nodes)]) if nodes else ()
 
 
 class ShorterQueuePolicy:
@@ -117,17 +129,17 @@ class ShorterQueuePolicy:
     fixed = True
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
-        """The single path with the shorter queue."""
-        direct = [path for path in paths if path.up and path.kind is PathKind.DIRECT]
-        relays = [path for path in paths if path.up and path.kind is PathKind.RELAY]
+        """The node with the shorter queue, by all of its links."""
+        nodes = _nodes(paths)
+        direct = [node for node in nodes if node[0].kind is PathKind.DIRECT]
+        relays = [node for node in nodes if node[0].kind is PathKind.RELAY]
         if load.decode_peer:
-            own = relay_path(load.decode_peer)
-            relays = [path for path in relays if path.name == own] or relays
+            relays = [
+                node for node in relays if relay_of(node[0].name) == load.decode_peer
+            ] or relays
         candidates = [*direct, *relays]
-        if not candidates:
-            return ()
         # min() keeps the first of equals: direct comes first, then the order of registration.
-        return (min(candidates, key=lambda path: path.queue_bytes).name,)
+        return _names(min(candidates, key=_queue_bytes)) if candidates else ()
 
 
 class SplitPolicy:
@@ -139,22 +151,49 @@ class SplitPolicy:
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
         """All up paths, direct first; spare ones only in place of a direct path that is down."""
-        direct = [path.name for path in paths if path.up and path.kind is PathKind.DIRECT]
+        nodes = _nodes(paths)
+        direct = [node for node in nodes if node[0].kind is PathKind.DIRECT]
         relays = [
-            path.name
-            for path in paths
-            if path.up and path.kind is PathKind.RELAY and not (path.spare and direct)
+            path
+            for node in nodes
+            for path in node
+            if path.kind is PathKind.RELAY and not (path.spare and direct)
         ]
-        return (*direct, *relays)
+        return (*(name for node in direct for name in _names(node)), *_names(relays))
 
 
 def fallback_path(paths: Sequence[PathView]) -> tuple[str, ...]:
-    """Direct if it is up, else the up path with the shortest queue, else ()."""
-    up = [path for path in paths if path.up]
-    if not up:
+    """Direct if it is up, else the node with the shortest queue, by all of its links, else ()."""
+    nodes = _nodes(paths)
+    if not nodes:
         return ()
-    best = min(up, key=lambda path: (path.kind is not PathKind.DIRECT, path.queue_bytes))
-    return (best.name,)
+    return _names(
+        min(nodes, key=lambda node: (node[0].kind is not PathKind.DIRECT, _queue_bytes(node)))
+    )
+
+
+def _nodes(paths: Sequence[PathView]) -> list[list[PathView]]:
+    """The up paths by the node through whose storage links they go, in the order of registration.
+    Of direct ones, none that is spare beside another."""
+    nodes: dict[tuple[PathKind, str], list[PathView]] = {}
+    for path in paths:
+        if path.up:
+            relay = path.kind is PathKind.RELAY
+            key = path.kind, (relay_of(path.name) or path.name) if relay else ""
+            nodes.setdefault(key, []).append(path)
+    for (kind, _), found in nodes.items():
+        alone = [path for path in found if not path.spare]
+        if kind is PathKind.DIRECT and alone:
+            found[:] = alone
+    return list(nodes.values())
+
+
+def _names(paths: Sequence[PathView]) -> tuple[str, ...]:
+    return tuple(path.name for path in paths)
+
+
+def _queue_bytes(paths: Sequence[PathView]) -> int:
+    return sum(path.queue_bytes for path in paths)
 
 
 _POLICIES: dict[str, PlacementPolicy] = {

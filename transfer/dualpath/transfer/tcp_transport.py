@@ -55,7 +55,8 @@ class TcpConfig:
     `queue_bytes_max` bounds the bytes without a completion of one peer. `marks` are the DSCP of
     the lanes; a peer gets a stream for each different one. `unsent_bytes_max` bounds what waits in
     the kernel unsent (0: as much as fits), and with it what an urgent write waits for; few bytes
-    stay in the caches.
+    stay in the caches. What is dialled leaves from the address `local_host` of this machine ("":
+    what the kernel chooses) and by its device `local_device` ("": what routes say).
     """
 
     receive_bytes_per_s: float = 0
@@ -68,6 +69,8 @@ class TcpConfig:
     connections_max: int = 256
     marks: LaneMarks = field(default_factory=LaneMarks)
     unsent_bytes_max: int = 256 << 10
+    local_host: str = ""
+    local_device: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.fragment_bytes <= FRAGMENT_BYTES_MAX:
@@ -129,6 +132,7 @@ class TcpTransport(StreamTransport):
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             self._size_buffers(sock)
+            bind_locally(sock, self._config.local_host, self._config.local_device)
             sock.settimeout(seconds_left(deadline))
             sock.connect((host, port))
         except BaseException:
@@ -190,6 +194,15 @@ class TcpTransport(StreamTransport):
             sock.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._config.congestion.encode()
             )
+
+
+def bind_locally(sock: socket.socket, host: str, device: str) -> None:
+    """Have the connection leave from this address, by this device. Raises OSError."""
+    if device:
+        with contextlib.suppress(PermissionError):  # kernels before 5.7 ask for a privilege
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+    if host:
+        sock.bind((host, 0))
 
 
 def mark_socket(sock: socket.socket, dscp: int) -> None:

@@ -113,7 +113,7 @@ class ClusterBenchmark:
     def _workload(self, topology: Topology) -> Workload:
         """Enough for the rate that is asked for, or the highest that may be chosen."""
         config = self._config
-        rate = config.snic_bytes_per_s or STORAGE_BYTES_PER_S_MAX
+        rate = config.rates.node_storage_bytes_per_s or STORAGE_BYTES_PER_S_MAX
         if config.lone:
             return lone_workload(self._widths(topology), config.load_bytes, 64, config.seed)
         return generated(
@@ -154,7 +154,8 @@ class ClusterBenchmark:
 
     async def _rounds(self, cluster: ShapedCluster) -> tuple[PolicyRun, ...]:
         config, names = self._config, list(self._config.policies)
-        budget = config.seconds * config.snic_bytes_per_s * len(cluster.topology.prefill)
+        storage = config.rates.node_storage_bytes_per_s
+        budget = config.seconds * storage * len(cluster.topology.prefill)
         workload = cluster.workload.limited(round(budget))
         runs = []
         for number in range(config.rounds):

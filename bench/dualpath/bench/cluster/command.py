@@ -76,7 +76,7 @@ class ClusterCommand:
             default="auto",
             metavar="RATE",
             help="of each node's storage link, such as 20MB/s (auto: at most 50MB/s, less where "
-            "the links would not be what binds)",
+            "the links would not be what binds); 10MB/s,5MB/s: of each of its two",
         )
         cluster.add_argument(
             "--cnic",
@@ -185,9 +185,11 @@ def config_of(args: argparse.Namespace) -> ClusterBenchConfig:
     """Read the flags. Raises InvalidRequest."""
     labels = [label for label in args.topology.split(",") if label.strip()]
     topologies = [Topology.parse(label) for label in labels]
+    snics = [] if args.snic == "auto" else [parse_rate(each) for each in args.snic.split(",")]
     return ClusterBenchConfig(
         topologies=tuple(topologies) or ((args.prefill, args.decode),),
-        snic_bytes_per_s=0.0 if args.snic == "auto" else parse_rate(args.snic),
+        snic_bytes_per_s=snics[0] if snics else 0.0,
+        further_snics=tuple(snics[1:]),
         cnic_bytes_per_s=0.0 if args.cnic == "auto" else parse_rate(args.cnic),
         gpus=args.gpus or (max(LONE_WIDTHS) if args.lone else 1),
         converged=args.converged,

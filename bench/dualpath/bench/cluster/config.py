@@ -47,6 +47,8 @@ class ClusterBenchConfig:
 
     topologies: tuple[tuple[int, int], ...] = ((1, 2),)
     snic_bytes_per_s: float = 0.0
+    further_snics: tuple[float, ...] = ()
+    """Rates of further storage links of each node; then that of the first is given, too."""
     cnic_bytes_per_s: float = 0.0
     gpus: int = 1
     converged: bool = False
@@ -79,9 +81,15 @@ class ClusterBenchConfig:
         _within("--seconds", self.seconds, 0.5, 600)
         _within("--load-mib", self.load_bytes / (1 << 20), 1, 1024)
         _within("--concurrency", self.concurrency, 0, 256)
-        for flag, rate in (("--snic", self.snic_bytes_per_s), ("--cnic", self.cnic_bytes_per_s)):
+        snics = (self.snic_bytes_per_s, *self.further_snics)
+        for flag, rate in (
+            *(("--snic", each) for each in snics),
+            ("--cnic", self.cnic_bytes_per_s),
+        ):
             if rate:
                 _within(flag, rate, 1e6, 1e11)
+        if self.further_snics and not all(snics):
+            raise InvalidRequest("--snic: give the rate of each of several storage links")
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -98,7 +106,8 @@ class ClusterBenchConfig:
 
     def topology(self, prefill: int, decode: int) -> Topology:
         """The nodes with their rails. Raises InvalidRequest."""
-        return Topology.of(prefill, decode, rails=self.gpus, converged=self.converged)
+        snics = 1 + len(self.further_snics)
+        return Topology.of(prefill, decode, rails=self.gpus, converged=self.converged, snics=snics)
 
     def planned_faults(self) -> tuple[Fault, ...]:
         """`faults` for the one topology. Raises InvalidRequest."""
@@ -115,18 +124,22 @@ class ClusterBenchConfig:
         return self._rates_at(self.snic_bytes_per_s, self.cnic_bytes_per_s)
 
     def _rates_at(self, storage: float, compute: float) -> LinkRates:
-        compute = compute or storage * NODE_COMPUTE_RATIO / self.gpus
-        return LinkRates(storage, storage if self.converged else compute)
+        all_snics = storage + sum(self.further_snics)
+        compute = compute or all_snics * NODE_COMPUTE_RATIO / self.gpus
+        return LinkRates(storage, storage if self.converged else compute, self.further_snics)
 
     def storage_links(self, topology: Topology, *, relays: bool = True) -> float:
-        """What can be loaded at most, in units of a storage link, by compute links as they are
-        chosen."""
-        return limit_bytes_per_s(topology, self._rates_at(1.0, 0.0), relays=relays)
+        """What can be loaded at most, in units of a node's storage links, by compute links as they
+        are chosen."""
+        compute = 1.0 if self.converged else NODE_COMPUTE_RATIO / self.gpus
+        rates = LinkRates(1.0, compute)
+        one = topology.with_one_snic
+        return limit_bytes_per_s(one, rates, relays=relays)
 
     def loads_in_flight(self, topology: Topology) -> int:
         """How many loads run at once."""
         links = len(topology.prefill) + len(topology.decode)
-        return self.concurrency or LOADS_A_LINK * links
+        return self.concurrency or LOADS_A_LINK * links * topology.snics
 
     def fitting(self, topology: Topology, unshaped_bytes_per_s: float) -> ClusterBenchConfig:
         """With a storage rate: as asked, else one at which the links bind and not the processor,

@@ -47,7 +47,7 @@ class FaultAction(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that is done to a node at `at_s` seconds. `link` is "" for all of its links,
-    `snic`, or `cnic` with the number of a rail but the first; `factor` is 1 unless slowed."""
+    `snic` or `cnic` with the number of any but the first; `factor` is 1 unless slowed."""
 
     action: FaultAction
     node: str
@@ -157,15 +157,22 @@ def _check_order(faults: Iterable[Fault]) -> None:
 
 
 def link_names(topology: Topology) -> tuple[str, ...]:
-    """The words for the links of a node: `snic`, `cnic`, `cnic1`, ...; a converged one has one."""
+    """The words for the links of a node: `snic`, `snic1`, ..., `cnic`, `cnic1`, ...; a converged
+    one has one."""
     if topology.converged:
         return (SNIC_LINK,)
-    return (SNIC_LINK, *(f"{CNIC_LINK}{rail or ''}" for rail in range(topology.rails)))
+    return (
+        *(f"{SNIC_LINK}{snic or ''}" for snic in range(topology.snics)),
+        *(f"{CNIC_LINK}{rail or ''}" for rail in range(topology.rails)),
+    )
 
 
 def node_links(node: Node, topology: Topology) -> tuple[str, ...]:
-    """The words for the links of this node; the storage node has one."""
-    return (SNIC_LINK,) if node.kind is NodeKind.STORAGE else link_names(topology)
+    """The words for the links of this node; the storage node has those to storage only."""
+    names = link_names(topology)
+    if node.kind is not NodeKind.STORAGE:
+        return names
+    return tuple(name for name in names if name.startswith(SNIC_LINK))
 
 
 @dataclass(frozen=True, slots=True)

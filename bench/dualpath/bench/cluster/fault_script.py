@@ -109,10 +109,12 @@ class FaultScript:
 
         def change(link: str) -> None:
             share = shares[link]
-            if link == SNIC_LINK:
-                spaces.plug_storage(fault.node, up=share > 0)
-                if share > 0 and fault.node != topology.storage.name:  # its link has no limit
-                    spaces.limit_storage(fault.node, share * rates.storage_bytes_per_s)
+            if link.startswith(SNIC_LINK):
+                snic = int(link.removeprefix(SNIC_LINK) or 0)
+                spaces.plug_storage(fault.node, snic, up=share > 0)
+                if share > 0 and fault.node != topology.storage.name:  # its links have no limit
+                    rate = share * rates.snic_bytes_per_s(snic)
+                    spaces.limit_storage(fault.node, rate, snic)
                 return
             rail = int(link.removeprefix("cnic") or 0)
             spaces.plug_compute(fault.node, rail, up=share > 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dualpath.bench.cluster.fault import CNIC_LINK, SNIC_LINK, NodeState
-from dualpath.bench.testbed.shaping import LinkRates
+from dualpath.bench.testbed.shaping import LinkRates, rail_name
 from dualpath.bench.testbed.topology import Topology
 from dualpath.transfer.links import Link, LinkGraph, LinkKind, Path
 
@@ -47,8 +47,16 @@ def _graph(topology: Topology, rates: LinkRates, states: Mapping[str, NodeState]
 
     def add(node: str, link: str, kind: LinkKind) -> str:
         """The link's name; "" if nothing passes it."""
-        full = rates.storage_bytes_per_s if link == SNIC_LINK else rates.compute_bytes_per_s
-        rate = full * (states[node].share(link) if node in states else 1.0)
+
+        def share(name: str) -> float:
+            return states[node].share(name) if node in states else 1.0
+
+        rate = rates.compute_bytes_per_s * (share(link) if link != SNIC_LINK else 0.0)
+        if link == SNIC_LINK:
+            snics = (rail_name(SNIC_LINK, snic) for snic in range(topology.snics))
+            rate = sum(
+                rates.snic_bytes_per_s(snic) * share(name) for snic, name in enumerate(snics)
+            )
         if rate <= 0:
             return ""
         name = f"{node} {link} {kind.value}"

@@ -284,6 +284,7 @@ class TopologyResult:
             "limit_bytes_per_s": self.limit_bytes_per_s,
             "unshaped_bytes_per_s": self.unshaped_bytes_per_s,
             "snic_bytes_per_s": rates.storage_bytes_per_s,
+            "further_snics": list(rates.further_bytes_per_s),
             "cnic_bytes_per_s": rates.compute_bytes_per_s,
             "loads_in_flight": self.config.loads_in_flight(self.topology),
         }

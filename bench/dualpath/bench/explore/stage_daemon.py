@@ -189,7 +189,8 @@ class StageDaemonLink:
 
     looks_up = False
     mounted = None
-    address = "daemon"
+    address = key = "daemon"
+    rail = 0
 
     def __init__(
         self,

@@ -100,13 +100,19 @@ class Cluster:
 
     def _serve_words(self) -> list[str]:
         config = self._config
-        listen = f"{config.topology.storage.storage_address}:0"
-        at = self.socket(config.topology.storage.name).removeprefix("unix:")
+        storage = config.topology.storage
+        at = self.socket(storage.name).removeprefix("unix:")
+        first = f"{storage.storage_address}:0"
+        listen = self._daemon_address or first
+        further = ",".join(f"{address}:0" for address in storage.further_storage)
+        if further:  # control by whichever of its links it is called
+            listen = f"0.0.0.0:{listen.rpartition(':')[2]}"
         return [
             "serve",
             *("--data", str(config.data)),
-            *("--listen", self._daemon_address or listen),
-            *("--data-listen", listen),
+            *("--listen", listen),
+            *("--data-listen", first),
+            *(("--data-rails", further) if further else ()),
             *(("--unix", at) if config.daemon_socket else ()),
             *("--disk-bytes", str(config.disk_bytes)),
             *("--dram-bytes", str(config.dram_bytes)),
@@ -148,7 +154,8 @@ class Cluster:
         text += self._config.agent_settings
         self._settings.write_text(text, encoding="ascii")
         daemon = await self._launch(storage.name, storage.name, self._serve_words())
-        self._daemon_address = daemon.address("listen")
+        port = daemon.address("listen").rpartition(":")[2]
+        self._daemon_address = f"{storage.storage_address}:{port}"
         filler = self._agent_words(FILLER, storage, 0, paced=False)
         await self._launch_all([(FILLER, storage.name, filler)], topology.decode)
         self._relays = {

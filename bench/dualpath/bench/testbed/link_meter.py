@@ -51,9 +51,9 @@ class Link:
 
 
 def links_of(topology: Topology, rates: LinkRates | None) -> tuple[Link, ...]:
-    """Every link direction that a load may use, prefill nodes first. The one NIC of a converged
-    node is its SNIC inwards and its CNIC outwards."""
-    storage = rates.storage_bytes_per_s if rates else 0.0
+    """Every link direction that a load may use, prefill nodes first. All SNICs of a node count as
+    one link; the one NIC of a converged node is its SNIC inwards and its CNIC outwards."""
+    storage = rates.node_storage_bytes_per_s if rates else 0.0
     compute = rates.compute_bytes_per_s if rates else 0.0
     links = []
     for node in topology.nodes:
@@ -113,7 +113,9 @@ class KernelCounters:
             devices = parse_devices(text)
             rail = int(agent.partition(".")[2] or 0)
             out = rail_name(CNIC, rail)
-            values[agent, LinkKind.SNIC_IN] = devices.get(SNIC, (0, 0))[0]
+            values[agent, LinkKind.SNIC_IN] = sum(
+                counts[0] for name, counts in devices.items() if name.startswith(SNIC)
+            )
             # What goes to the node's own memory over `lo` passes this device, too.
             values[agent, LinkKind.CNIC_IN] = devices.get(rail_name(CNIC_IN, rail), (0, 0))[1]
             values[agent, LinkKind.CNIC_OUT] = devices.get(out, devices.get(SNIC, (0, 0)))[1]

@@ -110,11 +110,13 @@ class Namespaces:
         for command in shaping.shape_commands(self._prefix, self._topology, rates):
             _run(command)
 
-    def limit_storage(self, node: str, rate_bytes_per_s: float) -> None:
-        """Another limit for the SNIC of a node, once links are shaped."""
+    def limit_storage(self, node: str, rate_bytes_per_s: float, snic: int = 0) -> None:
+        """Another limit for a SNIC of a node, once links are shaped."""
         index = self._index(node)
         each = self._topology.nodes[index]
-        for command in shaping.limit_storage_commands(self._prefix, index, each, rate_bytes_per_s):
+        for command in shaping.limit_storage_commands(
+            self._prefix, index, each, rate_bytes_per_s, snic
+        ):
             _run(command)
 
     def limit_compute(self, node: str, rail: int, rate_bytes_per_s: float) -> None:
@@ -123,9 +125,9 @@ class Namespaces:
         for command in shaping.limit_compute_commands(self._prefix, each, rail, rate_bytes_per_s):
             _run(command)
 
-    def plug_storage(self, node: str, *, up: bool) -> None:
+    def plug_storage(self, node: str, snic: int = 0, *, up: bool) -> None:
         """Pull the plug of a node's SNIC at the switch, or put it in again."""
-        port = shaping.storage_port(self._index(node))
+        port = shaping.storage_port(self._index(node), snic)
         _run(shaping.port_command(self._prefix, port, up=up))
 
     def plug_compute(self, node: str, rail: int, *, up: bool) -> None:

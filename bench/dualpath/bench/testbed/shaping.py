@@ -44,10 +44,21 @@ QUANTUM_BYTES = 60_000
 
 @dataclass(frozen=True, slots=True)
 class LinkRates:
-    """Bytes a second of a storage link and of a compute link, each direction by itself."""
+    """Bytes a second of a storage link and of a compute link, each direction by itself; of further
+    storage links of a node, one after another."""
 
     storage_bytes_per_s: float
     compute_bytes_per_s: float
+    further_bytes_per_s: tuple[float, ...] = ()
+
+    def snic_bytes_per_s(self, snic: int) -> float:
+        """Of a node's storage link of that number."""
+        return self.further_bytes_per_s[snic - 1] if snic else self.storage_bytes_per_s
+
+    @property
+    def node_storage_bytes_per_s(self) -> float:
+        """Of all storage links of a node."""
+        return self.storage_bytes_per_s + sum(self.further_bytes_per_s)
 
 
 def rail_name(name: str, rail: int) -> str:
@@ -73,14 +84,19 @@ def create_commands(prefix: str, topology: Topology) -> list[Command]:
     switch = namespace_name(prefix, SWITCH)
     commands: list[Command] = [("ip", "netns", "add", switch)]
     rails = 0 if topology.converged else topology.rails
-    for bridge in ("storage", *(rail_name("compute", rail) for rail in range(rails))):
+    bridges = [rail_name("storage", snic) for snic in range(topology.snics)]
+    for bridge in (*bridges, *(rail_name("compute", rail) for rail in range(rails))):
         commands.append(_in(switch, "link", "add", bridge, "type", "bridge"))
         commands.append(_in(switch, "link", "set", bridge, "mtu", str(MTU_BYTES), "up"))
     for index, node in enumerate(topology.nodes):
         name = namespace_name(prefix, node.name)
         commands.append(("ip", "netns", "add", name))
         commands.append(_in(name, "link", "set", "lo", "mtu", str(MTU_BYTES), "up"))
-        links = [(SNIC, storage_port(index), "storage", node.storage_address)]
+        addresses = (node.storage_address, *node.further_storage)
+        links = [
+            (rail_name(SNIC, snic), storage_port(index, snic), rail_name("storage", snic), each)
+            for snic, each in enumerate(addresses)
+        ]
         if not topology.converged:
             links += [
                 (rail_name(CNIC, rail), compute_port(index, rail), rail_name("compute", rail), each)
@@ -100,9 +116,9 @@ def create_commands(prefix: str, topology: Topology) -> list[Command]:
     return commands
 
 
-def storage_port(index: int) -> str:
+def storage_port(index: int, snic: int = 0) -> str:
     """The switch's end of a node's SNIC, by the node's place in the topology."""
-    return f"s{index}"
+    return f"s{index}" + (f"r{snic}" if snic else "")
 
 
 def compute_port(index: int, rail: int) -> str:
@@ -145,12 +161,12 @@ def _redirect(namespace: str, device: str, match: Sequence[str], into: str) -> C
                into)  # fmt: skip
 
 
-def _storage_devices(prefix: str, index: int, node: Node) -> list[Device]:
+def _storage_devices(prefix: str, index: int, node: Node, snic: int) -> list[Device]:
     """What limits a node's SNIC, inwards and outwards."""
     switch, agents = namespace_name(prefix, SWITCH), len(node.agents)
     return [
-        (switch, storage_port(index), agents),
-        (namespace_name(prefix, node.name), SNIC, agents),
+        (switch, storage_port(index, snic), agents),
+        (namespace_name(prefix, node.name), rail_name(SNIC, snic), agents),
     ]
 
 
@@ -160,10 +176,12 @@ def _compute_devices(prefix: str, node: Node, rail: int) -> list[Device]:
     return [(name, rail_name(CNIC, rail), 1), (name, rail_name(CNIC_IN, rail), 1)]
 
 
-def limit_storage_commands(prefix: str, index: int, node: Node, rate: float) -> list[Command]:
+def limit_storage_commands(
+    prefix: str, index: int, node: Node, rate: float, snic: int = 0
+) -> list[Command]:
     """Another limit for a SNIC that is shaped. `index` is the node's place in the topology, `rate`
     in bytes a second."""
-    devices = _storage_devices(prefix, index, node)
+    devices = _storage_devices(prefix, index, node, snic)
     return [command for each in devices for command in _limit(*each, rate)]
 
 
@@ -178,8 +196,9 @@ def _shape_node(
 ) -> list[Command]:
     name = namespace_name(prefix, node.name)
     commands = []
-    for each in _storage_devices(prefix, index, node):
-        commands += _htb(*each, rates.storage_bytes_per_s)
+    for snic in range(1 + len(node.further_storage)):
+        for each in _storage_devices(prefix, index, node, snic):
+            commands += _htb(*each, rates.snic_bytes_per_s(snic))
     if converged:
         return commands
     commands.append(_ingress(name, "lo"))

@@ -2,14 +2,15 @@
 
 Owns names and addresses and nothing that runs. Every node has one address on the storage network
 (its SNIC) and one on each rail of the compute network (its CNICs; one rail unless asked for more);
-the storage node has no CNIC. A converged node has one NIC that carries both addresses.
+the storage node has no CNIC. With further SNICs it has an address on a storage network of each. A
+converged node has one NIC that carries both addresses.
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dualpath.transfer.errors import InvalidRequest
 
@@ -19,6 +20,9 @@ STORAGE_NETWORK = "10.77.1"
 RAILS_MAX = 16
 """Most compute links of a node, one a GPU."""
 _COMPUTE_NETWORK_FIRST = 2
+SNICS_MAX = 8
+"""Most storage links of a node."""
+_FURTHER_STORAGE_FIRST = 200
 PREFIX_BITS = 24
 _PREFILL_HOST = 10
 _DECODE_HOST = 100
@@ -33,6 +37,11 @@ def compute_network(rail: int) -> str:
     return f"10.77.{_COMPUTE_NETWORK_FIRST + rail}"
 
 
+def storage_network(snic: int) -> str:
+    """The first three bytes of the addresses on the network of a node's SNIC of that number."""
+    return f"10.77.{_FURTHER_STORAGE_FIRST + snic}" if snic else STORAGE_NETWORK
+
+
 class NodeKind(enum.Enum):
     """What runs on a node."""
 
@@ -43,12 +52,14 @@ class NodeKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node. `compute_addresses` has one a rail, none on the storage node."""
+    """One node. `compute_addresses` has one a rail, none on the storage node; `further_storage` one
+    for each SNIC but the first."""
 
     name: str
     kind: NodeKind
     storage_address: str
     compute_addresses: tuple[str, ...]
+    further_storage: tuple[str, ...] = ()
 
     @property
     def compute_address(self) -> str:
@@ -70,9 +81,11 @@ class Topology:
     converged: bool = False
 
     @staticmethod
-    def of(prefill: int, decode: int, *, rails: int = 1, converged: bool = False) -> Topology:
-        """Name and number the nodes. Raises InvalidRequest beyond NODES_MAX of a kind, or
-        RAILS_MAX rails, or for more rails than the one NIC of a converged node."""
+    def of(
+        prefill: int, decode: int, *, rails: int = 1, converged: bool = False, snics: int = 1
+    ) -> Topology:
+        """Name and number the nodes. Raises InvalidRequest beyond NODES_MAX of a kind, SNICS_MAX
+        storage links or RAILS_MAX rails, or for more than the one NIC of a converged node."""
         if not 1 <= prefill <= NODES_MAX:
             raise InvalidRequest(f"--prefill must lie in 1..{NODES_MAX}, not {prefill}")
         if not 0 <= decode <= NODES_MAX:
@@ -80,7 +93,14 @@ class Topology:
         if not 1 <= rails <= (1 if converged else RAILS_MAX):
             most = 1 if converged else RAILS_MAX
             raise InvalidRequest(f"compute links a node must lie in 1..{most}, not {rails}")
-        nodes = [Node("storage", NodeKind.STORAGE, f"{STORAGE_NETWORK}.1", ())]
+        if not 1 <= snics <= (1 if converged else SNICS_MAX):
+            most = 1 if converged else SNICS_MAX
+            raise InvalidRequest(f"storage links a node must lie in 1..{most}, not {snics}")
+
+        def further(host: int) -> tuple[str, ...]:
+            return tuple(f"{storage_network(snic)}.{host}" for snic in range(1, snics))
+
+        nodes = [Node("storage", NodeKind.STORAGE, f"{STORAGE_NETWORK}.1", (), further(1))]
         for kind, count, first in (
             (NodeKind.PREFILL, prefill, _PREFILL_HOST),
             (NodeKind.DECODE, decode, _DECODE_HOST),
@@ -91,6 +111,7 @@ class Topology:
                     kind,
                     f"{STORAGE_NETWORK}.{first + index}",
                     tuple(f"{compute_network(rail)}.{first + index}" for rail in range(rails)),
+                    further(first + index),
                 )
                 for index in range(count)
             ]
@@ -136,6 +157,17 @@ class Topology:
     def rails(self) -> int:
         """Compute links a node."""
         return len(self.prefill[0].compute_addresses)
+
+    @property
+    def snics(self) -> int:
+        """Storage links a node."""
+        return 1 + len(self.storage.further_storage)
+
+    @property
+    def with_one_snic(self) -> Topology:
+        """The same without further storage links."""
+        nodes = tuple(replace(node, further_storage=()) for node in self.nodes)
+        return replace(self, nodes=nodes)
 
     @property
     def label(self) -> str:

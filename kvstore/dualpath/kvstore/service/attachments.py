@@ -45,6 +45,11 @@ class Plane:
     local_only: bool
 
 
+def rail_name(transport: str, rail: int) -> str:
+    """Name of the plane of a rail: the first is called as its transport."""
+    return f"{transport}#{rail}" if rail else transport
+
+
 @dataclass(slots=True, eq=False)
 class Attachment:
     """One receiver of ours. `attached_at` in seconds of the monotonic clock."""
@@ -78,6 +83,8 @@ class Attachments:
         self._planes = planes
         self._executor = executor
         self._on_drop = on_drop
+        self.control_port = 0
+        """Where gRPC listens on all addresses, 0 if it does so on one."""
         self._loop = asyncio.get_running_loop()
         # By SHA-256 of the session, so that the look-up's timing tells nothing about secrets.
         self._by_session: dict[bytes, Attachment] = {}
@@ -93,14 +100,28 @@ class Attachments:
     def __iter__(self) -> Iterator[Attachment]:
         return iter(list(self._by_peer.values()))
 
+    def rails(self, transport: str) -> list[tuple[str, str]]:
+        """Data and control address of each link by which a transport can be reached, if it is more
+        than one; the latter is "" for the one that was dialled."""
+        planes: list[Plane] = []
+        while plane := self._planes.get(rail_name(transport, len(planes))):
+            planes.append(plane)
+        if len(planes) < 2:
+            return []
+        port = self.control_port
+        return [
+            (plane.address, f"{plane.address.rpartition(':')[0]}:{port}" if port else "")
+            for plane in planes
+        ]
+
     def attach(
-        self, name: str, transports: Sequence[str], caller: Caller, *, now: float
+        self, name: str, transports: Sequence[str], caller: Caller, *, now: float, rail: int = 0
     ) -> tuple[Attachment, bytes, bytes]:
         """Make an attachment; return it with its session and its invitation.
 
-        Raises InvalidRequest (no transport in common), Overloaded.
+        Raises InvalidRequest (no transport in common, no such rail), Overloaded.
         """
-        plane = self._choose(transports, local=caller.local_socket)
+        plane = self._choose(transports, rail, local=caller.local_socket)
         clean = _ODD_CHARS.sub("_", name)[:NAME_CHARS_MAX] or "peer"
         peer_id = f"{clean}-{secrets.token_hex(4)}"
         while peer_id in self._by_peer:
@@ -205,11 +226,14 @@ class Attachments:
         if self._drops:
             await asyncio.wait(set(self._drops), timeout=deadline_s)
 
-    def _choose(self, transports: Collection[str], *, local: bool) -> Plane:
+    def _choose(self, transports: Collection[str], rail: int, *, local: bool) -> Plane:
         offered = [name for name, plane in self._planes.items() if local or not plane.local_only]
         for name in transports:
             if name in offered:
-                return self._planes[name]
+                plane = self._planes.get(rail_name(name, rail))
+                if plane is None:
+                    raise InvalidRequest(f"rail: {name} has no rail {rail} here; attach anew")
+                return plane
         hint = "" if local else " (shm only over the Unix socket)"
         raise InvalidRequest(
             f"transports: none of {list(transports)} can be used here; offered: {offered}{hint}"

@@ -22,6 +22,8 @@ from dualpath.transfer.unix_path import UNIX_PATH_CHARS_MAX
 
 READERS_MAX = 64
 NAMESPACES_MAX = 1 << 20
+RAILS_MAX = 16
+"""Most links of one daemon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class DaemonConfig:
     `unix`: path of a Unix socket for gRPC; its callers get their data over shared memory at
     `<unix>.data`, and engines of this machine look up and map blocks at `<unix>.local`.
     `data_listen`: host:port where receivers dial the data plane; by default the host of `listen`
-    with any port. `advertise_host`: the host that callers are told to dial when
+    with any port. `data_rails`: further ones, on links of their own, over which receivers stripe.
+    `advertise_host`: the host that callers are told to dial when
     `data_listen` is a wildcard. `tokens`: any of them opens the daemon; with tokens every TCP
     caller needs one, also on loopback. `insecure`: allow listening beyond loopback without.
     `metrics_listen`: host:port of the Prometheus endpoint, "" for none; it carries counters only
@@ -109,6 +112,7 @@ class DaemonConfig:
     listen: str = "127.0.0.1:7070"
     unix: str = ""
     data_listen: str = ""
+    data_rails: tuple[str, ...] = ()
     advertise_host: str = ""
     disk_bytes: int = 4 << 30
     dram_bytes: int = 256 << 20
@@ -158,6 +162,7 @@ class DaemonConfig:
         for name in ("listen", "data_listen", "metrics_listen"):
             if getattr(self, name):
                 split_address(getattr(self, name), name)
+        self._check_rails()
         if not self.listen and not self.unix:
             raise InvalidRequest("neither listen nor unix is set: nobody could reach the daemon")
         if len(self.unix) > UNIX_PATH_CHARS_MAX:
@@ -166,6 +171,17 @@ class DaemonConfig:
             )
         self._check_sizes()
         self._check_access()
+
+    def _check_rails(self) -> None:
+        if len(self.data_rails) >= RAILS_MAX:
+            raise InvalidRequest(f"data_rails: at most {RAILS_MAX - 1}, not {len(self.data_rails)}")
+        for address in self.data_rails:
+            host, port = split_address(address, "data_rails")
+            if is_wildcard(host) or (self.data_address == address and port):
+                raise InvalidRequest(
+                    f"data_rails: {address!r} is no address of a link of its own: give it the host "
+                    "of this machine on that link"
+                )
 
     def _check_sizes(self) -> None:
         for name, lowest in (
@@ -214,6 +230,8 @@ class DaemonConfig:
         guarded = tokens or bool(self.tls_client_ca)
         for name in ("listen", "data_listen"):
             check_reach(name, getattr(self, name), guarded=guarded, insecure=self.insecure)
+        for address in self.data_rails:
+            check_reach("data_rails", address, guarded=guarded, insecure=self.insecure)
 
     @property
     def server_files(self) -> ServerFiles | None:

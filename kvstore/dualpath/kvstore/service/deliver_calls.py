@@ -91,16 +91,21 @@ class DeliverCalls:
             raise Unavailable("the daemon is stopping: use another", reason="draining")
         self._gate.admit_attach(caller.principal)
         attachment, session, invitation = self._attachments.attach(
-            request.name, request.transports, caller, now=self._clock()
+            request.name, request.transports, caller, now=self._clock(), rail=request.rail
         )
+        transport = attachment.plane.transport.name
         return common_pb2.AttachResponse(
             session=session,
             peer_id=attachment.peer_id,
             server_id=self._server_id,
-            transport=attachment.plane.transport.name,
+            transport=transport,
             address=attachment.plane.address,
             invitation=invitation,
             looks_up=True,
+            rails=[
+                common_pb2.Rail(address=address, control=control)
+                for address, control in self._attachments.rails(transport)
+            ],
         )
 
     async def deliver(

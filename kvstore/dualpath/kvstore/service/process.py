@@ -28,9 +28,9 @@ from dualpath.kvstore.heap import map_large_blocks
 from dualpath.kvstore.lease_shares import ShareRule
 from dualpath.kvstore.service.access import Access
 from dualpath.kvstore.service.access_rules import AccessRules, parse_access
-from dualpath.kvstore.service.attachments import ATTACHMENTS_MAX, Plane
+from dualpath.kvstore.service.attachments import ATTACHMENTS_MAX, Plane, rail_name
 from dualpath.kvstore.service.auth import Auth, AuthInterceptor, Caller, principal_of_call
-from dualpath.kvstore.service.config import DaemonConfig, split_address
+from dualpath.kvstore.service.config import DaemonConfig, is_wildcard, split_address
 from dualpath.kvstore.service.deliver import DeliveryConfig, DeliveryEngine
 from dualpath.kvstore.service.fair_executor import FairExecutor
 from dualpath.kvstore.service.fair_turns import FairTurns
@@ -47,6 +47,7 @@ from dualpath.kvstore.store_config import StoreConfig
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
 from dualpath.proto.v1 import store_pb2, store_pb2_grpc
+from dualpath.transfer.affinity import near, node_towards
 from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
@@ -171,10 +172,14 @@ class Daemon:
             connections_max=ATTACHMENTS_MAX,
             marks=config.lane_marks,
         )
-        tcp = TcpTransport("daemon", self._peer_lost, limits)
-        stack.push_async_callback(_in_thread, tcp.close)
-        bound = _listening(tcp, "data_listen", config.data_address)
-        planes = {"tcp": Plane(tcp, config.dialled(bound), local_only=False)}
+        planes = {}
+        for rail, address in enumerate((config.data_address, *config.data_rails)):
+            # Each link has a transport of its own, and with it a pace of its own.
+            tcp = TcpTransport("daemon", self._peer_lost, limits)
+            stack.push_async_callback(_in_thread, tcp.close)
+            with near(node_towards(address)):
+                bound = _listening(tcp, "data_rails" if rail else "data_listen", address)
+            planes[rail_name("tcp", rail)] = Plane(tcp, config.dialled(bound), local_only=False)
         if config.unix:
             shm = ShmTransport(
                 "daemon", self._peer_lost, ShmConfig(connections_max=ATTACHMENTS_MAX)
@@ -270,7 +275,9 @@ class Daemon:
         if self.config.listen:
             host, port = split_address(self.config.listen, "listen")
             bracketed = f"[{host}]" if ":" in host else host
-            listen = f"{bracketed}:{self._bind_tcp(server, f'{bracketed}:{port}')}"
+            bound = self._bind_tcp(server, f"{bracketed}:{port}")
+            listen = f"{bracketed}:{bound}"
+            service.attachments.control_port = bound if is_wildcard(host) else 0
         if self.config.unix:
             self._bind_unix(server, self.config.unix)
         await server.start()

@@ -105,7 +105,7 @@ class PathShare(google.protobuf.message.Message):
     CHUNKS_FIELD_NUMBER: builtins.int
     HELD_BYTES_FIELD_NUMBER: builtins.int
     path: builtins.str
-    """direct | relay:NAME"""
+    """direct | direct:DEVICE | relay:NAME | relay:NAME:LINK"""
     bytes: builtins.int
     """verified payload"""
     chunks: builtins.int
@@ -490,11 +490,14 @@ class RelayResponse(google.protobuf.message.Message):
     DAEMON_PEER_ID_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
     HOLDS_FIELD_NUMBER: builtins.int
+    RAILS_FIELD_NUMBER: builtins.int
     daemon: builtins.str
     daemon_peer_id: builtins.str
     """the relay's attachment at that daemon, for Delegate"""
     holds: builtins.bool
     """with `daemon`: takes `known`, and hand-offs"""
+    rails: builtins.int
+    """with `daemon`: how many attachments it serves by links of its own"""
     @property
     def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[dualpath.proto.v1.common_pb2.GrantProgress]: ...
     def __init__(
@@ -504,8 +507,9 @@ class RelayResponse(google.protobuf.message.Message):
         daemon_peer_id: builtins.str = ...,
         progress: collections.abc.Iterable[dualpath.proto.v1.common_pb2.GrantProgress] | None = ...,
         holds: builtins.bool = ...,
+        rails: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["daemon", b"daemon", "daemon_peer_id", b"daemon_peer_id", "holds", b"holds", "progress", b"progress"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["daemon", b"daemon", "daemon_peer_id", b"daemon_peer_id", "holds", b"holds", "progress", b"progress", "rails", b"rails"]) -> None: ...
 
 global___RelayResponse = RelayResponse
 
@@ -632,7 +636,7 @@ class LinkStats(google.protobuf.message.Message):
     LIMIT_BYTES_PER_S_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
     link: builtins.str
-    """storage, compute_in, compute_out"""
+    """storage (of it storage:ADDRESS), compute_in, compute_out"""
     rate_bytes_per_s: builtins.float
     """estimated from what it just did"""
     limit_bytes_per_s: builtins.float

@@ -147,8 +147,11 @@ class AttachRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     TRANSPORTS_FIELD_NUMBER: builtins.int
+    RAIL_FIELD_NUMBER: builtins.int
     name: builtins.str
     """for people and metrics; not trusted"""
+    rail: builtins.int
+    """which of the announced ones this attachment is for; 0: the first"""
     @property
     def transports(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """in order of preference: shm, rdma, tcp"""
@@ -158,8 +161,9 @@ class AttachRequest(google.protobuf.message.Message):
         *,
         name: builtins.str = ...,
         transports: collections.abc.Iterable[builtins.str] | None = ...,
+        rail: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "transports", b"transports"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "rail", b"rail", "transports", b"transports"]) -> None: ...
 
 global___AttachRequest = AttachRequest
 
@@ -174,6 +178,7 @@ class AttachResponse(google.protobuf.message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     INVITATION_FIELD_NUMBER: builtins.int
     LOOKS_UP_FIELD_NUMBER: builtins.int
+    RAILS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """16 secret bytes that authenticate this attachment on later calls"""
     peer_id: builtins.str
@@ -188,6 +193,10 @@ class AttachResponse(google.protobuf.message.Message):
     """secret, single use, 30 s"""
     looks_up: builtins.bool
     """of a daemon: Deliver takes look-ups"""
+    @property
+    def rails(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Rail]:
+        """of a daemon with several, the first included; each on its own link"""
+
     def __init__(
         self,
         *,
@@ -198,10 +207,33 @@ class AttachResponse(google.protobuf.message.Message):
         address: builtins.str = ...,
         invitation: builtins.bytes = ...,
         looks_up: builtins.bool = ...,
+        rails: collections.abc.Iterable[global___Rail] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "invitation", b"invitation", "looks_up", b"looks_up", "peer_id", b"peer_id", "server_id", b"server_id", "session", b"session", "transport", b"transport"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "invitation", b"invitation", "looks_up", b"looks_up", "peer_id", b"peer_id", "rails", b"rails", "server_id", b"server_id", "session", b"session", "transport", b"transport"]) -> None: ...
 
 global___AttachResponse = AttachResponse
+
+@typing.final
+class Rail(google.protobuf.message.Message):
+    """One of several links by which the answering process can be reached."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    CONTROL_FIELD_NUMBER: builtins.int
+    address: builtins.str
+    """of its data plane"""
+    control: builtins.str
+    """control address by the same link; empty: the one that was dialled"""
+    def __init__(
+        self,
+        *,
+        address: builtins.str = ...,
+        control: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "control", b"control"]) -> None: ...
+
+global___Rail = Rail
 
 @typing.final
 class SliceTable(google.protobuf.message.Message):
