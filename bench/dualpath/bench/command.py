@@ -30,6 +30,10 @@ PROGRAMS: Mapping[str, tuple[str, str]] = {
         "dualpath.bench.isolation.command",
         "the model's traffic beside KV on one link, with lanes and without",
     ),
+    "overlap": (
+        "dualpath.bench.overlap.command",
+        "layers that are computed while the next ones are loaded",
+    ),
     "eviction": (
         "dualpath.bench.eviction.command",
         "hit rates of the eviction policies on a trace",
