@@ -128,6 +128,52 @@ def test_the_decode_node_dies_in_the_middle_and_loads_go_on(run_cluster: Run) ->
     run_cluster(body)
 
 
+@pytest.mark.parametrize("end", ["abort", "deadline", "drop"])
+def test_an_end_while_wrong_bytes_have_just_landed(run_cluster: Run, end: str) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        agent = (await cluster.relay("decode-1", hold_s=0.2)).agent
+        decode = KVClient(EmbeddedSession(agent))
+        namespace_id = await decode.open_namespace(NAMESPACE)
+        target = await decode.allocate(BYTES)
+        prefill = await cluster.embedded()
+        receive = await decode.receive("r", namespace_id, HASHES, target, PLACES, deadline_s=WAIT_S)
+        await until(lambda: len(agent.receiver) == 1, "the receive began")
+        (running,) = agent.receiver._running.values()
+        hand_off = await given(prefill)
+        await until(lambda: len(agent.intakes) == 1, "the hand-off began")
+        (intake,) = agent.intakes._running
+        landed = asyncio.Event()
+
+        def end_it() -> None:
+            if end == "abort":
+                agent.abort([receive.load_id])
+            elif end == "deadline":
+                running.finish("deadline", "the deadline passed")
+            else:
+                agent.regions.drop(running.load.entry.handle)
+
+        def end_first(items: list[tuple[int, bool]]) -> None:
+            """What landed is looked at by the end itself, as when the loop was busy till then."""
+            intake._landed._handle = intake._on_landed
+            intake._landed._items.extendleft((tag, False) for tag, _ in reversed(items))
+            try:
+                end_it()
+            finally:
+                landed.set()
+
+        intake._landed._handle = end_first
+        hand_off.layer_done(ALL_LAYERS)
+        await landed.wait()
+        result = await asyncio.wait_for(receive.result(), WAIT_S)
+        assert result.blocks == 0
+        assert (await hand_off.result()).reason
+        target.view[:] = bytes(BYTES)
+        await clean(agent)
+        assert bytes(target.view) == bytes(BYTES)
+
+    run_cluster(body)
+
+
 def test_a_whole_request_between_processes_and_blocking_clients(run_cluster: Run) -> None:
     async def body(cluster: LoopbackCluster) -> None:
         path = str(cluster.path / "decode-1.sock")

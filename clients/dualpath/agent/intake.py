@@ -60,6 +60,7 @@ class Intake:
         self.held_bytes = 0
         self.over: tuple[str, str] | None = None
         self.wake = asyncio.Event()
+        self._fenced = False
         self._names: list[ChunkName] = []
         """Of what was offered, by number."""
         self._roomless: deque[int] = deque()
@@ -130,8 +131,10 @@ class Intake:
     def finish(self, reason: str, detail: str) -> None:
         """End it now, unless it has ended; fenced when this returns."""
         if self.over is None:
+            self._fenced = True
             self._transport.revoke(self.window)
-            self._landed.drain()  # what had landed before the fence; it may be the last of it
+            # What had landed before the fence: the last of it perhaps, or bytes that are wrong.
+            self._landed.drain()
             self._end(reason, detail)
 
     def _end(self, reason: str, detail: str) -> None:
@@ -202,7 +205,7 @@ class Intake:
     def _flush(self) -> None:
         """Arm what is to be asked for, and have it said."""
         unarmed, self._unarmed = self._unarmed, []
-        if unarmed and self.over is None:
+        if unarmed and not self._fenced:
             self._transport.arm(self.window, unarmed)
             self._asked.extend((tag, slices.start) for tag, slices in unarmed)
             self.wake.set()
