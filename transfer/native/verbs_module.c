@@ -5,11 +5,6 @@
  * port's business (verbs.py). */
 #include "verbs.h"
 
-static void let_go(Handle *handle) {
-    Py_CLEAR(handle->parents[0]);
-    Py_CLEAR(handle->parents[1]);
-}
-
 static int end(Handle *handle) {
     int code = 0;
     if (handle->object != NULL && handle->end != NULL) {
@@ -19,7 +14,6 @@ static int end(Handle *handle) {
     }
     if (code == 0) {
         handle->object = NULL;
-        let_go(handle);
     }
     return code;
 }
@@ -28,7 +22,8 @@ static void collect(PyObject *capsule) {
     Handle *handle = PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule));
     if (handle != NULL) {
         end(handle);
-        let_go(handle);
+        Py_CLEAR(handle->parents[0]); /* not before: what was made of a closed device needs the */
+        Py_CLEAR(handle->parents[1]); /* library all the same */
         PyMem_Free(handle);
     }
 }

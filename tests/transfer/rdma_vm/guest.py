@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,7 +48,7 @@ from dualpath.transfer.rdma.rdma_transport import RdmaTransport
 from dualpath.transfer.rdma.registration_cache import address_of
 from dualpath.transfer.rdma.verbs import PathSettings, QueueLimits, QueuePairAddress
 from dualpath.transfer.rdma.work_rows import write_rows
-from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.region import DmaBuf, Region, RegionDescriptor
 from dualpath.transfer.tcp_transport import TcpConfig
 from dualpath.transfer.transport import OnPeerLost, Write, WriteStatus
 
@@ -140,6 +141,27 @@ def both_ways_find_the_same_device() -> None:
     native, other = found
     assert native.ports == other.ports, found
     assert replace(native, pieces_max=0) == replace(other, pieces_max=0), found
+
+
+def a_dmabuf_that_is_refused_is_named_and_host_memory_taken_instead() -> None:
+    """This kernel's rdma_rxe registers none."""
+    for library in (NativeVerbs(), PyverbsVerbs()):
+        device = library.open("rxe0")
+        region = Region.memfd("exported", MIB)
+        reason = "a memfd was registered"
+        try:
+            device.register_dmabuf(region.fd, 0, MIB, writable=True).close()
+        except Unavailable as error:
+            reason = error.reason
+            print(f"  {error}")
+        device.close()
+        assert reason == "no_dmabuf", reason
+    with scene_of(pair) as scene:
+        source, target = scene.source(MIB), Region.anonymous(MIB)
+        target.dmabuf = DmaBuf(os.memfd_create("exported"), 0)
+        scene.send(source, scene.window(target), extents(1, MIB)[0])
+        assert scene.finish(1) == [DONE]
+        assert target.view == source.view
 
 
 def a_post_that_is_refused_is_named() -> None:
@@ -408,6 +430,7 @@ def main(verdict: Path, names: list[str]) -> None:
     for check in (
         both_ways_find_the_same_device,
         a_post_that_is_refused_is_named,
+        a_dmabuf_that_is_refused_is_named_and_host_memory_taken_instead,
         by_pyverbs_the_contract_holds_too,
         a_native_end_and_one_by_pyverbs_understand_each_other,
         lanes_have_queue_pairs_of_their_own,

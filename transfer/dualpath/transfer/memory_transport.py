@@ -16,7 +16,7 @@ from dualpath.transfer.errors import InvalidRequest, PeerLost, PermissionDenied,
 from dualpath.transfer.invitations import Invitations, check_peer_name
 from dualpath.transfer.ledger import Ledger
 from dualpath.transfer.outbox import Outbox, PendingWrite, check_batch, check_write, deliver
-from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.region import Region, RegionDescriptor, check_on_host
 from dualpath.transfer.slice_copy import copy_slices
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
@@ -189,6 +189,7 @@ class MemoryTransport:
     def write_batch(self, peer: str, batch: WriteBatch, on_completion: OnBatchCompletion) -> None:
         """See Transport.write_batch."""
         check_batch(batch)
+        check_on_host(batch.source)
         with self._changed:
             self._link(peer).outbox.add_batch(batch, on_completion, time.monotonic())
             self._changed.notify_all()
@@ -198,6 +199,7 @@ class MemoryTransport:
     ) -> None:
         """Carry out only the first `nbytes` bytes of `write`, then end the connection."""
         check_write(write)
+        check_on_host(write.source)
         with self._changed:
             pending = self._link(peer).outbox.add(write, on_completion, time.monotonic())
             pending.truncate_at = nbytes

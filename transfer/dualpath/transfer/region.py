@@ -31,20 +31,32 @@ _MADV_POPULATE_READ = 22  # of Linux 5.14; Python 3.11 does not name them
 _MADV_POPULATE_WRITE = 23
 
 
+@dataclass(frozen=True, slots=True)
+class DmaBuf:
+    """Memory as a device's driver shares it with others: from byte `offset` of `fd` on."""
+
+    fd: int
+    offset: int
+
+
 class Region:
-    """A contiguous range of this process's memory.
+    """A contiguous range of this process's memory, or of a device's.
 
     `view` is its bytes, writable unless `read_only`. `fd` is the memfd behind it, if any; only
     regions with an `fd` can be the source of the `shm` transport. `serial` tells the regions of
-    this process apart, also after one was closed.
+    this process apart, also after one was closed. With a `dmabuf` network cards reach the memory
+    by that; if it is not `on_host`, then only by that, and `view` is empty.
     """
 
     __slots__ = (
         "__weakref__",
         "_mmap",
         "before_close",
+        "dmabuf",
         "fd",
         "nbytes",
+        "on_host",
+        "owner",
         "read_only",
         "serial",
         "view",
@@ -58,6 +70,10 @@ class Region:
         self.read_only = view.readonly
         self.serial = next(Region._serials)
         self.fd = fd
+        self.dmabuf: DmaBuf | None = None
+        self.owner: object = None
+        self.on_host = True
+        """Whether the processor reaches the memory."""
         self._mmap = mapping
         self.before_close: list[Callable[[int], None]] = []
         """Called with `serial`: whoever has registered the memory somewhere lets it go."""
@@ -99,6 +115,14 @@ class Region:
     def of(buffer: bytearray | memoryview | mmap.mmap) -> Region:
         """A region over memory that the caller keeps alive."""
         return Region(memoryview(buffer).cast("B"))
+
+    @staticmethod
+    def of_device(dmabuf: DmaBuf, nbytes: int, owner: object = None) -> Region:
+        """Memory that only network cards reach; keeps `owner`, and takes over `dmabuf.fd`."""
+        region = Region(memoryview(bytearray()))
+        region.nbytes = _checked(nbytes)
+        region.dmabuf, region.owner, region.on_host = dmabuf, owner, False
+        return region
 
     @staticmethod
     def received(fd: int, nbytes: int, *, writable: bool) -> Region:
@@ -171,6 +195,19 @@ class Region:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        if self.dmabuf is not None:
+            os.close(self.dmabuf.fd)
+            self.dmabuf = self.owner = None
+
+
+def check_on_host(region: Region) -> None:
+    """Raises InvalidRequest (`device_memory`) unless the processor reaches the memory."""
+    if not region.on_host:
+        raise InvalidRequest(
+            "this is memory of a device, which only `rdma` reaches, and without digests: use a "
+            "region in host memory and copy",
+            reason="device_memory",
+        )
 
 
 def _checked(nbytes: int) -> int:

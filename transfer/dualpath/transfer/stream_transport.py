@@ -31,7 +31,7 @@ from dualpath.transfer.lane import Lane
 from dualpath.transfer.ledger import Ledger, PeerCounters
 from dualpath.transfer.outbox import Outbox, check_batch, check_write
 from dualpath.transfer.pacer import Pacer
-from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.region import Region, RegionDescriptor, check_on_host
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.stream_connection import Stream, StreamConnection
@@ -139,8 +139,9 @@ class StreamTransport(ABC):
         """By which of them the lane goes."""
         return 0
 
-    def _check_source(self, region: Region) -> None:  # noqa: B027 - most take any region
+    def _check_source(self, region: Region) -> None:
         """Raise InvalidRequest if `region` cannot be written from."""
+        check_on_host(region)
 
     # Connections.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
-from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.region import Region, RegionDescriptor, check_on_host
 from dualpath.transfer.slice_copy import copy_slices
 from dualpath.transfer.slice_table import Fields, SliceTable
 from dualpath.transfer.slices import Slices
@@ -153,6 +153,8 @@ class WindowTable:
         self._windows: dict[int, _Window] = {}
         self._generation = 0
         self._closed = False
+        self.device_memory = False
+        """Whether regions that the processor does not reach are taken."""
 
     def expose(
         self,
@@ -166,6 +168,8 @@ class WindowTable:
         """Open a window on `nbytes` bytes of `region` from `offset`."""
         if region.read_only:
             raise InvalidRequest("a read-only region cannot be exposed to writes")
+        if not self.device_memory or on_hashed is not None:
+            check_on_host(region)
         if offset < 0 or nbytes <= 0 or offset + nbytes > region.nbytes:
             raise InvalidRequest(
                 f"window [{offset}, {offset + nbytes}) is outside of a region of "
@@ -365,6 +369,9 @@ class WindowTable:
         """Land bytes of this process under a tag; "" once they are in, or why not."""
         try:
             landing = self.begin(LOCAL_PEER, window.key, window.generation, tag, slices)
+            if not landing.region.on_host:
+                self.abandon(landing)
+                return "rejected"
             with landing.lock:
                 if landing.open:
                     whole = Slices.contiguous(0, slices.nbytes)

@@ -59,6 +59,7 @@ class RdmaTransport(TcpTransport):
             self._chosen = choose_port(self._device.info, config.port, config.gid_index)
             self._registrations = RegistrationCache(self._device, config.registrations_max)
             super().__init__(name_of_self, on_peer_lost, config.set_up)
+            self._windows.device_memory = True
         except BaseException:
             self._device.close()
             raise

@@ -9,6 +9,7 @@ Thread-safe.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import weakref
 from collections import deque
@@ -19,10 +20,12 @@ from dualpath.transfer.errors import Overloaded, Unavailable
 from dualpath.transfer.rdma.verbs import Device, MemoryKeys
 from dualpath.transfer.region import Region
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    address: int
+    address: int = 0
     keys: MemoryKeys | None = None
     users: int = 0
     doomed: bool = False
@@ -61,7 +64,7 @@ class RegistrationCache:
             entry = self._entries.pop(region.serial, None)
             if entry is None:
                 idle = self._make_room()
-                entry = _Entry(address_of(region))
+                entry = _Entry()
             else:
                 idle = []
             self._entries[region.serial] = entry
@@ -78,13 +81,28 @@ class RegistrationCache:
                 if self._closed:
                     raise Unavailable("the transport is closed", reason="closed")
                 if entry.keys is None:
-                    entry.keys = self._device.register(
-                        entry.address, region.nbytes, writable=not region.read_only
-                    )
+                    entry.address, entry.keys = self._register(region)
         except BaseException:
             self._drop(region.serial, entry)
             raise
         return Registered(region.serial, entry.address, entry.keys)
+
+    def _register(self, region: Region) -> tuple[int, MemoryKeys]:
+        """By its dmabuf if it has one; as host memory, where it is that too, if that is refused."""
+        writable, shared = not region.read_only, region.dmabuf
+        if shared is not None:
+            try:
+                keys = self._device.register_dmabuf(
+                    shared.fd, shared.offset, region.nbytes, writable=writable
+                )
+            except Unavailable as error:
+                if not region.on_host:
+                    raise
+                _log.warning("registered as host memory instead: %s", error)
+            else:
+                return shared.offset, keys
+        address = address_of(region)
+        return address, self._device.register(address, region.nbytes, writable=writable)
 
     def let_go(self, registered: Registered) -> None:
         """End a `hold`."""

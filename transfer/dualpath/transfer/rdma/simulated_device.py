@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import mmap
 import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.rdma.simulated_fabric import SimulatedFabric
 from dualpath.transfer.rdma.verbs import (
@@ -51,20 +53,29 @@ _LOCAL_LENGTH = 1
 @dataclass(frozen=True, slots=True)
 class _Range:
     """What a key opens: [start, end), for peers only if `writable`, by way of one queue pair if
-    it is that of a window."""
+    it is that of a window. What lies at `start` is in this process at `start + base`."""
 
     start: int
     end: int
     writable: bool
     queue_pair: int = 0
     memory: MemoryKeys | None = None
+    base: int = 0
 
 
 class SimulatedDevice:
-    """See the port's contract."""
+    """See the port's contract. With `dmabuf` it registers them, which here are memfds."""
 
-    def __init__(self, fabric: SimulatedFabric, name: str, *, memory_windows: bool = True) -> None:
+    def __init__(
+        self,
+        fabric: SimulatedFabric,
+        name: str,
+        *,
+        memory_windows: bool = True,
+        dmabuf: bool = True,
+    ) -> None:
         self.fabric = fabric
+        self.dmabuf = dmabuf
         self.ranges: dict[int, _Range] = {}
         self._keys = itertools.count(0x1000, 0x100)
         gid = bytes(10) + b"\xff\xff\x0a\x00\x00" + bytes((1 + sum(name.encode()) % 250,))
@@ -99,7 +110,11 @@ class SimulatedDevice:
 
     def register_dmabuf(self, fd: int, offset: int, nbytes: int, *, writable: bool) -> MemoryKeys:
         """See the port."""
-        raise Unavailable("the simulated device registers no dmabuf", reason="no_dmabuf")
+        if not self.dmabuf:
+            raise Unavailable("the simulated device registers no dmabuf", reason="no_dmabuf")
+        mapping = mmap.mmap(fd, 0)
+        at = np.frombuffer(mapping, np.uint8).ctypes.data
+        return SimulatedMemory(self, offset, nbytes, writable, base=at, mapping=mapping)
 
     def window(self) -> Window:
         """See the port."""
@@ -143,10 +158,20 @@ class SimulatedVerbs:
 class SimulatedMemory:
     """See the port."""
 
-    def __init__(self, device: SimulatedDevice, address: int, nbytes: int, writable: bool) -> None:
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        address: int,
+        nbytes: int,
+        writable: bool,
+        *,
+        base: int = 0,
+        mapping: mmap.mmap | None = None,
+    ) -> None:
         self._device = device
+        self._mapping = mapping
         self.lkey = self.rkey = device.next_key()
-        self.range = _Range(address, address + nbytes, writable)
+        self.range = _Range(address, address + nbytes, writable, base=base)
         with device.fabric.changed:
             device.ranges[self.rkey] = self.range
 
@@ -326,7 +351,9 @@ class SimulatedQueuePair:
         start, end = request.remote_address, request.remote_address + request.nbytes
         assert memory.range.start <= start < end <= memory.range.end, "bound out of bounds"
         window.key = request.rkey
-        self.device.ranges[window.key] = _Range(start, end, True, self.number, memory)
+        self.device.ranges[window.key] = _Range(
+            start, end, True, self.number, memory, memory.range.base
+        )
 
     def _send(self, request: WorkRequest, peer: SimulatedQueuePair) -> None:
         if not self._is_readable(request):
@@ -377,7 +404,8 @@ class SimulatedQueuePair:
         for piece in request.pieces:
             take = min(left, max(0, piece.nbytes - skip))
             if take:
-                ctypes.memmove(at, piece.address + skip, take)
+                base = self.device.ranges[piece.lkey].base
+                ctypes.memmove(opened.base + at, base + piece.address + skip, take)
             at, left, skip = at + take, left - take, max(0, skip - piece.nbytes)
         self._sent += PACKET_BYTES
         if not last:
