@@ -64,8 +64,8 @@ def test_fine_grains_are_judged_by_those_of_one_mebibyte() -> None:
     (miss,) = report_of(1.0).misses()
     assert "tcp 40K-scattered: 0.50" in miss
     assert report_of(1.0, rounds=2).misses() == []  # too few to tell
-    slow_copies = report_of(1.0, copies=1.2)  # the machine cannot do it faster
-    assert slow_copies.misses() == []
+    (slow_copies,) = report_of(1.0, copies=1.2).misses()
+    assert "0.83 of memcpy-40K" in slow_copies  # what the machine allows is said, and still missed
     found = json.loads(json.dumps(report_of(1.0).to_json()))
     assert found["tcp"]["40K-scattered"]["ratio_to_1m"] == pytest.approx(0.5)
     assert found["tcp"]["1M"]["ratio_to_hashing_socket"] == pytest.approx(0.5)
