@@ -7,6 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytest
+from dualpath.agent.hand_off import HandOff
+from dualpath.agent.holdings import Holdings
+from dualpath.agent.intake import Intake
 from dualpath.agent.load_window import LoadWindow
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_job import RelayChunk
@@ -19,6 +22,7 @@ from dualpath.bench.explore.stage import Stage, StageConfig
 from dualpath.cli.main import main
 from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.placement import POLICY_NAMES
+from dualpath.transfer.transport import Arrival
 from dualpath.transfer.window import WindowTable
 
 ONE_RELAY = StageConfig(blocks=2, relays=1)
@@ -91,6 +95,25 @@ def test_two_faults_anywhere_break_nothing() -> None:
 def test_many_delays_and_faults_with_two_relays_break_nothing(retain: bool) -> None:
     config = StageConfig(blocks=3, relays=2, retain=retain)
     assert explore(config, Bounds(delays=3, faults=3, runs=2500, seed=1)).runs == 2500
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_hand_offs_and_receives_keep_what_holds_of_loads(retain: bool) -> None:
+    config = StageConfig(blocks=2, retain=retain, hand_off=True)
+    assert explore(config, Bounds(delays=1, faults=0, runs=120, seed=3)).runs == 120
+    faults = explore(config, Bounds(delays=0, faults=1))
+    assert faults.whole
+    assert {"hand_off_peer_lost", "intake_peer_lost", "hand_off_aborted", "peer_lost"} <= (
+        faults.events.keys()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("retain", [False, True])
+def test_many_delays_and_faults_of_a_hand_off_break_nothing(retain: bool) -> None:
+    config = StageConfig(blocks=2, retain=retain, hand_off=True)
+    assert explore(config, Bounds(delays=2, faults=2, runs=1200, seed=1)).runs == 1200
 
 
 # What the search must find: each of these takes one guarantee away.
@@ -264,3 +287,61 @@ def test_a_stage_at_rest_is_a_whole_load() -> None:
     assert stage.ended.blocks == 2
     assert set(stage.ended.shares) == {"direct", "relay:relay-0"}
     stage.close()
+
+
+HAND_OFF = StageConfig(blocks=2, hand_off=True)
+
+
+def test_a_receive_that_does_not_fence_its_copies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(self: LoadWindow) -> None:
+        self.open = False
+
+    monkeypatch.setattr(LoadWindow, "close", close)
+    found = broken(HAND_OFF, delays=0, faults=1)
+    assert "used again" in found or "left at the decode node" in found
+
+
+def test_an_intake_that_is_not_fenced_at_its_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = Intake._end
+
+    def finish(self: Intake, reason: str, detail: str) -> None:
+        if self.over is None:
+            end(self, reason, detail)  # and the window stays
+
+    monkeypatch.setattr(Intake, "finish", finish)
+    found = broken(HAND_OFF, delays=0, faults=1)
+    assert "left at the decode node" in found or "is wrong" in found
+
+
+def test_offered_checksums_that_are_not_compared_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def arrived(self: Intake, arrival: Arrival) -> bool:
+        self._landed.put((arrival.tag, True))
+        return True
+
+    def hashed(self: Intake, tags: Sequence[int], _digests: Sequence[int]) -> Sequence[bool]:
+        for tag in tags:
+            self._landed.put((tag, True))
+        return [True] * len(tags)
+
+    monkeypatch.setattr(Intake, "_arrived", arrived)
+    monkeypatch.setattr(Intake, "_hashed", hashed)
+    assert "is wrong" in broken(HAND_OFF, delays=0, faults=1)
+
+
+def test_a_hand_off_that_ends_while_its_memory_is_still_read_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def careless(self: HandOff) -> None:
+        """Waits for no acknowledgement."""
+
+    monkeypatch.setattr(HandOff, "_acknowledged", careless)
+    assert "has changed under it" in broken(HAND_OFF, delays=1, faults=1, runs=1500, seed=1)
+
+
+def test_chunks_of_a_request_that_are_never_let_go_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Holdings, "release", lambda self, request: None)
+    assert "left at the decode node" in broken(HAND_OFF, delays=0, faults=1)

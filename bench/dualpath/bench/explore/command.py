@@ -21,6 +21,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _EPILOG = """examples:
   dualpath bench explore                               one delay and one fault, anywhere
   dualpath bench explore --delays 2 --faults 2 --seconds 600 --seed 7
+  dualpath bench explore --hand-off --retain --delays 2 --faults 2 --seconds 600
   dualpath bench explore --blocks 3 --relays 2 --policy shorter-queue
   dualpath bench explore --schedule 4:2,9:f11          play one again, event by event
 
@@ -47,6 +48,7 @@ class ExploreBench:
         add("--relays", type=int, default=1, metavar="N", help="decode nodes (default 1)")
         add("--policy", default="split", metavar="NAME", help="placement policy (default split)")
         add("--retain", action="store_true", help="the first relay keeps what it relays")
+        add("--hand-off", action="store_true", help="a hand-off and its receive, not a load")
         add("--delays", type=int, default=1, metavar="N", help="most reorderings (default 1)")
         add("--faults", type=int, default=1, metavar="N", help="most faults (default 1)")
         add("--seconds", type=float, default=math.inf, metavar="S", help="stop then (default: no)")
@@ -79,7 +81,7 @@ def _play(args: argparse.Namespace) -> int:
     from dualpath.bench.explore.schedules import parse_schedule, play  # noqa: PLC0415
     from dualpath.bench.explore.stage import StageConfig  # noqa: PLC0415
 
-    config = StageConfig(args.blocks, args.relays, args.policy, args.retain)
+    config = StageConfig(args.blocks, args.relays, args.policy, args.retain, args.hand_off)
     for number, line in enumerate(play(config, parse_schedule(args.schedule))):
         print(f"{number:4} {line}")
     return EXIT_OK
@@ -89,7 +91,7 @@ def _explore(args: argparse.Namespace) -> int:
     from dualpath.bench.explore.schedules import Bounds, explore  # noqa: PLC0415
     from dualpath.bench.explore.stage import StageConfig  # noqa: PLC0415
 
-    config = StageConfig(args.blocks, args.relays, args.policy, args.retain)
+    config = StageConfig(args.blocks, args.relays, args.policy, args.retain, args.hand_off)
     bounds = Bounds(
         delays=args.delays,
         faults=args.faults,

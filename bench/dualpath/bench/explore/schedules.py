@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dualpath.bench.explore.stage import Stage, StageConfig
+from dualpath.bench.explore.stage_hand_off import HandOffStage
+from dualpath.bench.explore.stage_play import StagePlay
 from dualpath.bench.explore.stage_transport import Violation
 from dualpath.transfer.errors import InvalidRequest
 
@@ -95,7 +97,7 @@ def play(config: StageConfig, schedule: Schedule) -> Sequence[str]:
 def _run(config: StageConfig, schedule: Schedule, history: list[str]) -> Branches:
     logging.getLogger("dualpath.agent").setLevel(logging.CRITICAL)  # what goes wrong is the point
     try:
-        stage = Stage(config)
+        stage: StagePlay = HandOffStage(config) if config.hand_off else Stage(config)
         try:
             return _steps(stage, {each.step: each for each in schedule}, history)
         finally:
@@ -107,7 +109,7 @@ def _run(config: StageConfig, schedule: Schedule, history: list[str]) -> Branche
         raise InvalidRequest(f"schedule {listed} names a choice that does not exist") from error
 
 
-def _steps(stage: Stage, deviations: dict[int, Deviation], history: list[str]) -> Branches:
+def _steps(stage: StagePlay, deviations: dict[int, Deviation], history: list[str]) -> Branches:
     others: list[int] = []
     faults: list[int] = []
     for step in range(STEPS_MAX):
@@ -134,8 +136,7 @@ def _steps(stage: Stage, deviations: dict[int, Deviation], history: list[str]) -
             history.append(f"time passes from {stage.loop.time():.3f} s")
             if not stage.pass_time() and not possible:
                 stage.check_rest()
-                assert stage.ended is not None
-                return Branches(tuple(others), tuple(faults), stage.ended.events)
+                return Branches(tuple(others), tuple(faults), stage.events)
     raise Violation(f"no end after {STEPS_MAX} events")
 
 

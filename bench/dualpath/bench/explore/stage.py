@@ -7,7 +7,8 @@ load has ended, as an engine would use it again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,33 +22,22 @@ from dualpath.agent.places import Places
 from dualpath.agent.regions import EngineRegion
 from dualpath.agent.relay_link import RelayLink
 from dualpath.agent.self_relay import SelfRelay
-from dualpath.bench.explore.agenda import Agenda, Event
 from dualpath.bench.explore.stage_daemon import LAYOUT, StageDaemon, StageDaemonLink, content
-from dualpath.bench.explore.stage_loop import StageLoop
+from dualpath.bench.explore.stage_play import REST_S, Fault, StagePlay
 from dualpath.bench.explore.stage_relay import StageRelay, StageRelayLink
-from dualpath.bench.explore.stage_transport import StageNetwork, StageTransport, Violation, Wire
+from dualpath.bench.explore.stage_transport import StageNetwork, StageTransport, Violation
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.placement import policy_named
 from dualpath.transfer.region import Region
 
 DEADLINE_S = 2.0
-REST_S = 30.0
-"""After the load's end: until then everything must have come to rest."""
 CONFIG = DispatchConfig(stall_s=0.5, stall_s_max=0.6, overtake_s=0.1, backoff_s=0.05)
 BLOCKS_MAX = 16
 RELAYS_MAX = 4
 CANARY = b"\xc3"
 UNASKED = frozenset({MissReason.UNAVAILABLE, MissReason.DEADLINE, MissReason.CORRUPT})
 """Why a load of stored blocks may end short."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that may go wrong."""
-
-    what: str
-    happen: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +49,8 @@ class StageConfig:
     relays: int = 1
     policy: str = "split"
     retain: bool = False
+    hand_off: bool = False
+    """Not a load, but the hand-off of so many blocks from one engine to another."""
 
     def __post_init__(self) -> None:
         for name, value, least, most in (
@@ -70,24 +62,18 @@ class StageConfig:
         policy_named(self.policy)
 
 
-class Stage:
+class Stage(StagePlay):
     """See the module docstring. `close` it."""
 
     def __init__(self, config: StageConfig) -> None:
+        super().__init__()
         self.config = config
-        self.loop = StageLoop()
-        self.agenda = Agenda()
-        self.wire = Wire(self.agenda, self.loop)
         self.memory = bytearray(config.blocks * LAYOUT.block_bytes)
         self.region = Region.of(self.memory)
         self.load: ActiveLoad | None = None
         self.ended: LoadResult | None = None
-        self.struck = 0
         self.aborted = False
-        self.hurried = False
-        """Whether time has passed while something else could have happened."""
-        self.loop.perform(self._compose)
-        self.check()
+        self.perform(self._compose)
 
     def _compose(self) -> None:
         config = self.config
@@ -140,10 +126,6 @@ class Stage:
 
     # What may happen.
 
-    def possible(self) -> list[Event]:
-        """Events that may happen next; the first is what happens by default."""
-        return self.agenda.possible()
-
     def faults(self) -> list[Fault]:
         """What may go wrong now."""
         found: list[Fault] = []
@@ -165,42 +147,24 @@ class Stage:
                 found.append(Fault(f"{relay.name} dies", self._dying(relay, link)))
                 if relay.link.up:
                     found.append(Fault(f"{relay.name} loses the daemon", self._losing(relay)))
-        for flying in tuple(self.wire.flying.values()):
-            if not flying.flipped and flying.on_completion is not None:
-                found.append(
-                    Fault(f"write {flying.number} is flipped", self._flipping(flying.number))
-                )
-                found.append(
-                    Fault(f"write {flying.number} comes twice", self._doubling(flying.number))
-                )
+        found += self.spoil_writes()
         return found
-
-    def hold(self, event: Event, seconds: float) -> None:
-        """This event, and what comes behind it, takes so much longer."""
-        self.hurried = True
-        self.agenda.hold(event.channel)
-        self.loop.call_later(seconds, self.agenda.let_go, event.channel)
-
-    def perform(self, happen: Callable[[], None]) -> None:
-        """Let it happen, and check what must hold."""
-        self.loop.perform(happen)
-        self.check()
 
     def strike(self, fault: Fault) -> None:
         """Let a fault happen."""
-        self.struck += 1
         self.aborted = self.aborted or fault.happen == self._abort
-        self.perform(fault.happen)
+        super().strike(fault)
 
-    def pass_time(self) -> bool:
-        """Let time pass to the next timer; False if there is none that matters any more."""
-        self.hurried = self.hurried or bool(self.possible())
-        due = self.loop.next_timer_s()
-        if due is None or (self.ended is not None and due > DEADLINE_S + REST_S):
-            return False
-        self.loop.advance()
-        self.check()
-        return True
+    @property
+    def horizon_s(self) -> float:
+        """See StagePlay."""
+        return math.inf if self.ended is None else DEADLINE_S + REST_S
+
+    @property
+    def events(self) -> Mapping[str, int]:
+        """See StagePlay."""
+        assert self.ended is not None
+        return self.ended.events
 
     def _abort(self) -> None:
         assert self.loads is not None
@@ -226,19 +190,10 @@ class Stage:
 
         return die
 
-    def _flipping(self, number: int) -> Callable[[], None]:
-        return lambda: setattr(self.wire.flying[number], "flipped", True)
-
-    def _doubling(self, number: int) -> Callable[[], None]:
-        return lambda: self.wire.again(self.wire.flying[number])
-
     # What must hold.
 
     def check(self) -> None:
         """After every event. Raises Violation."""
-        if self.loop.raised:
-            error = self.loop.raised[0]
-            raise Violation(f"{type(error).__name__}: {error}") from error
         load = self.load
         assert load is not None
         for relay in self.relays:

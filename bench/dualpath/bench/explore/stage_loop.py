@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 EVENT_S = 20e-6
 """What happens takes a moment: nothing can go on for ever without coming closer to a deadline."""
 
@@ -24,12 +26,34 @@ class StageLoop(asyncio.SelectorEventLoop):
         self._now_s = 0.0
         self.raised: list[BaseException] = []
         """What callbacks and tasks raised and nobody caught."""
+        self.on_thread: Callable[[Callable[[], None]], None] = _at_once
+        """Decides when what goes to a thread is done."""
         super().__init__()
         self.set_exception_handler(self._note)
 
     def time(self) -> float:
         """Virtual seconds."""
         return self._now_s
+
+    def run_in_executor(
+        self, executor: object, func: Callable[..., T], *args: object
+    ) -> asyncio.Future[T]:
+        """Work for a thread: an event like all others."""
+        del executor
+        done: asyncio.Future[T] = self.create_future()
+
+        def work() -> None:
+            try:
+                result = func(*args)
+            except Exception as error:  # noqa: BLE001 - whoever waits gets it
+                if not done.cancelled():
+                    done.set_exception(error)
+            else:
+                if not done.cancelled():
+                    done.set_result(result)
+
+        self.on_thread(work)
+        return done
 
     def perform(self, event: Callable[[], None]) -> None:
         """Let something happen in the loop, a moment later, and all that follows at once."""
@@ -61,6 +85,10 @@ class StageLoop(asyncio.SelectorEventLoop):
         self.raised.append(
             error if isinstance(error, BaseException) else RuntimeError(str(context["message"]))
         )
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 def _nothing() -> None:
