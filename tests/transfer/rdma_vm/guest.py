@@ -94,8 +94,8 @@ def pair(
 
 def _told(name: str, on_lost: OnPeerLost) -> OnPeerLost:
     def told(peer: str, reason: str) -> None:
-        print(f"  the {name} lost the {peer}: {reason}")
         on_lost(peer, reason)
+        print(f"  the {name} lost the {peer}: {reason}")
 
     return told
 
@@ -120,14 +120,14 @@ def without_memory_windows_the_contract_holds_too() -> None:
 def by_pyverbs_the_contract_holds_too() -> None:
     """It is used where the native part was not built."""
     for name in ESSENTIAL:
-        CHECKS[name](partial(pair, libraries=("pyverbs", "pyverbs")))
+        if name != "revoke_fences_what_is_arriving":  # the longest, and the mixed ends run it
+            CHECKS[name](partial(pair, libraries=("pyverbs", "pyverbs")))
 
 
 def a_native_end_and_one_by_pyverbs_understand_each_other() -> None:
     """Whichever of them writes."""
-    for libraries in (("native", "pyverbs"), ("pyverbs", "native")):
-        for name in ("either_side_may_write", "revoke_fences_what_is_arriving"):
-            CHECKS[name](partial(pair, libraries=libraries))
+    CHECKS["either_side_may_write"](partial(pair, libraries=("native", "pyverbs")))
+    CHECKS["revoke_fences_what_is_arriving"](partial(pair, libraries=("pyverbs", "native")))
 
 
 def both_ways_find_the_same_device() -> None:
@@ -281,6 +281,7 @@ def a_cut_cable_ends_in_bounded_time() -> None:
             scene.send(source, window, extents(4, MIB)[1])
             assert scene.finish(2) == [DONE, LOST]
             took = time.monotonic() - begun
+        scene.writer_heard.wait_losses(1)
         assert "retries exhausted" in scene.writer_heard.losses[0][1], scene.writer_heard
         assert took < 10, took
         print(f"  noticed after {took:.1f} s")
@@ -308,6 +309,7 @@ def a_wrong_key_touches_nothing() -> None:
         sender._writer.granted = forge  # type: ignore[method-assign]
         scene.send(source, window, extents(1, MIB)[0])
         assert scene.finish(1) == [LOST]
+        scene.writer_heard.wait_losses(1)
         assert "remote access" in scene.writer_heard.losses[0][1], scene.writer_heard
         scene.reader_heard.wait_losses(1)
         assert target.view == bytes(MIB)
