@@ -20,6 +20,7 @@ from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.outbox import Outbox
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slices import Slices
+from dualpath.transfer.stream_channel import StreamSocket
 from dualpath.transfer.stream_connection import Stream
 from dualpath.transfer.stream_handshake import await_welcome, introduce
 from dualpath.transfer.stream_turns import StreamTurns
@@ -41,13 +42,14 @@ class Watched(TcpTransport):
     def _stream(
         self,
         index: int,
-        sock: socket.socket,
+        sock: StreamSocket,
         outbox: Outbox,
         counters: PeerCounters,
         turns: StreamTurns,
         stop: threading.Event,
     ) -> Stream:
         stream = super()._stream(index, sock, outbox, counters, turns, stop)
+        assert isinstance(sock, socket.socket)
         priority = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY)
         level, option = (
             (socket.IPPROTO_IPV6, socket.IPV6_TCLASS)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
+from dualpath.bench.testbed.authority import Authority
 from dualpath.transfer.conformance import CHECKS, TransportPair
 from dualpath.transfer.conformance_scene import READER, WRITER
 from dualpath.transfer.fault_plan import FaultPlan
@@ -17,6 +21,7 @@ from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
 from dualpath.transfer.region import Region
 from dualpath.transfer.shm_transport import ShmConfig, ShmTransport
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
+from dualpath.transfer.tls_files import TlsFiles
 from dualpath.transfer.transport import OnPeerLost, Transport
 
 QUEUE_BYTES_MAX = 32 << 20
@@ -87,6 +92,38 @@ def paced_tcp(writer_lost: OnPeerLost, reader_lost: OnPeerLost) -> Iterator[Tran
         yield pair
 
 
+@cache
+def tls_files() -> TlsFiles:
+    folder = Path(tempfile.mkdtemp(prefix="dualpath-test-"))
+    atexit.register(shutil.rmtree, folder)
+    authority = Authority(folder, "authority")
+    pair = authority.pair("both")
+    return TlsFiles(pair.cert, pair.key, authority.ca, authority.ca)
+
+
+@contextmanager
+def tls(writer_lost: OnPeerLost, reader_lost: OnPeerLost) -> Iterator[TransportPair]:
+    config = TcpConfig(queue_bytes_max=QUEUE_BYTES_MAX, tls=tls_files())
+    writer = TcpTransport(WRITER, writer_lost, config)
+    reader = TcpTransport(READER, reader_lost, config)
+    with pair_of(writer, reader, "127.0.0.1:0") as pair:
+        yield pair
+
+
+@contextmanager
+def paced_tls_with_a_stream_a_lane(
+    writer_lost: OnPeerLost, reader_lost: OnPeerLost
+) -> Iterator[TransportPair]:
+    each, fast, files = LaneMarks((10, 12, 8, 1)), 600e6, tls_files()
+    config = TcpConfig(queue_bytes_max=QUEUE_BYTES_MAX, send_bytes_per_s=fast, tls=files)
+    writer = TcpTransport(WRITER, writer_lost, config)
+    reader = TcpTransport(
+        READER, reader_lost, TcpConfig(marks=each, receive_bytes_per_s=fast, tls=files)
+    )
+    with pair_of(writer, reader, "127.0.0.1:0") as pair:
+        yield pair
+
+
 @contextmanager
 def shm(writer_lost: OnPeerLost, reader_lost: OnPeerLost) -> Iterator[TransportPair]:
     config = ShmConfig(queue_bytes_max=QUEUE_BYTES_MAX)
@@ -115,6 +152,8 @@ def faultless(writer_lost: OnPeerLost, reader_lost: OnPeerLost) -> Iterator[Tran
         tcp_with_a_stream_a_lane,
         paced_tcp,
         paced_tcp_with_two_streams,
+        tls,
+        paced_tls_with_a_stream_a_lane,
         shm,
         faultless,
     ],

@@ -25,6 +25,7 @@ from dualpath.transfer.shm_sender import (
     ShmSender,
 )
 from dualpath.transfer.slice_table import SliceTable
+from dualpath.transfer.stream_channel import ClearChannel
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_receiver import OpenWrite, StreamReceiver
 from dualpath.transfer.table_copy import land_some
@@ -48,7 +49,8 @@ class ShmReceiver(StreamReceiver):
         counters: PeerCounters,
         stop: threading.Event,
     ) -> None:
-        super().__init__(sock, peer, windows, Pacer(0), sender, counters, stop)
+        super().__init__(ClearChannel(sock), peer, windows, Pacer(0), sender, counters, stop)
+        self._socket = sock
         self._acked_bytes_delayed_max = ACKED_BYTES_DELAYED_MAX
         self._lookahead_bytes = frames.HEAD_BYTES_MAX  # there is never payload among it
         self._regions: dict[int, Region] = {}

@@ -8,6 +8,7 @@ the owner may have changed them) never count as landed.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import weakref
@@ -15,11 +16,13 @@ from collections.abc import Mapping, Sequence
 
 from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.ledger import PeerCounters
+from dualpath.transfer.memfd_channel import send_with_fds
 from dualpath.transfer.outbox import NONE_REFUSED, Fragment, Outbox, PendingWrite
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import PAGE_BYTES, Region
 from dualpath.transfer.slice_table import SliceTable
-from dualpath.transfer.stream_sender import StreamSender, Truncated
+from dualpath.transfer.stream_channel import ClearChannel
+from dualpath.transfer.stream_sender import BUFFERS_MAX, StreamSender, Truncated
 from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.transport import WRITE_BYTES_MAX, WriteBatch, WriteStatus
 
@@ -30,6 +33,8 @@ PLEDGES_MAX = PAGE_BYTES // PLEDGE.size
 """Most writes that the receiver has not answered."""
 REGIONS_MAX = 1024
 """Regions that the receiver keeps mapped for one connection."""
+
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 assert REGIONS_MAX > PLEDGES_MAX + 1  # so that there is always one without a write to forget
 
@@ -45,7 +50,10 @@ class ShmSender(StreamSender):
         inflight_bytes_max: int,
         turns: StreamTurns,
     ) -> None:
-        super().__init__(sock, outbox, Pacer(0), counters, WRITE_BYTES_MAX, turns)
+        super().__init__(ClearChannel(sock), outbox, Pacer(0), counters, WRITE_BYTES_MAX, turns)
+        self._socket = sock
+        self._poll = select.poll()  # the sending thread's
+        self._poll.register(sock, select.POLLOUT)
         self._fragment_bytes = WRITE_BYTES_MAX  # a name is as long for any write
         self._inflight_bytes_max = inflight_bytes_max
         self._page_sent = False
@@ -112,6 +120,17 @@ class ShmSender(StreamSender):
         self._counters.sent_bytes += pending.nbytes
         if pending.truncate_at >= 0:
             raise Truncated("cut behind the name of a write")
+
+    def _send_some(
+        self, parts: Sequence[bytes | memoryview], fds: Sequence[int], wait_ms: int
+    ) -> int:
+        if not fds:
+            return super()._send_some(parts, fds, wait_ms)
+        try:
+            return send_with_fds(self._socket, parts[:BUFFERS_MAX], fds, _FLAGS)
+        except BlockingIOError:
+            self._poll.poll(wait_ms)
+            return 0
 
     def _introduce(self, region: Region) -> None:
         """Make sure that the receiver knows `region`."""

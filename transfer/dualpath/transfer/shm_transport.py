@@ -23,6 +23,7 @@ from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import F_SEAL_SHRINK, Region
 from dualpath.transfer.shm_receiver import ShmReceiver
 from dualpath.transfer.shm_sender import ShmSender
+from dualpath.transfer.stream_channel import StreamSocket
 from dualpath.transfer.stream_connection import Stream
 from dualpath.transfer.stream_transport import StreamTransport, seconds_left
 from dualpath.transfer.stream_turns import StreamTurns
@@ -110,12 +111,13 @@ class ShmTransport(StreamTransport):
     def _stream(
         self,
         index: int,
-        sock: socket.socket,
+        sock: StreamSocket,
         outbox: Outbox,
         counters: PeerCounters,
         turns: StreamTurns,
         stop: threading.Event,
     ) -> Stream:
+        assert isinstance(sock, socket.socket)
         sender = ShmSender(sock, outbox, counters, self._config.inflight_bytes_max, turns)
         receiver = ShmReceiver(sock, outbox.peer, self._windows, sender, counters, stop)
         return Stream(sock, sender, receiver)

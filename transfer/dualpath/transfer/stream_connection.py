@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Protocol
 
 from dualpath.transfer.errors import DualPathError
 from dualpath.transfer.lane import Lane
+from dualpath.transfer.stream_channel import StreamSocket
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_receiver import PeerClosed
 from dualpath.transfer.stream_sender import Truncated
@@ -69,7 +69,7 @@ class ReceivingHalf(Protocol):
 class Stream:
     """A socket and who sends and receives by it."""
 
-    sock: socket.socket
+    sock: StreamSocket
     sender: SendingHalf
     receiver: ReceivingHalf
 

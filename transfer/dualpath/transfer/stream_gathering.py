@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 
 from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.invitations import INVITATION_BYTES
+from dualpath.transfer.stream_channel import StreamSocket
 
 
 class Gathering:
@@ -23,10 +23,10 @@ class Gathering:
     def __init__(self, changed: threading.Condition, streams: int) -> None:
         self.invitations = tuple(secrets.token_bytes(INVITATION_BYTES) for _ in range(streams))
         self._changed = changed
-        self.came: dict[bytes, socket.socket] = {}
+        self.came: dict[bytes, StreamSocket] = {}
         self.ended = False
 
-    def wait(self, timeout_s: float) -> Sequence[socket.socket]:
+    def wait(self, timeout_s: float) -> Sequence[StreamSocket]:
         """The sockets, in the order of `invitations`; they are the caller's now.
 
         Raises Unavailable if not all came in time.
@@ -77,7 +77,7 @@ class Gatherings:
         with self._changed:
             return self._by_secret.pop(secret, None)
 
-    def hand_over(self, gathering: Gathering, secret: bytes, sock: socket.socket) -> bool:
+    def hand_over(self, gathering: Gathering, secret: bytes, sock: StreamSocket) -> bool:
         """Give the connection the socket that came with `secret`; False if it is too late."""
         with self._changed:
             if gathering.ended:

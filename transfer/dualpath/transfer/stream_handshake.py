@@ -6,22 +6,25 @@ a descriptor may be attached to it). At the end of the handshake the socket does
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from dualpath.transfer import stream_frame as frames
 from dualpath.transfer.errors import DeadlineExceeded, PermissionDenied, Unavailable
+from dualpath.transfer.stream_channel import StreamSocket
 from dualpath.transfer.stream_frame import MalformedFrame
+from dualpath.transfer.tls_errors import BOTH_SIDES
 
 HANDSHAKE_S = 5.0
 """Longest that an accepted connection may take to say who it is."""
 HANDSHAKE_FRAME_BYTES_MAX = 1024
+TLS_FIRST_BYTE = 0x16
+"""With which a handshake of TLS begins, and no frame."""
 
 
 def introduce(
-    sock: socket.socket,
+    sock: StreamSocket,
     own_name: str,
     peer: str,
     invitation: bytes,
@@ -42,19 +45,24 @@ def introduce(
     return ()
 
 
-def await_welcome(sock: socket.socket, peer: str, deadline: float) -> None:
+def await_welcome(sock: StreamSocket, peer: str, deadline: float) -> None:
     """What is left of the dialler's side after further streams. Raises as `introduce`."""
     _check_welcome(_answer(sock, peer, deadline), peer)
     sock.setblocking(False)
 
 
-def receive_hello(sock: socket.socket) -> frames.Hello:
+def receive_hello(sock: StreamSocket) -> frames.Hello:
     """The acceptor's side up to what the dialler says.
 
     What the peer calls itself is only for messages: the invitation names it. Raises
-    PermissionDenied (another version; the peer was told), OSError or MalformedFrame.
+    PermissionDenied (another version; the peer was told), Unavailable (it speaks TLS), OSError or
+    MalformedFrame.
     """
-    said = _receive(sock, time.monotonic() + HANDSHAKE_S)
+    try:
+        said = _receive(sock, time.monotonic() + HANDSHAKE_S)
+    except Unavailable:  # whatever it reads of this, it sees that this is no TLS
+        _send(sock, frames.deny(BOTH_SIDES), time.monotonic() + HANDSHAKE_S)
+        raise
     if not isinstance(said, frames.Hello):
         raise MalformedFrame(f"{type(said).__name__} instead of a handshake")
     if said.version != frames.STREAM_VERSION:
@@ -62,24 +70,24 @@ def receive_hello(sock: socket.socket) -> frames.Hello:
     return said
 
 
-def turn_down(sock: socket.socket, reason: str) -> NoReturn:
+def turn_down(sock: StreamSocket, reason: str) -> NoReturn:
     """Tell the dialler why not, and raise PermissionDenied."""
     _send(sock, frames.deny(reason), time.monotonic() + HANDSHAKE_S)
     raise PermissionDenied(reason)
 
 
-def send_streams(sock: socket.socket, invitations: Sequence[bytes]) -> None:
+def send_streams(sock: StreamSocket, invitations: Sequence[bytes]) -> None:
     """Ask the dialler to open further streams before it is welcomed."""
     _send(sock, frames.streams(invitations), time.monotonic() + HANDSHAKE_S)
 
 
-def send_welcome(sock: socket.socket, own_name: str) -> None:
+def send_welcome(sock: StreamSocket, own_name: str) -> None:
     """The acceptor's answer, once it is ready to receive."""
     _send(sock, frames.welcome(own_name), time.monotonic() + HANDSHAKE_S)
     sock.setblocking(False)
 
 
-def _answer(sock: socket.socket, peer: str, deadline: float, question: bytes = b"") -> frames.Frame:
+def _answer(sock: StreamSocket, peer: str, deadline: float, question: bytes = b"") -> frames.Frame:
     try:
         if question:
             _send(sock, question, deadline)
@@ -103,12 +111,12 @@ def _check_welcome(answer: frames.Frame, peer: str) -> None:
         )
 
 
-def _send(sock: socket.socket, frame: bytes, deadline: float) -> None:
+def _send(sock: StreamSocket, frame: bytes, deadline: float) -> None:
     sock.settimeout(_left(deadline))
     sock.sendall(frame)
 
 
-def _receive(sock: socket.socket, deadline: float) -> frames.Frame:
+def _receive(sock: StreamSocket, deadline: float) -> frames.Frame:
     buffer = bytearray()
     while True:
         parsed = frames.parse(memoryview(buffer))
@@ -125,6 +133,10 @@ def _receive(sock: socket.socket, deadline: float) -> frames.Frame:
         if not got:
             raise ConnectionResetError("the peer hung up during the handshake")
         buffer += got
+        if buffer[0] == TLS_FIRST_BYTE:
+            raise Unavailable(
+                f"the caller speaks TLS, this side does not; {BOTH_SIDES}", reason="tls"
+            )
 
 
 def _left(deadline: float) -> float:

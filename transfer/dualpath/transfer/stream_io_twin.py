@@ -60,7 +60,7 @@ def receive(
                 break
             payload -= lacks
             if hashed:
-                digests.append(_digest(parts[part]))
+                digests.append(hash_part(parts[part]))
             part, inside = part + 1, 0
         if received == nbytes:
             return received, max(0, got - room), False, digests
@@ -118,5 +118,6 @@ def _tried(fd: int, buffers: Sequence[memoryview], event: int, wait_ms: int) -> 
                 return None
 
 
-def _digest(part: memoryview) -> int:
+def hash_part(part: memoryview) -> int:
+    """The xxh3-64 of a part that is complete, 0 of a short one."""
     return xxhash.xxh3_64_intdigest(part) if len(part) >= HASHED_BYTES_MIN else 0

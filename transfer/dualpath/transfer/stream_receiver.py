@@ -8,18 +8,16 @@ asked to; everything else goes to a scratch buffer.
 
 from __future__ import annotations
 
-import select
-import socket
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from dualpath.transfer import stream_frame as frames
-from dualpath.transfer import stream_io
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
 from dualpath.transfer.slice_table import SliceTable
+from dualpath.transfer.stream_channel import StreamChannel
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_sender import StreamSender
 from dualpath.transfer.window import Landing, LandingLock, WindowTable
@@ -96,7 +94,7 @@ class StreamReceiver:
 
     def __init__(
         self,
-        sock: socket.socket,
+        channel: StreamChannel,
         peer: str,
         windows: WindowTable,
         pacer: Pacer,
@@ -104,15 +102,13 @@ class StreamReceiver:
         counters: PeerCounters,
         stop: threading.Event,
     ) -> None:
-        self._socket = sock
+        self._channel = channel
         self._peer = peer
         self._windows = windows
         self._pacer = pacer
         self._sender = sender
         self._counters = counters
         self._stop = stop
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
         self._buffer = memoryview(bytearray(frames.HEAD_BYTES_MAX + LOOKAHEAD_BYTES))
         self._lookahead_bytes = LOOKAHEAD_BYTES
         self._acked_bytes_delayed_max = ACKED_BYTES_DELAYED_MAX
@@ -265,7 +261,7 @@ class StreamReceiver:
         self._end += got
 
     def _read_head(self, target: memoryview) -> int:
-        return self._socket.recv_into(target, 0, socket.MSG_DONTWAIT)
+        return self._channel.receive_into((target,))
 
     def _payload(self, write: OpenWrite, nbytes: int) -> None:
         """Receive `nbytes` further bytes of `write`, and bring to their end what is complete."""
@@ -301,8 +297,7 @@ class StreamReceiver:
                 nbytes = min(left, sum(map(len, parts)) - inside)
                 # What comes behind the payload is the next frame's head.
                 behind = self._buffer[:DATA_HEAD_BYTES] if nbytes == left else self._nowhere
-                got, self._end, ended, digests = stream_io.receive(
-                    self._socket.fileno(),
+                got, self._end, ended, digests = self._channel.receive(
                     parts,
                     inside,
                     nbytes,
@@ -359,16 +354,14 @@ class StreamReceiver:
         return got
 
     def _take_received(self, targets: list[memoryview], nbytes: int) -> int:
-        if len(targets) == 1:
-            return self._socket.recv_into(targets[0], 0, socket.MSG_DONTWAIT)
-        return self._socket.recvmsg_into(targets, 0, socket.MSG_DONTWAIT)[0]
+        return self._channel.receive_into(targets)
 
     def _take_last(self, targets: list[memoryview], nbytes: int) -> int:
         """As `_take_received`; what comes behind the payload is the next frame's head."""
         if sum(map(len, targets)) < nbytes:
             return self._take_received(targets, nbytes)
         behind = self._buffer[:DATA_HEAD_BYTES]
-        got = self._socket.recvmsg_into([*targets, behind], 0, socket.MSG_DONTWAIT)[0]
+        got = self._channel.receive_into([*targets, behind])
         self._start, self._end = 0, max(0, got - nbytes)  # nothing was left in the buffer
         return min(got, nbytes)
 
@@ -419,7 +412,7 @@ class StreamReceiver:
 
     def _wait_readable(self) -> None:
         self._flush()
-        self._poll.poll(POLL_MS)
+        self._channel.wait_readable(POLL_MS)
 
     def _flush(self) -> None:
         self._delayed_acks = 0

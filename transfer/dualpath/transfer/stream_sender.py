@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import select
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 from dualpath.transfer import stream_frame as frames
-from dualpath.transfer import stream_io
 from dualpath.transfer.errors import PeerLost
 from dualpath.transfer.ledger import PeerCounters
-from dualpath.transfer.memfd_channel import send_with_fds
 from dualpath.transfer.outbox import NONE_REFUSED, Fragment, Outbox, PendingWrite, deliver
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
+from dualpath.transfer.stream_channel import StreamChannel
 from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.transport import (
     OnBatchCompletion,
@@ -42,8 +39,6 @@ FRAGMENT_S = 0.002
 POLL_S_MAX = 0.05
 """A sender that waits for a full socket looks at deadlines this often."""
 
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-
 
 class Truncated(Exception):
     """A write was cut short on request (see `StreamSender.submit`)."""
@@ -54,14 +49,14 @@ class StreamSender:
 
     def __init__(
         self,
-        sock: socket.socket,
+        channel: StreamChannel,
         outbox: Outbox,
         pacer: Pacer,
         counters: PeerCounters,
         fragment_bytes: int,
         turns: StreamTurns,
     ) -> None:
-        self._socket = sock
+        self._channel = channel
         self._outbox = outbox
         self._pacer = pacer
         self._counters = counters
@@ -78,8 +73,6 @@ class StreamSender:
         self._wire = threading.Lock()  # held for each send; guards what follows
         self._carry = b""  # the rest of a frame of acknowledgements
         self._in_frame = False
-        self._poll = select.poll()  # the sending thread's
-        self._poll.register(sock, select.POLLOUT)
 
     @property
     def queued_bytes(self) -> int:
@@ -175,10 +168,7 @@ class StreamSender:
                 frame = self._take_acks()
                 if not frame:
                     return
-                sent = 0
-                with contextlib.suppress(BlockingIOError):
-                    sent = self._socket.send(frame, _FLAGS)
-                self._carry = frame[sent:]
+                self._carry = frame[self._channel.send_at_once(frame) :]
             finally:
                 self._wire.release()
             if self._carry:
@@ -196,7 +186,7 @@ class StreamSender:
             self._changed.notify_all()
         self._interrupt[0] = 1
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self._channel.hang_up()
         with self._wire:
             pass  # no send is under way now, and none starts: sources are no longer read
         self._complete(pending, status, reason)
@@ -293,16 +283,9 @@ class StreamSender:
     def _send_some(
         self, parts: Sequence[bytes | memoryview], fds: Sequence[int], wait_ms: int
     ) -> int:
-        if not fds:
-            # Over BUFFERS_MAX the rest follows with the next call.
-            return stream_io.send(
-                self._socket.fileno(), parts[:BUFFERS_MAX], self._interrupt, wait_ms
-            )
-        try:
-            return send_with_fds(self._socket, parts[:BUFFERS_MAX], fds, _FLAGS)
-        except BlockingIOError:
-            self._poll.poll(wait_ms)
-            return 0
+        assert not fds  # only the shm transport has some
+        # Over BUFFERS_MAX the rest follows with the next call.
+        return self._channel.send(parts[:BUFFERS_MAX], self._interrupt, wait_ms)
 
     def _patience_ms(self) -> int:
         """How long to wait for the socket before deadlines are looked at again."""

@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from dualpath.transfer.errors import (
     DeadlineExceeded,
@@ -34,6 +35,7 @@ from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.region import Region, RegionDescriptor, check_on_host
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
+from dualpath.transfer.stream_channel import StreamSocket
 from dualpath.transfer.stream_connection import Stream, StreamConnection
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_gathering import Gatherings
@@ -118,11 +120,21 @@ class StreamTransport(ABC):
     def _dial(self, address: str, deadline: float) -> socket.socket:
         """A connected socket. Raises OSError, or InvalidRequest for the address."""
 
+    def _secure_dialled(
+        self, sock: socket.socket, peer: str, address: str, deadline: float
+    ) -> StreamSocket:
+        """What the dialler says everything by. Raises Unavailable, DeadlineExceeded."""
+        return sock
+
+    def _secure_accepted(self, sock: socket.socket, address: str, deadline: float) -> StreamSocket:
+        """What the acceptor hears everything by. Raises Unavailable, OSError."""
+        return sock
+
     @abstractmethod
     def _stream(
         self,
         index: int,
-        sock: socket.socket,
+        sock: StreamSocket,
         outbox: Outbox,
         counters: PeerCounters,
         turns: StreamTurns,
@@ -178,7 +190,7 @@ class StreamTransport(ABC):
         with self._lock:
             self._check_open()
         deadline = time.monotonic() + deadline_s
-        socks: list[socket.socket] = []
+        socks: list[StreamSocket] = []
         try:
             socks.append(self._dialled(peer, address, deadline))
             secrets = introduce(socks[0], self._own_name, peer, invitation, deadline, self._streams)
@@ -195,13 +207,18 @@ class StreamTransport(ABC):
             raise
         connection.start()
 
-    def _dialled(self, peer: str, address: str, deadline: float) -> socket.socket:
+    def _dialled(self, peer: str, address: str, deadline: float) -> StreamSocket:
         try:
-            return self._dial(address, deadline)
+            sock = self._dial(address, deadline)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{peer!r} at {address} did not answer in time") from error
         except OSError as error:
             raise Unavailable(f"cannot reach {peer!r} at {address}: {error}") from error
+        try:
+            return self._secure_dialled(sock, peer, address, deadline)
+        except BaseException:
+            sock.close()
+            raise
 
     def disconnect(self, peer: str) -> None:
         """See Transport.disconnect."""
@@ -321,7 +338,7 @@ class StreamTransport(ABC):
         if self._closed:
             raise Unavailable("the transport is closed", reason="closed")
 
-    def _connection(self, socks: Sequence[socket.socket], peer: str) -> StreamConnection:
+    def _connection(self, socks: Sequence[StreamSocket], peer: str) -> StreamConnection:
         stop, turns = threading.Event(), StreamTurns()
         with self._lock:
             connected = dict(self._connections)
@@ -421,7 +438,8 @@ class StreamTransport(ABC):
             if not self._closed:
                 self._handshakes[sock] = address, time.monotonic()
                 try:
-                    self._spawn(lambda: self._greet(sock), f"dualpath-greet-{self._own_name}")
+                    greet = partial(self._greet, sock, address)
+                    self._spawn(greet, f"dualpath-greet-{self._own_name}")
                 except RuntimeError as error:  # out of threads
                     self._handshakes.pop(sock, None)
                     reason = str(error)
@@ -430,8 +448,10 @@ class StreamTransport(ABC):
         _log.warning("%s hung up on a caller: %s", self._own_name, reason)
         sock.close()
 
-    def _greet(self, sock: socket.socket) -> None:
+    def _greet(self, accepted: socket.socket, address: str) -> None:
+        sock: StreamSocket = accepted
         try:
+            sock = self._secure_accepted(accepted, address, time.monotonic() + HANDSHAKE_S)
             said = receive_hello(sock)
             if (gathering := self._gatherings.take(said.invitation)) is not None:
                 send_welcome(sock, self._own_name)
@@ -441,17 +461,17 @@ class StreamTransport(ABC):
             peer = self._invitations.redeem(said.invitation, time.monotonic())
             if not peer:
                 turn_down(sock, f"no invitation of {said.name!r}: it is wrong, used or expired")
-            self._admit(sock, peer, max(said.streams, self._streams))
+            self._admit(sock, accepted, peer, max(said.streams, self._streams))
         except (OSError, MalformedFrame, DualPathError) as error:
             _log.info("%s turned a caller down: %s", self._own_name, error)
             sock.close()
         finally:
             with self._lock:
-                self._handshakes.pop(sock, None)
+                self._handshakes.pop(accepted, None)
 
-    def _admit(self, sock: socket.socket, peer: str, streams: int) -> None:
+    def _admit(self, sock: StreamSocket, accepted: socket.socket, peer: str, streams: int) -> None:
         """Open the connection to a caller that was invited. Raises as the handshake."""
-        further: Sequence[socket.socket] = ()
+        further: Sequence[StreamSocket] = ()
         connection = None
         try:
             if streams > 1:
@@ -462,7 +482,7 @@ class StreamTransport(ABC):
             self._register(connection)
             with self._lock:
                 # From here on it is the connection's socket; `close` ends that.
-                self._handshakes.pop(sock, None)
+                self._handshakes.pop(accepted, None)
             send_welcome(sock, self._own_name)
         except BaseException as error:
             if connection is not None:

@@ -2,7 +2,7 @@
 
 Owns socket options and addresses; frames, fencing and threads are those of the stream transport.
 Bytes go from the source region to the socket and from the socket into the target's slices
-without a copy of our own.
+without a copy of our own, or through OpenSSL where the configuration has TLS files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from dualpath.transfer.lane_marks import LaneMarks, priority_of
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.outbox import Outbox
 from dualpath.transfer.pacer import Pacer
+from dualpath.transfer.stream_channel import ClearChannel, StreamChannel, StreamSocket
 from dualpath.transfer.stream_connection import Stream
 from dualpath.transfer.stream_frame import FRAGMENT_BYTES_MAX
 from dualpath.transfer.stream_receiver import StreamReceiver
 from dualpath.transfer.stream_sender import StreamSender
 from dualpath.transfer.stream_transport import StreamTransport, seconds_left
 from dualpath.transfer.stream_turns import StreamTurns
+from dualpath.transfer.tls_files import TlsContexts, TlsFiles
+from dualpath.transfer.tls_handshake import accept_tls, dial_tls
+from dualpath.transfer.tls_socket import TlsSocket
 from dualpath.transfer.transport import OnPeerLost
 
 LISTEN_BACKLOG = 128
@@ -57,6 +61,7 @@ class TcpConfig:
     the kernel unsent (0: as much as fits), and with it what an urgent write waits for; few bytes
     stay in the caches. What is dialled leaves from the address `local_host` of this machine ("":
     what the kernel chooses) and by its device `local_device` ("": what routes say).
+    stay in the caches. With `tls` nothing goes in clear: both ends must have it.
     """
 
     receive_bytes_per_s: float = 0
@@ -71,6 +76,7 @@ class TcpConfig:
     unsent_bytes_max: int = 256 << 10
     local_host: str = ""
     local_device: str = ""
+    tls: TlsFiles | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.fragment_bytes <= FRAGMENT_BYTES_MAX:
@@ -103,6 +109,7 @@ class TcpTransport(StreamTransport):
             receive_pacer=Pacer(config.receive_bytes_per_s),
         )
         self._config = config
+        self._tls = None if config.tls is None else TlsContexts(config.tls)
 
     @property
     def name(self) -> str:
@@ -140,6 +147,16 @@ class TcpTransport(StreamTransport):
             raise
         return sock
 
+    def _secure_dialled(
+        self, sock: socket.socket, peer: str, address: str, deadline: float
+    ) -> StreamSocket:
+        if self._tls is None:
+            return sock
+        return dial_tls(sock, self._tls, peer, parse_address(address)[0], deadline)
+
+    def _secure_accepted(self, sock: socket.socket, address: str, deadline: float) -> StreamSocket:
+        return sock if self._tls is None else accept_tls(sock, self._tls, address, deadline)
+
     @property
     def _streams(self) -> int:
         return len(self._config.marks.classes)
@@ -150,19 +167,20 @@ class TcpTransport(StreamTransport):
     def _stream(
         self,
         index: int,
-        sock: socket.socket,
+        sock: StreamSocket,
         outbox: Outbox,
         counters: PeerCounters,
         turns: StreamTurns,
         stop: threading.Event,
     ) -> Stream:
-        self._tune(sock)
-        mark_socket(sock, self._config.marks.of_stream(index))
+        raw, channel = _raw_and_channel(sock)
+        self._tune(raw)
+        mark_socket(raw, self._config.marks.of_stream(index))
         sender = StreamSender(
-            sock, outbox, self._send_pacer, counters, self._config.fragment_bytes, turns
+            channel, outbox, self._send_pacer, counters, self._config.fragment_bytes, turns
         )
         receiver = StreamReceiver(
-            sock, outbox.peer, self._windows, self._receive_pacer, sender, counters, stop
+            channel, outbox.peer, self._windows, self._receive_pacer, sender, counters, stop
         )
         return Stream(sock, sender, receiver)
 
@@ -203,6 +221,13 @@ def bind_locally(sock: socket.socket, host: str, device: str) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
     if host:
         sock.bind((host, 0))
+
+
+def _raw_and_channel(sock: StreamSocket) -> tuple[socket.socket, StreamChannel]:
+    if isinstance(sock, TlsSocket):
+        return sock.raw, sock
+    assert isinstance(sock, socket.socket)
+    return sock, ClearChannel(sock)
 
 
 def mark_socket(sock: socket.socket, dscp: int) -> None:

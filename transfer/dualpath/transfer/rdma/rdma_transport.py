@@ -32,6 +32,7 @@ from dualpath.transfer.rdma.port_choice import choose_port
 from dualpath.transfer.rdma.registration_cache import RegistrationCache
 from dualpath.transfer.rdma.verbs import Verbs
 from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.stream_channel import StreamSocket
 from dualpath.transfer.stream_connection import Stream
 from dualpath.transfer.stream_turns import StreamTurns
 from dualpath.transfer.tcp_transport import TcpTransport
@@ -51,6 +52,8 @@ class RdmaTransport(TcpTransport):
         config: RdmaConfig | None = None,
     ) -> None:
         config = config or RdmaConfig()
+        if config.set_up.tls is not None:
+            raise InvalidRequest("the rdma transport does not encrypt; use tcp, or no TLS files")
         self._rdma = config
         self._device = verbs.open(
             config.device or _only(verbs), memory_windows=config.memory_windows
@@ -121,7 +124,7 @@ class RdmaTransport(TcpTransport):
     def _stream(
         self,
         index: int,
-        sock: socket.socket,
+        sock: StreamSocket,
         outbox: Outbox,
         counters: PeerCounters,
         turns: StreamTurns,
@@ -129,6 +132,7 @@ class RdmaTransport(TcpTransport):
     ) -> Stream:
         if index:
             raise Unavailable("an RDMA connection is set up over one socket, not several")
+        assert isinstance(sock, socket.socket)  # TLS is refused above: it would not cover RDMA
         self._tune(sock)
         lander = RdmaLander(
             outbox.peer, self._windows, self._registrations, self._device, counters, stop
