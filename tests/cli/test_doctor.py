@@ -53,6 +53,30 @@ def test_a_directory_that_cannot_be_used_is_fatal(
     assert "data directory" in capsys.readouterr().err
 
 
+def test_blocks_in_clear_beside_calls_over_tls_are_hinted_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "dualpath.toml"
+    file.write_text('[serve]\ntls_cert = "c"\n[agent]\ntls_ca = "a"\ndata_tls = true\n')
+    command = ["doctor", "--data", str(tmp_path), "--config", str(file), "--json"]
+
+    def told() -> dict[str, str]:
+        assert main(command) == 0
+        report = json.loads(capsys.readouterr().out)
+        return {
+            each["name"]: each["status"] for each in report["findings"] if "TLS" in each["name"]
+        }
+
+    assert told() == {"TLS of [serve]": "partial", "TLS of [agent]": "ok"}
+    monkeypatch.setenv("DUALPATH_SERVE_DATA_TLS", "yes")
+    assert told() == {"TLS of [serve]": "ok", "TLS of [agent]": "ok"}
+    file.write_text('[serve]\nlisten = "127.0.0.1:1"\n')
+    assert told() == {}
+    file.write_text("[serve")
+    assert main(command) != 0
+    assert "is not TOML" in capsys.readouterr().err
+
+
 def test_a_refused_ring_says_by_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     switch = tmp_path / "io_uring_disabled"
     switch.write_text("2\n")

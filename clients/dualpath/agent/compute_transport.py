@@ -43,4 +43,5 @@ def tcp_config(
         marks=settings.lane_marks,
         local_host=rail.host,
         local_device=rail.device,
+        tls=settings.data_tls_files,
     )

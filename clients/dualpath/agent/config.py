@@ -18,6 +18,7 @@ from dualpath.transfer.rails import check_hosts
 from dualpath.transfer.rdma.config import SERVICE_LEVEL_MAX
 from dualpath.transfer.rdma.library import LIBRARIES
 from dualpath.transfer.tcp_transport import check_congestion
+from dualpath.transfer.tls_files import TlsFiles
 
 DAEMONS_MAX = 64
 RELAYS_MAX = 256
@@ -92,6 +93,10 @@ class AgentConfig:
     """PEM file: whoever dials us over TCP must show a certificate signed by it."""
     tls_name: str = ""
     """Name to expect in the certificates of daemons and peers, instead of the host dialled."""
+    data_tls: bool = False
+    """Blocks go over TCP by TLS too, and both ends show certificates: needs `tls_ca`, `tls_cert`
+    and `tls_key`, and the same setting at daemons and peers. Who dials us is checked by
+    `tls_client_ca`, or by `tls_ca` where that is not set."""
     metrics_listen: str = ""
     lane_dscp: tuple[str, ...] = ()
     """`lane=DSCP`: how the packets of a lane are marked, with load-prefill, load-decode, save,
@@ -143,7 +148,12 @@ class AgentConfig:
             raise InvalidRequest(
                 f"staging_bytes must be at least {STAGING_BYTES_MIN}, not {self.staging_bytes}"
             )
-        _ = self.tls, self.server_files, self.lane_marks  # raises what does not go together
+        _ = (
+            self.tls,
+            self.server_files,
+            self.data_tls_files,
+            self.lane_marks,
+        )  # raises what does not go together
         check_congestion(self.tcp_congestion)
         self._check_compute_transport()
         for name in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
@@ -186,6 +196,11 @@ class AgentConfig:
                 f"rdma_library is one of {', '.join(LIBRARIES)}, not {self.rdma_library!r}"
             )
         _ = self.service_levels  # raises what is none
+        if self.compute_transport != "tcp" and self.data_tls:
+            raise InvalidRequest(
+                "data_tls: RDMA goes in clear; set compute_transport = tcp, or data_tls = false "
+                "on a network that only you use"
+            )
         if self.compute_transport != "tcp" and self.compute_limit_bytes_per_s:
             raise InvalidRequest(
                 "compute_limit_bytes_per_s paces tcp only; limit RDMA at the switch or the card"
@@ -229,6 +244,19 @@ class AgentConfig:
         """With what we are dialled, None without TLS."""
         files = ServerFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
         return files if files.cert else None
+
+    @property
+    def data_tls_files(self) -> TlsFiles | None:
+        """Those of data connections, None where these go in clear. Raises InvalidRequest."""
+        if not self.data_tls:
+            return None
+        if not self.tls_ca:
+            raise InvalidRequest(
+                "data_tls is set and tls_ca is not: give the PEM file of the authority that signed "
+                "the certificates of daemons and peers"
+            )
+        client_ca = self.tls_client_ca or self.tls_ca
+        return TlsFiles(self.tls_cert, self.tls_key, client_ca, self.tls_ca, self.tls_name)
 
     def check_trust(self) -> None:
         """Raise InvalidRequest if this would listen beyond loopback unguarded."""

@@ -37,7 +37,7 @@ T = TypeVar("T")
 ENVIRONMENT_PREFIX = "DUALPATH_"
 TABLES = ("agent", "client", "layout", "serve")
 """Tables of all commands: one command's settings may stand in the environment of another."""
-_TRUE = ("1", "true", "yes", "on")
+TRUE_TEXTS = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _SENTENCE_END = re.compile(r"[.;]\s+(?=[A-Z`])")
 
@@ -279,7 +279,7 @@ def _assignments(text: str) -> dict[str, object]:
 def _bool(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.lower() in _TRUE:
+    if isinstance(value, str) and value.lower() in TRUE_TEXTS:
         return True
     if isinstance(value, str) and value.lower() in _FALSE:
         return False

@@ -39,6 +39,8 @@ class ClientConfig:
     """PEM file of its key."""
     tls_name: str = ""
     """Name to expect in the other side's certificate, instead of the host dialled."""
+    data_tls: bool = False
+    """The daemon has `data_tls` set: blocks go by TLS, with `tls_ca`, `tls_cert` and `tls_key`."""
     deadline_s: float = 60.0
     """Longest time for each batch of blocks."""
     batch_bytes: int = 64 << 20
@@ -91,5 +93,6 @@ async def open_client(config: ClientConfig) -> KVClient:
             tls_cert=config.tls_cert,
             tls_key=config.tls_key,
             tls_name=config.tls_name,
+            data_tls=config.data_tls,
         )
     )

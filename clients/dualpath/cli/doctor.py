@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from dualpath.agent.config import check_address
 from dualpath.cli.finding import Finding, Status
+from dualpath.cli.probe_encryption import encryption_findings
 from dualpath.cli.probe_memory import memory_findings
 from dualpath.cli.probe_network import network_findings
 from dualpath.cli.probe_software import software_findings
@@ -24,6 +26,7 @@ from dualpath.transfer.errors import InvalidRequest
 _EXAMPLE = """example:
   dualpath doctor
   dualpath doctor --data DIR --json
+  dualpath doctor --config dualpath.toml                 # also what it encrypts
   dualpath doctor --topology --towards 10.0.1.1:7070 --towards 10.0.2.5:7081"""
 
 
@@ -38,6 +41,12 @@ class DoctorCommand:
         parser.epilog = _EXAMPLE
         parser.add_argument(
             "--data", default=".", metavar="DIR", help="data directory of the daemon (default .)"
+        )
+        parser.add_argument(
+            "--config",
+            default="",
+            metavar="FILE",
+            help="settings of the daemon or the agent, for what they encrypt",
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.add_argument(
@@ -64,6 +73,7 @@ class DoctorCommand:
             *storage_findings(Path(args.data)),
             *memory_findings(),
             *network_findings(),
+            *encryption_findings(args.config, os.environ),
         ]
         fatal = [finding for finding in findings if finding.fatal]
         if args.json:

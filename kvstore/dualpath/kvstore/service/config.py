@@ -18,6 +18,7 @@ from dualpath.kvstore.tenant_limits import TenantLimits, check_tenants
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.lane_marks import LaneMarks
 from dualpath.transfer.tcp_transport import check_congestion
+from dualpath.transfer.tls_files import TlsFiles
 from dualpath.transfer.unix_path import UNIX_PATH_CHARS_MAX
 
 READERS_MAX = 64
@@ -82,7 +83,8 @@ class DaemonConfig:
     `access_file`: TOML file of named tokens, rights and limits. `tls_cert`, `tls_key`: PEM files,
     with which TCP callers of gRPC must speak TLS. `tls_client_ca`: PEM file; every TCP caller must
     show a certificate signed by it. These four files are read again when they change, and on
-    SIGHUP.
+    SIGHUP. `data_tls`: blocks go over TCP by TLS too, and both ends show certificates; needs these
+    three files, and the same setting at the agents.
     `principal_calls_max`: outstanding calls of one principal. `principal_lookups_per_s`: its
     look-ups a second, 0 for no limit. `principal_leases_max`, `principal_reservations_max`: its
     live ones. `principal_reserved_bytes`: slots of its reservations, 0 for three quarters of
@@ -135,6 +137,7 @@ class DaemonConfig:
     tls_cert: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
+    data_tls: bool = False
     principal_calls_max: int = 2048
     principal_lookups_per_s: int = 0
     principal_leases_max: int = 48 << 10
@@ -215,7 +218,7 @@ class DaemonConfig:
 
     def _check_access(self) -> None:
         check_tokens(self.tokens)
-        _ = self.server_files  # raises what does not go together
+        _ = self.server_files, self.data_tls_files  # raises what does not go together
         # What the access file holds is seen at the start; see `check_guarded`.
         self.check_guarded(tokens=bool(self.tokens or self.access_file))
         host, _ = split_address(self.data_address, "data_listen")
@@ -238,6 +241,13 @@ class DaemonConfig:
         """The files of TLS, None without."""
         files = ServerFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
         return files if files.cert else None
+
+    @property
+    def data_tls_files(self) -> TlsFiles | None:
+        """Those of data connections, None where these go in clear. Raises InvalidRequest."""
+        if not self.data_tls:
+            return None
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     @property
     def limits(self) -> Limits:

@@ -171,6 +171,7 @@ class Daemon:
             congestion=config.tcp_congestion,
             connections_max=ATTACHMENTS_MAX,
             marks=config.lane_marks,
+            tls=config.data_tls_files,
         )
         planes = {}
         for rail, address in enumerate((config.data_address, *config.data_rails)):
