@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from dualpath.bench.rounds import GIB, Sample, Series
 from dualpath.bench.transfer.command import EXIT_MISSED, EXIT_OK, EXIT_USAGE
-from dualpath.bench.transfer.contestant import MEMCPY_FINE, flow
+from dualpath.bench.transfer.contestant import (
+    CIPHER,
+    MEMCPY_FINE,
+    TLS_SOCKET,
+    flow,
+    tls_limits,
+)
 from dualpath.bench.transfer.far_end import FarEnd
 from dualpath.bench.transfer.grain import GRAINS, SLOTS, Grain
 from dualpath.bench.transfer.report import HEADINGS, LIMITS, Report, draw, markdown, rows
@@ -47,11 +54,29 @@ def test_no_two_slices_of_a_grain_share_a_byte_and_all_fit(grain: Grain) -> None
     assert grain.source(SLOTS - 1).span()[1] == grain.source_bytes
 
 
-@pytest.mark.parametrize("kind", ["memory", "shm", "tcp"])
+@pytest.mark.parametrize("kind", ["memory", "shm", "tcp", "tcp+tls"])
 def test_a_flow_moves_all_of_its_batches_and_verifies_them(kind: str) -> None:
     grain = GRAINS[1]
     with flow(kind, grain, 20 * grain.batch_bytes) as measure:
         assert [measure().nbytes for _ in range(2)] == [20 * grain.batch_bytes] * 2
+
+
+def test_the_limits_of_tls_move_everything() -> None:
+    with tls_limits(3 << 20) as contestants:
+        assert {name: measure().nbytes for name, measure in contestants.items()} == {
+            TLS_SOCKET: 3 << 20,
+            CIPHER: 3 << 20,
+        }
+
+
+def test_what_tls_costs_is_told_beside_tcp() -> None:
+    report = report_of(1.0)
+    flows = {**report.flows, ("tcp+tls", "1M"): series(0.5, 0.5, 0.5)}
+    both = replace(report, flows=flows)
+    assert both.of_tcp("tcp+tls", "1M") == pytest.approx(0.25)
+    assert both.of_tcp("tcp", "1M") is None
+    assert json.loads(json.dumps(both.to_json()))["tcp+tls"]["1M"]["ratio_to_tcp"] == 0.25
+    assert "| tcp+tls | 1M | 0.50 | 1.00 | 0.25 |" in markdown(both)
 
 
 def test_a_far_end_names_what_it_cannot_do() -> None:
@@ -89,5 +114,7 @@ def test_a_short_run_measures_every_transport_and_grain(tmp_path: Path) -> None:
     assert main(["bench", "transfer", "--quick", "--json", str(out)]) in (EXIT_OK, EXIT_MISSED)
     found = json.loads(out.read_text())
     assert all(
-        found[kind][grain.name]["gibs"] > 0 for kind in ("memory", "tcp") for grain in GRAINS
+        found[kind][grain.name]["gibs"] > 0
+        for kind in ("memory", "tcp", "tcp+tls")
+        for grain in GRAINS
     )

@@ -1,6 +1,7 @@
 """The network's limit: one TCP stream between two processes, bare or hashing at both ends.
 
-`python -m dualpath.bench.store.socket_copy HOST PORT BYTES CHUNK_BYTES` is the sending end. For
+`python -m dualpath.bench.store.socket_copy HOST PORT BYTES CHUNK_BYTES [CERT KEY CA]` is the
+sending end; with files it speaks TLS, as the other end does, by one plain socket of ssl. For
 each byte that it reads it sends its whole memory once: after `h` it hashes every chunk before it
 goes and sends the digests at the end, after `b` it does not. The receiving end compares them. Both
 ends use memory on huge pages, receive in place and do nothing else.
@@ -22,6 +23,7 @@ from dualpath.bench.rounds import Sample
 from dualpath.bench.stopwatch import Stopwatch
 from dualpath.bench.store.pages import PageKind, memory_of
 from dualpath.transfer.errors import Corrupt, Unavailable
+from dualpath.transfer.tls_files import TlsContexts, TlsFiles
 
 CONNECT_S_MAX = 30.0
 COPY_S_MAX = 120.0
@@ -36,7 +38,7 @@ def _chunks(memory: memoryview, chunk_bytes: int) -> Iterator[memoryview]:
 class SocketCopy:
     """The receiving end; starts the sending one and ends it. A context manager."""
 
-    def __init__(self, total_bytes: int, chunk_bytes: int) -> None:
+    def __init__(self, total_bytes: int, chunk_bytes: int, tls: TlsFiles | None = None) -> None:
         self._chunk_bytes = chunk_bytes
         self._memory = memory_of(PageKind.TRANSPARENT_HUGE, total_bytes)
         self._view = memoryview(self._memory)[:total_bytes]
@@ -52,10 +54,15 @@ class SocketCopy:
                     str(port),
                     str(total_bytes),
                     str(chunk_bytes),
+                    *((tls.cert, tls.key, tls.ca) if tls is not None else ()),
                 ]
             )
             try:
                 self._link, _ = server.accept()
+                if tls is not None:
+                    self._link.settimeout(CONNECT_S_MAX)
+                    accepting = TlsContexts(tls).accepting()
+                    self._link = accepting.wrap_socket(self._link, server_side=True)
             except TimeoutError as error:
                 self._sender.kill()
                 self._sender.wait()
@@ -108,12 +115,15 @@ class SocketCopy:
         self.close()
 
 
-def send(host: str, port: int, total_bytes: int, chunk_bytes: int) -> None:
+def send(
+    host: str, port: int, total_bytes: int, chunk_bytes: int, tls: TlsFiles | None = None
+) -> None:
     """The sending end, until the receiver closes."""
     memory = memoryview(memory_of(PageKind.TRANSPARENT_HUGE, total_bytes))[:total_bytes]
     words = np.frombuffer(memory[: total_bytes // 8 * 8], dtype=np.uint64)
     words[:] = np.arange(len(words), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    with socket.create_connection((host, port), timeout=CONNECT_S_MAX) as link:
+    plain = socket.create_connection((host, port), timeout=CONNECT_S_MAX)
+    with _secured(plain, host, tls) as link:
         link.settimeout(None)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A receiver that goes away in the middle ends this process as well.
@@ -127,5 +137,15 @@ def send(host: str, port: int, total_bytes: int, chunk_bytes: int) -> None:
                 link.sendall(b"".join(digests))
 
 
+def _secured(link: socket.socket, host: str, tls: TlsFiles | None) -> socket.socket:
+    if tls is None:
+        return link
+    return TlsContexts(tls).dialling().wrap_socket(link, server_hostname=host)
+
+
 if __name__ == "__main__":
-    send(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    files = None
+    if len(sys.argv) > 5:
+        own_cert, own_key, authority = sys.argv[5:8]
+        files = TlsFiles(own_cert, own_key, authority, authority)
+    send(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), files)

@@ -34,7 +34,8 @@ _EPILOG = """examples:
 
 Each transport moves the same bytes in each grain, verified by their hash where they land; the
 writers of tcp and shm are processes of their own. Beside them memcpy on the same kind of pages, and
-one TCP stream between two processes that do nothing else, bare and hashing at both ends.
+one TCP stream between two processes that do nothing else, bare and hashing at both ends; beside
+tcp+tls one TLS stream between such processes, and the cipher alone on one core.
 
 exit status: 0 everything ran and every byte was right; 1 not so, or, with --check, a target is
 missed; 2 wrong usage
@@ -56,7 +57,9 @@ class TransferBench:
         parser.add_argument(
             "--mib", type=int, default=MIB, metavar="N", help=f"MiB a measurement, default {MIB}"
         )
-        parser.add_argument("--only", default="", metavar="LIST", help="of memory, shm, tcp")
+        parser.add_argument(
+            "--only", default="", metavar="LIST", help="of memory, shm, tcp, tcp+tls"
+        )
         parser.add_argument(
             "--posting", action="store_true", help="posting RDMA writes to a null provider instead"
         )
@@ -99,7 +102,12 @@ class TransferBench:
 
 def measure(kinds: Sequence[str], total_bytes: int, rounds: int, progress: Progress) -> Report:
     """Everything in turn. Raises Unavailable, Corrupt."""
-    from dualpath.bench.transfer.contestant import flow, memcpy, sockets  # noqa: PLC0415
+    from dualpath.bench.transfer.contestant import (  # noqa: PLC0415
+        flow,
+        memcpy,
+        sockets,
+        tls_limits,
+    )
     from dualpath.bench.transfer.grain import GRAINS  # noqa: PLC0415
     from dualpath.bench.transfer.report import LIMITS, Report  # noqa: PLC0415
 
@@ -112,13 +120,15 @@ def measure(kinds: Sequence[str], total_bytes: int, rounds: int, progress: Progr
             **stack.enter_context(memcpy(total_bytes)),
             **stack.enter_context(sockets(total_bytes)),
         }
+        if "tcp+tls" in kinds:
+            contestants |= stack.enter_context(tls_limits(total_bytes))
         for kind in kinds:
             for grain in GRAINS:
                 measured = stack.enter_context(flow(kind, grain, total_bytes))
                 contestants[names[kind, grain.name]] = measured
         series = interleave(contestants, rounds, lambda text: progress.say(f"  {text}"))
     return Report(
-        {name: series[name] for name in LIMITS},
+        {name: series[name] for name in LIMITS if name in series},
         {of: series[name] for of, name in names.items()},
         total_bytes,
         rounds,

@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from dualpath.bench.rounds import Sample
@@ -19,17 +20,21 @@ from dualpath.bench.store.socket_copy import SocketCopy
 from dualpath.bench.transfer.far_end import FarEnd, open_transport, source_of, target_of
 from dualpath.bench.transfer.flow import FlowReader, FlowWriter
 from dualpath.bench.transfer.grain import Grain
-from dualpath.transfer.errors import Corrupt
+from dualpath.transfer.errors import Corrupt, Unavailable
 from dualpath.transfer.memory_transport import MemoryHub, MemoryTransport
+from dualpath.transfer.tls_files import TlsFiles
 from numpy.typing import NDArray
 
-KINDS = ("memory", "shm", "tcp")
+KINDS = ("memory", "shm", "tcp", "tcp+tls")
 MEMCPY, BARE_SOCKET, HASHING_SOCKET = "memcpy", "socket", "hashing-socket"
 MEMCPY_FINE = "memcpy-40K"
+TLS_SOCKET, CIPHER = "tls-socket", "aes-256-gcm"
 CHUNK_BYTES = 1 << 20
 SLICE_BYTES = 40 << 10
 MEMCPY_BYTES = 32 << 20
 """As much memory a side as flows have: what fits into the caches must do so for all."""
+RECORD_BYTES = 16 << 10
+"""The longest record of TLS."""
 CONNECT_S_MAX = 30.0
 
 Measure = Callable[[], Sample]
@@ -55,12 +60,16 @@ def _process_flow(kind: str, grain: Grain, batches: int) -> Iterator[Measure]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dualpath-"))
         far = stack.enter_context(FarEnd())
         listen = f"{folder}/data.sock" if kind == "shm" else "127.0.0.1:0"
-        address = far.ask("open", transport="w", kind=kind, lane_dscp=["all=0"], listen=listen)
+        files = certificates(folder) if kind == "tcp+tls" else None
+        tls = [] if files is None else [files.cert, files.key, files.ca]
+        address = far.ask(
+            "open", transport="w", kind=kind, lane_dscp=["all=0"], listen=listen, tls=tls
+        )
         far.ask("source", transport="w", grain=grain.name)
         # The transport ends first: its threads may still look at what has landed.
         target = target_of(grain.target_bytes)
         stack.callback(target.close)
-        transport = open_transport(kind, "r", ["all=0"])
+        transport = open_transport(kind, "r", ["all=0"], tls)
         stack.callback(transport.close)
         reader = FlowReader(transport, grain, target)
         secret = bytes.fromhex(far.ask("invite", transport="w", peer="r"))
@@ -151,3 +160,57 @@ def sockets(total_bytes: int) -> Iterator[dict[str, Measure]]:
             BARE_SOCKET: lambda: copy.copy(hashing=False),
             HASHING_SOCKET: lambda: copy.copy(hashing=True),
         }
+
+
+@contextmanager
+def tls_limits(total_bytes: int) -> Iterator[dict[str, Measure]]:
+    """One TLS stream between two processes that do nothing else, and the cipher alone on one core,
+    record by record."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dualpath-"))
+        copy = stack.enter_context(SocketCopy(total_bytes, CHUNK_BYTES, certificates(folder)))
+        memory = source_of(MEMCPY_BYTES)
+        stack.callback(memory.close)
+        cipher = _cipher()
+        yield {
+            TLS_SOCKET: lambda: copy.copy(hashing=False),
+            CIPHER: lambda: _encrypt(memory.view, cipher, total_bytes),
+        }
+
+
+def certificates(folder: str) -> TlsFiles:
+    """Those of both ends of a stream on loopback. Raises Unavailable."""
+    try:
+        from dualpath.bench.testbed.authority import Authority  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise _no_cryptography(error) from error
+    authority = Authority(Path(folder), "authority")
+    pair = authority.pair("both")
+    return TlsFiles(pair.cert, pair.key, authority.ca, authority.ca)
+
+
+def _cipher() -> Callable[[memoryview], object]:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415
+    except ImportError as error:
+        raise _no_cryptography(error) from error
+    sealed = AESGCM(AESGCM.generate_key(256))
+    nonce = bytes(12)  # what is encrypted goes nowhere
+    return lambda record: sealed.encrypt(nonce, record, None)
+
+
+def _no_cryptography(error: ImportError) -> Unavailable:
+    return Unavailable(
+        f"no TLS: {error}; install it with `pip install 'dualpath[bench]'`, or leave tcp+tls out "
+        "by --only"
+    )
+
+
+def _encrypt(
+    memory: memoryview, cipher: Callable[[memoryview], object], total_bytes: int
+) -> Sample:
+    with Stopwatch() as watch:
+        for start in range(0, total_bytes, RECORD_BYTES):
+            at = start % MEMCPY_BYTES
+            cipher(memory[at : at + RECORD_BYTES])
+    return watch.sample(total_bytes)

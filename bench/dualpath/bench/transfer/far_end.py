@@ -27,17 +27,25 @@ from dualpath.transfer.lane_marks import LaneMarks
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.shm_transport import ShmTransport
 from dualpath.transfer.tcp_transport import TcpConfig, TcpTransport
+from dualpath.transfer.tls_files import TlsFiles
 from dualpath.transfer.transport import Transport
 
 ANSWER_S_MAX = 90.0
 STOP_S_MAX = 20.0
 
 
-def open_transport(kind: str, name: str, lane_dscp: Sequence[str] = ()) -> Transport:
-    """A `tcp` or `shm` transport with its defaults, but for the marks of tcp."""
+def open_transport(
+    kind: str, name: str, lane_dscp: Sequence[str] = (), tls: Sequence[str] = ()
+) -> Transport:
+    """A `tcp` or `shm` transport with its defaults, but for the marks and the TLS files (ours, its
+    key, the authority's) of tcp."""
     if kind == "shm":
         return ShmTransport(name, _lost)
-    return TcpTransport(name, _lost, TcpConfig(marks=LaneMarks.parse(lane_dscp)))
+    files = None
+    if tls:
+        cert, key, authority = tls
+        files = TlsFiles(cert, key, authority, authority)
+    return TcpTransport(name, _lost, TcpConfig(marks=LaneMarks.parse(lane_dscp), tls=files))
 
 
 def source_of(nbytes: int) -> Region:
@@ -68,8 +76,15 @@ class _Ends:
         self.writers: dict[str, FlowWriter] = {}
         self.regions: list[Region] = []
 
-    def open(self, transport: str, kind: str, lane_dscp: Sequence[str], listen: str) -> str:
-        opened = open_transport(kind, transport, lane_dscp)
+    def open(
+        self,
+        transport: str,
+        kind: str,
+        lane_dscp: Sequence[str],
+        listen: str,
+        tls: Sequence[str] = (),
+    ) -> str:
+        opened = open_transport(kind, transport, lane_dscp, tls)
         self.transports[transport] = opened
         return opened.listen(listen) if listen else ""
 

@@ -13,20 +13,31 @@ from dualpath.bench.store.section import JUDGED_ROUNDS_MIN
 from dualpath.bench.table import Row, markdown_table, print_table
 from dualpath.bench.transfer.contestant import (
     BARE_SOCKET,
+    CIPHER,
     HASHING_SOCKET,
     MEMCPY,
     MEMCPY_FINE,
+    TLS_SOCKET,
 )
 from dualpath.bench.transfer.grain import GRAINS
 from dualpath.transfer.errors import Unavailable
 
-LIMITS = (MEMCPY, MEMCPY_FINE, BARE_SOCKET, HASHING_SOCKET)
+LIMITS = (MEMCPY, MEMCPY_FINE, BARE_SOCKET, HASHING_SOCKET, TLS_SOCKET, CIPHER)
 WHOLE = "1M"
 """The grain that the finer ones are compared with."""
 JUDGED = ("1M-of-40K-slices", "40K-scattered")
 JUDGED_KINDS = ("tcp", "shm")
 LEAST_RATIO = 0.7
-HEADINGS = ("transport", "grain", "GiB/s", "x 1M", "x memcpy", "x hashing socket", "CPU-s/GiB")
+HEADINGS = (
+    "transport",
+    "grain",
+    "GiB/s",
+    "x 1M",
+    "x tcp",
+    "x memcpy",
+    "x hashing socket",
+    "CPU-s/GiB",
+)
 _PNG_DPI = 90
 
 
@@ -44,6 +55,13 @@ class Report:
     def of_whole(self, kind: str, grain: str) -> float:
         """The rate as ratio to that of 1 MiB extents."""
         return self.flows[kind, grain].ratio_to(self.flows[kind, WHOLE])
+
+    def of_tcp(self, kind: str, grain: str) -> float | None:
+        """What encryption leaves of the rate of `tcp`; None of others, or without `tcp`."""
+        clear = self.flows.get(("tcp", grain))
+        if kind != "tcp+tls" or clear is None:
+            return None
+        return self.flows[kind, grain].ratio_to(clear)
 
     def misses(self) -> list[str]:
         """Which fine grains are slower than LEAST_RATIO of 1 MiB, with what copies as fine allow;
@@ -82,8 +100,9 @@ class Report:
         }
 
     def _flow(self, kind: str, grain: str) -> dict[str, float]:
-        series = self.flows[kind, grain]
+        series, of_tcp = self.flows[kind, grain], self.of_tcp(kind, grain)
         return {
+            **({} if of_tcp is None else {"ratio_to_tcp": of_tcp}),
             "gibs": series.gibs,
             "cpu_s_per_gib": series.cpu_s_per_gib,
             "spread": series.spread,
@@ -106,18 +125,21 @@ def rows(report: Report) -> list[Row]:
                 "",
                 f"{series.gibs:.2f}",
                 "",
+                "",
                 f"{series.ratio_to(copying):.2f}",
                 f"{series.ratio_to(hashing):.2f}",
                 f"{series.cpu_s_per_gib:.2f}",
             )
         )
     for (kind, grain), series in report.flows.items():
+        of_tcp = report.of_tcp(kind, grain)
         found.append(
             (
                 kind,
                 grain,
                 f"{series.gibs:.2f}",
                 f"{report.of_whole(kind, grain):.2f}",
+                "" if of_tcp is None else f"{of_tcp:.2f}",
                 f"{series.ratio_to(copying):.2f}",
                 f"{series.ratio_to(hashing):.2f}",
                 f"{series.cpu_s_per_gib:.2f}",
@@ -168,10 +190,11 @@ def draw(report: Report, path: str) -> None:
     axes = figure.subplots()
     names = [grain.name for grain in GRAINS]
     kinds = list(dict.fromkeys(kind for kind, _ in report.flows))
+    width = 0.8 / len(kinds)
     for index, kind in enumerate(kinds):
-        places = [at + (index - len(kinds) / 2 + 0.5) * 0.25 for at in range(len(names))]
+        places = [at + (index - len(kinds) / 2 + 0.5) * width for at in range(len(names))]
         rates = [report.flows[kind, name].gibs for name in names]
-        axes.bar(places, rates, width=0.25, label=kind)
+        axes.bar(places, rates, width=width, label=kind)
     for name, style in ((BARE_SOCKET, ":"), (HASHING_SOCKET, "--")):
         axes.axhline(report.limits[name].gibs, color="black", linestyle=style, label=name)
     axes.set_xticks(range(len(names)), names, fontsize=8)
