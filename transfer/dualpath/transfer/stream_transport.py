@@ -438,8 +438,7 @@ class StreamTransport(ABC):
             if not self._closed:
                 self._handshakes[sock] = address, time.monotonic()
                 try:
-                    greet = partial(self._greet, sock, address)
-                    self._spawn(greet, f"dualpath-greet-{self._own_name}")
+                    self._spawn(partial(self._greet, sock, address), "dualpath-greet")
                 except RuntimeError as error:  # out of threads
                     self._handshakes.pop(sock, None)
                     reason = str(error)
