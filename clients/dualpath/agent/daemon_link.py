@@ -341,6 +341,11 @@ class DaemonLink:
         assert isinstance(answer, store_pb2.LocateResponse)
         return answer
 
+    async def namespace_of(self, ticket: bytes, block: int) -> bytes:
+        """In which a ticket lets us read this block of its lease now; b"" if the daemon is too old
+        to say."""
+        return (await self._locate(0, ticket, (block,))).namespace_id
+
     async def delegate(
         self, lease_id: int, peer_ids: Sequence[str], ttl_s: float
     ) -> tuple[bytes, ...]:

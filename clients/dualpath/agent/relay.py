@@ -28,6 +28,7 @@ from dualpath.agent.known_chunks import names_of
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
 from dualpath.agent.rail_reads import RailReads
+from dualpath.agent.relay_held import RelayHeld
 from dualpath.agent.relay_job import (
     FAILURE_OF_STATUS,
     REASON_OF_FAILURE,
@@ -39,7 +40,7 @@ from dualpath.agent.relay_job import (
     Stage,
     failure_of,
 )
-from dualpath.agent.relay_serving import RelayServing
+from dualpath.agent.relay_reports import RelayReports
 from dualpath.agent.relay_turns import RelayTurns
 from dualpath.agent.relay_upstream import RelayUpstream
 from dualpath.agent.slice_table import slices_of
@@ -61,8 +62,6 @@ QUEUED_CHUNKS_MAX = 1 << 16
 """Most waiting chunks of one requester."""
 SWEEP_S = 0.25
 """How often chunks past their deadline are looked for."""
-TELL_S = 0.05
-"""Pause between two reports of the read queue to the requesters."""
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +95,12 @@ class Relay:
         self._reads = {0: RailReads()}  # by storage link
         self._requesters: dict[tuple[str, int], Requester] = {}  # by peer and storage link
         self._turns = RelayTurns(staging, holdings, self._credit)
-        self._serving = RelayServing()
+        self._held = RelayHeld(holdings, loop, self._wait_to_read, self._on_news)
         self._upstream = RelayUpstream(staging, holdings, self._forward)
         self._ended: Mailbox[Ended] = Mailbox(loop, self._on_ended)
         self._landed: Mailbox[RelayChunk] = Mailbox(loop, self._on_landed)
-        self._reports: dict[RelayGrant, None] = {}
+        self._reports = RelayReports(loop, self.others_read_bytes, self._tell_queue)
         self._sweep: asyncio.TimerHandle | None = None
-        self._telling: asyncio.TimerHandle | None = None
 
     # Requesters.
 
@@ -172,15 +170,11 @@ class Relay:
         ):
             chunk = RelayChunk(record, block, number, tag, target)
             chunk.name = names[index] if names else None
-            if self._serve(chunk, fresh=fresh):
-                continue
-            requester.queue.append(chunk)
-            requester.waiting_bytes += target.nbytes
-            self._reads[requester.rail].read_bytes += target.nbytes
+            if not self._held.take(chunk, fresh=fresh):
+                self._wait_to_read(chunk)
         if record.held_bytes:
-            self._to_report(record)
-        self._turns.add(requester)
-        self._queue_changed()
+            self._reports.add(record)
+        self._reports.queue_changed()
         self._arm_sweep()
         self._pump()
 
@@ -205,13 +199,15 @@ class Relay:
             f"daemon: {reason}",
         )
         self._upstream.daemon_lost(daemon)
+        self._held.daemon_lost(daemon)
         self._pump()
 
     def shutdown(self) -> None:
         """Fence the staging for good."""
-        for timer in (self._sweep, self._telling):
-            if timer is not None:
-                timer.cancel()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._reports.close()
+        self._held.close()
         for requester in tuple(self._requesters.values()):
             self.close(requester)
         self._upstream.close()
@@ -235,35 +231,26 @@ class Relay:
         others = self._reads[requester.rail].read_bytes
         return others - requester.waiting_bytes - requester.reading_bytes
 
-    # Serving what is held.
-
-    def _serve(self, chunk: RelayChunk, *, fresh: bool) -> bool:
-        """Let a chunk that is held be forwarded from there; False if it has to be read."""
-        held = self.holdings.find(chunk.name) if chunk.name is not None else None
-        if held is None or not held.held or held.nbytes != chunk.target.nbytes:
-            return False
-        grant, requester = chunk.grant, chunk.grant.requester
-        if fresh:
-            self.holdings.doubt(held)
-            return False
-        if grant.request:
-            try:
-                self.holdings.pin(held, grant.request, self._loop.time())
-            except Overloaded:
-                grant.request = ""
-        self.holdings.use(held)
-        chunk.held, chunk.slot, chunk.served = held, held.slot, True
-        grant.held_bytes += chunk.target.nbytes
-        requester.held_queue.append(chunk)
-        self._serving.add(requester)
-        return True
-
     # Reading.
+
+    def _wait_to_read(self, chunk: RelayChunk) -> None:
+        requester, nbytes = chunk.grant.requester, chunk.target.nbytes
+        requester.queue.append(chunk)
+        requester.waiting_bytes += nbytes
+        self._reads[requester.rail].read_bytes += nbytes
+        self._turns.add(requester)
+
+    def _on_news(self, grants: Iterable[RelayGrant]) -> None:
+        """Of grants with chunks that are held here."""
+        for grant in grants:
+            self._reports.add(grant)
+        self._reports.queue_changed()
+        self._pump()
 
     def _pump(self) -> None:
         """Forward what is held, and ask daemons for chunks, by turns, while there is credit and
         room."""
-        while (chunk := self._serving.next()) is not None:
+        while (chunk := self._held.next()) is not None:
             self._write(chunk)
         now = self._loop.time()
         for rail, reads in self._reads.items():
@@ -304,6 +291,7 @@ class Relay:
         for tag, failure in zip(progress.failed_tag, progress.failure, strict=True):
             chunk = self._upstream.asked(daemon, tag)
             if chunk is not None:
+                self._held.failed(chunk.grant.source, failure)
                 self._fail(chunk, failure, progress.detail)
         self._pump()
 
@@ -363,7 +351,7 @@ class Relay:
         for reads in self._reads.values():
             if not reads.reading_bytes:
                 reads.rate.end()
-        self._queue_changed()
+        self._reports.queue_changed()
         self._pump()
 
     def _on_ended(self, items: list[Ended]) -> None:
@@ -407,7 +395,7 @@ class Relay:
         for chunk in self._upstream.reading():
             if chosen(chunk):
                 self._fail(chunk, failure, detail)
-        self._queue_changed()
+        self._reports.queue_changed()
 
     def _no_longer_reading(self, chunk: RelayChunk) -> None:
         requester = chunk.grant.requester
@@ -417,7 +405,7 @@ class Relay:
     def _end(self, chunk: RelayChunk, failure: ChunkFailure | None, detail: str) -> None:
         assert chunk.stage is not Stage.OVER, "a chunk ended twice"
         if chunk.served and chunk.stage is Stage.FORWARDING:
-            self._serving.ended(chunk)
+            self._held.ended(chunk)
         chunk.stage = Stage.OVER
         grant, requester = chunk.grant, chunk.grant.requester
         if chunk.held is not None:
@@ -442,32 +430,7 @@ class Relay:
         if grant.open_chunks == 0:
             requester.grants.pop(grant.grant_id, None)
         if grant.failures or grant.open_chunks == 0:
-            self._to_report(grant)
-
-    def _to_report(self, grant: RelayGrant) -> None:
-        if not self._reports:
-            # Later, so that one message carries a burst and no caller is re-entered.
-            self._loop.call_soon(self._report)
-        self._reports[grant] = None
-
-    def _report(self) -> None:
-        grants, self._reports = self._reports, {}
-        for grant in grants:
-            failures, grant.failures = grant.failures, []
-            held_bytes, grant.held_bytes = grant.held_bytes, 0
-            if grant.requester.closed:
-                continue
-            grant.on_progress(
-                common_pb2.GrantProgress(
-                    grant_id=grant.grant_id,
-                    done=grant.open_chunks == 0,
-                    failed_tag=[tag for tag, _ in failures],
-                    failure=[failure for _, failure in failures],
-                    queue_bytes=self.others_read_bytes(grant.requester),
-                    detail=grant.detail,
-                    held_bytes=held_bytes,
-                )
-            )
+            self._reports.add(grant)
 
     # Timers.
 
@@ -479,6 +442,7 @@ class Relay:
         self._sweep = None
         now = self._loop.time()
         self.holdings.expire(now)
+        self._held.recheck(tuple(self._requesters.values()))
         self._fail_where(
             lambda chunk: chunk.grant.deadline_at <= now,
             common_pb2.CHUNK_FAILURE_DEADLINE,
@@ -488,12 +452,7 @@ class Relay:
         if self.holdings.requests or any(each.grants for each in self._requesters.values()):
             self._arm_sweep()
 
-    def _queue_changed(self) -> None:
-        if self._telling is None:
-            self._telling = self._loop.call_later(TELL_S, self._tell)
-
-    def _tell(self) -> None:
-        self._telling = None
+    def _tell_queue(self) -> None:
         self._on_queue()
         for requester in tuple(self._requesters.values()):
             if requester.on_queue is not None:

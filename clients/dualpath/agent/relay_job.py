@@ -38,6 +38,17 @@ class Stage(enum.Enum):
     OVER = "over"
 
 
+class ReadRight(enum.Enum):
+    """Whether a grant may be served from what is held here, without a read at its daemon."""
+
+    UNKNOWN = "unknown"
+    """Nothing of it was held so far."""
+    ASKED = "asked"
+    """Its daemon will say."""
+    CONFIRMED = "confirmed"
+    REFUSED = "refused"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """The daemon to read from, under an own lease or a delegated one."""
@@ -61,6 +72,7 @@ class RelayGrant:
     open_chunks: int = 0
     request: str = ""
     """Its chunks are kept for this request; "": only passed on."""
+    right: ReadRight = ReadRight.UNKNOWN
     held_bytes: int = 0
     """Not read from storage, and not told yet."""
     failures: list[tuple[int, ChunkFailure]] = field(default_factory=list)

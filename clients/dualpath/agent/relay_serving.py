@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from dualpath.agent.relay_job import RelayChunk, Requester, Stage
+from dualpath.agent.relay_job import ReadRight, RelayChunk, Requester, Stage
 
 SERVING_BYTES_MAX = 32 << 20
 """Most held bytes in flight to all requesters."""
@@ -41,6 +41,8 @@ class RelayServing:
                 return None
             self._ring.rotate(-1)
             share = SERVING_BYTES_MAX // (1 + len(self._ring))
+            if requester.held_queue[0].grant.right is ReadRight.ASKED:
+                continue
             if requester.serving_bytes and requester.serving_bytes + nbytes > share:
                 continue
             chunk = requester.held_queue.popleft()

@@ -22,7 +22,13 @@ from dualpath.agent.places import Places
 from dualpath.agent.regions import EngineRegion
 from dualpath.agent.relay_link import RelayLink
 from dualpath.agent.self_relay import SelfRelay
-from dualpath.bench.explore.stage_daemon import LAYOUT, StageDaemon, StageDaemonLink, content
+from dualpath.bench.explore.stage_daemon import (
+    LAYOUT,
+    NAMESPACE_ID,
+    StageDaemon,
+    StageDaemonLink,
+    content,
+)
 from dualpath.bench.explore.stage_play import REST_S, Fault, StagePlay
 from dualpath.bench.explore.stage_relay import StageRelay, StageRelayLink
 from dualpath.bench.explore.stage_transport import StageNetwork, StageTransport, Violation
@@ -106,7 +112,7 @@ class Stage(StagePlay):
         )
         spec = LoadSpec(
             "load",
-            b"n" * 16,
+            NAMESPACE_ID,
             tuple(bytes([index + 1]) * 16 for index in range(config.blocks)),
             1,
             Places.contiguous(LAYOUT, config.blocks),

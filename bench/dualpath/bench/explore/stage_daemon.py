@@ -30,6 +30,7 @@ from dualpath.transfer.transport import Completion, Write, WriteStatus
 
 LAYOUT = KVLayout(layers=2, block_tokens=16, layer_bytes=2 << 10, dtype="float16")
 """A block is one chunk."""
+NAMESPACE_ID = b"n" * 16
 _REASON_OF_STATUS = {
     WriteStatus.REFUSED: "refused",
     WriteStatus.LOST: "peer_lost",
@@ -325,6 +326,17 @@ class StageDaemonLink:
             return tuple(self.daemon.ticket(lease_id, peer) for peer in peer_ids)
 
         return await self._answer("delegation", make)
+
+    async def namespace_of(self, ticket: bytes, block: int) -> bytes:
+        """See DaemonLink.namespace_of."""
+
+        def make() -> bytes:
+            if not self.daemon.may_read(self.peer_id, 0, ticket):
+                raise DualPathError("no such lease", reason="lease_expired")
+            return NAMESPACE_ID
+
+        del block
+        return await self._answer("ticket", make)
 
     async def lookup(
         self, namespace_id: bytes, hashes: Sequence[bytes], *, lease_s: float, timeout_s: float

@@ -71,9 +71,10 @@ class StageRelay:
     def die(self) -> None:
         """The process ends: its memory, its connections, what it was about to say."""
         self.alive = False
-        for timer in (self.relay._sweep, self.relay._telling):
-            if timer is not None:
-                timer.cancel()
+        if self.relay._sweep is not None:
+            self.relay._sweep.cancel()
+        self.relay._reports.close()
+        self.relay._held.close()
         self.link.up = False
         self.daemon.end_session(self.name)
         self.daemon.agenda.drop(f"{self.name}>")

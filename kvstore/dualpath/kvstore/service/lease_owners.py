@@ -92,6 +92,10 @@ class LeaseOwners:
         held = self._held(lease_id)
         self._require(held.principal, held.namespace_id)
 
+    def namespace_of(self, lease_id: int) -> bytes:
+        """In which its blocks are. Raises LeaseExpired."""
+        return self._held(lease_id).namespace_id
+
     def prune(self, now: float) -> None:
         """Drop the records of leases that have expired."""
         while self._expiries and self._expiries[0][0] <= now:

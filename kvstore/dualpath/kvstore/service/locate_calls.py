@@ -21,10 +21,17 @@ LeaseOf = Callable[[str, int, bytes], int]
 class LocateCalls:
     """Handler of Locate."""
 
-    def __init__(self, store: Store, attachments: Attachments, lease_of: LeaseOf) -> None:
+    def __init__(
+        self,
+        store: Store,
+        attachments: Attachments,
+        lease_of: LeaseOf,
+        namespace_of: Callable[[int], bytes],
+    ) -> None:
         self._store = store
         self._attachments = attachments
         self._lease_of = lease_of
+        self._namespace_of = namespace_of
 
     def locate(self, request: store_pb2.LocateRequest, caller: Caller) -> store_pb2.LocateResponse:
         """See store.proto."""
@@ -39,4 +46,5 @@ class LocateCalls:
             segment=places.segment.tolist(),
             offset=places.offset.tolist(),
             chunk_bytes=places.chunk_bytes,
+            namespace_id=self._namespace_of(lease_id),
         )

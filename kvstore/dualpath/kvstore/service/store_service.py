@@ -101,7 +101,9 @@ class StoreService(store_pb2_grpc.StoreServicer):
             server_id=self.server_id,
             clock=clock,
         )
-        self._locates = LocateCalls(store, self.attachments, self._delivers.lease_of)
+        self._locates = LocateCalls(
+            store, self.attachments, self._delivers.lease_of, self._owners.namespace_of
+        )
         self._streams = ByteStreams(store, events, gate, executor, clock)
         self._events = EventCalls(events, access, quotas, self.server_id)
         drain = Drain(readiness, self._left, store, executor, clock)

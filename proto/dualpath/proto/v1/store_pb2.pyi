@@ -582,10 +582,13 @@ class LocateResponse(google.protobuf.message.Message):
     SEGMENT_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
     CHUNK_BYTES_FIELD_NUMBER: builtins.int
+    NAMESPACE_ID_FIELD_NUMBER: builtins.int
     store_id: builtins.str
     """of the data directory: the reader's mount must show the same"""
     chunk_bytes: builtins.int
     """chunk c of a block begins c * chunk_bytes after it"""
+    namespace_id: builtins.bytes
+    """of the lease"""
     @property
     def segment(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """one a block; -1: not in a file (yet): ask for it by Deliver"""
@@ -601,8 +604,9 @@ class LocateResponse(google.protobuf.message.Message):
         segment: collections.abc.Iterable[builtins.int] | None = ...,
         offset: collections.abc.Iterable[builtins.int] | None = ...,
         chunk_bytes: builtins.int = ...,
+        namespace_id: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "offset", b"offset", "segment", b"segment", "store_id", b"store_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "namespace_id", b"namespace_id", "offset", b"offset", "segment", b"segment", "store_id", b"store_id"]) -> None: ...
 
 global___LocateResponse = LocateResponse
 
