@@ -50,6 +50,8 @@ from dualpath.transfer.tcp_transport import TcpTransport
 from dualpath.transfer.transport import OnPeerLost, Transport
 
 NAMESPACES_MAX = 4096
+HANG_UP_STALLS = 10
+"""A peer that takes nothing of what is relayed to it for so many `stall_s` is hung up on."""
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,13 @@ class Agent:
             self._hold_region() if relaying else None, config.hold_s, cache=config.hold_cache
         )
         self.relay = Relay(
-            Staging(staging), self.holdings, self.compute, loop, self._own_queue_changed
+            Staging(staging),
+            self.holdings,
+            self.compute,
+            loop,
+            self._own_queue_changed,
+            deadline_s_max=config.deadline_s_max,
+            stall_s=HANG_UP_STALLS * config.stall_s,
         )
         stack.callback(self.relay.shutdown)
         self._make_links()

@@ -114,6 +114,7 @@ class Attachments:
             self._relay.open(request.name, peer_id, request.rail),
         )
         attachment.requester.on_queue = lambda: self._tell_queue(attachment)
+        attachment.requester.on_stall = lambda reason: self._close(attachment, reason)
         self._by_session[attachment.session] = attachment
         self._compute.watch(peer_id, lambda reason: self._close(attachment, reason))
         attachment.expiry = self._loop.call_later(

@@ -41,6 +41,7 @@ from dualpath.agent.relay_job import (
     failure_of,
 )
 from dualpath.agent.relay_reports import RelayReports
+from dualpath.agent.relay_stalls import RelayStalls
 from dualpath.agent.relay_turns import RelayTurns
 from dualpath.agent.relay_upstream import RelayUpstream
 from dualpath.agent.slice_table import slices_of
@@ -60,6 +61,10 @@ GRANTS_MAX = 4096
 """Most open grants of one requester."""
 QUEUED_CHUNKS_MAX = 1 << 16
 """Most waiting chunks of one requester."""
+DEADLINE_S_MAX = 600.0
+"""Longest that a grant may wait here, whatever it says."""
+STALL_S = 10.0
+"""Who takes nothing of what is written to him for so long is hung up on."""
 SWEEP_S = 0.25
 """How often chunks past their deadline are looked for."""
 
@@ -78,6 +83,9 @@ class Relay:
         loop: asyncio.AbstractEventLoop,
         on_queue: Callable[[], None],
         credit: CreditConfig | None = None,
+        *,
+        deadline_s_max: float = DEADLINE_S_MAX,
+        stall_s: float = STALL_S,
     ) -> None:
         self.staging = staging
         self.holdings = holdings
@@ -100,6 +108,8 @@ class Relay:
         self._ended: Mailbox[Ended] = Mailbox(loop, self._on_ended)
         self._landed: Mailbox[RelayChunk] = Mailbox(loop, self._on_landed)
         self._reports = RelayReports(loop, self.others_read_bytes, self._tell_queue)
+        self._stalls = RelayStalls(stall_s, lambda: sent_bytes(compute))
+        self._deadline_s_max = deadline_s_max
         self._sweep: asyncio.TimerHandle | None = None
 
     # Requesters.
@@ -158,7 +168,7 @@ class Relay:
             source=source,
             window=RegionDescriptor.from_bytes(grant.window),
             lane=lane,
-            deadline_at=self._loop.time() + grant.deadline_ms / 1000,
+            deadline_at=self._loop.time() + min(grant.deadline_ms / 1000, self._deadline_s_max),
             on_progress=on_progress,
             open_chunks=len(targets),
             request=known.request if known is not None else "",
@@ -251,6 +261,7 @@ class Relay:
         """Forward what is held, and ask daemons for chunks, by turns, while there is credit and
         room."""
         while (chunk := self._held.next()) is not None:
+            self._forwarding(chunk)
             self._write(chunk)
         now = self._loop.time()
         for rail, reads in self._reads.items():
@@ -331,6 +342,12 @@ class Relay:
         except DualPathError as error:
             self._ended.put(Ended(chunk, failure_of(error), str(error)))
 
+    def _forwarding(self, chunk: RelayChunk) -> None:
+        requester = chunk.grant.requester
+        if not requester.forwarding:
+            requester.moved_at = self._loop.time()
+        requester.forwarding += 1
+
     def _written(self, chunk: RelayChunk, completion: Completion) -> None:
         """On a transport thread: the write of a chunk ended."""
         failure = FAILURE_OF_STATUS.get(completion.status)
@@ -345,6 +362,7 @@ class Relay:
                 requester.reading_bytes -= chunk.target.nbytes
                 self._reads[requester.rail].landed(chunk.target.nbytes, now)
                 chunk.stage = Stage.FORWARDING
+                self._forwarding(chunk)
                 if chunk.held is not None and chunk.intact:
                     self.holdings.filled(chunk.held)
                     self.retained_bytes += chunk.target.nbytes
@@ -406,8 +424,11 @@ class Relay:
         assert chunk.stage is not Stage.OVER, "a chunk ended twice"
         if chunk.served and chunk.stage is Stage.FORWARDING:
             self._held.ended(chunk)
-        chunk.stage = Stage.OVER
         grant, requester = chunk.grant, chunk.grant.requester
+        if chunk.stage is Stage.FORWARDING:
+            requester.forwarding -= 1
+            requester.moved_at = self._loop.time()
+        chunk.stage = Stage.OVER
         if chunk.held is not None:
             if not chunk.held.held:
                 self.holdings.discard(chunk.held)
@@ -442,7 +463,12 @@ class Relay:
         self._sweep = None
         now = self._loop.time()
         self.holdings.expire(now)
-        self._held.recheck(tuple(self._requesters.values()))
+        requesters = tuple(self._requesters.values())
+        self._held.recheck(requesters)
+        for requester in self._stalls.stalled(requesters, now):
+            if requester.on_stall is not None:
+                self.events["relay_stalled"] += 1
+                requester.on_stall("it takes nothing of what is written to it")
         self._fail_where(
             lambda chunk: chunk.grant.deadline_at <= now,
             common_pb2.CHUNK_FAILURE_DEADLINE,
@@ -457,3 +483,8 @@ class Relay:
         for requester in tuple(self._requesters.values()):
             if requester.on_queue is not None:
                 requester.on_queue()
+
+
+def sent_bytes(compute: Network) -> dict[str, int]:
+    """What has gone to each connection of the compute network."""
+    return {peer.peer: peer.sent_bytes for peer in compute.transport.traffic()}

@@ -129,11 +129,19 @@ class Requester:
     relayed_bytes: int = 0
     held_queue: deque[RelayChunk] = field(default_factory=deque)
     serving_bytes: int = 0
+    forwarding: int = 0
+    """Chunks that are being written to it; while there are any,"""
+    moved_at: float = 0.0
+    """when one was last acknowledged, or bytes went to it,"""
+    gone_bytes: int = 0
+    """and how many had by then."""
     closed: bool = False
     in_turns: bool = False
     in_serving: bool = False
     on_queue: Callable[[], None] | None = None
     """Called when what it should know of the node's read queue may have changed."""
+    on_stall: Callable[[str], None] | None = None
+    """Called when it takes nothing of what is written to it: it is to be hung up on."""
 
 
 FAILURE_OF_REASON: dict[str, ChunkFailure] = {

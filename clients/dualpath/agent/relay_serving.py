@@ -7,7 +7,7 @@ another could not take as much.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from dualpath.agent.relay_job import ReadRight, RelayChunk, Requester, Stage
 
@@ -20,6 +20,7 @@ class RelayServing:
 
     def __init__(self) -> None:
         self._ring: deque[Requester] = deque()
+        self._holders: Counter[Requester] = Counter()
         self._serving_bytes = 0
 
     def add(self, requester: Requester) -> None:
@@ -40,14 +41,16 @@ class RelayServing:
             if self._serving_bytes and self._serving_bytes + nbytes > SERVING_BYTES_MAX:
                 return None
             self._ring.rotate(-1)
-            share = SERVING_BYTES_MAX // (1 + len(self._ring))
             if requester.held_queue[0].grant.right is ReadRight.ASKED:
                 continue
-            if requester.serving_bytes and requester.serving_bytes + nbytes > share:
+            if requester.serving_bytes and requester.serving_bytes + nbytes > self._share(
+                requester
+            ):
                 continue
             chunk = requester.held_queue.popleft()
             requester.serving_bytes += nbytes
             self._serving_bytes += nbytes
+            self._holders[requester] += 1
             chunk.stage = Stage.FORWARDING
             return chunk
         return None
@@ -56,3 +59,13 @@ class RelayServing:
         """A chunk that was taken has ended."""
         chunk.grant.requester.serving_bytes -= chunk.target.nbytes
         self._serving_bytes -= chunk.target.nbytes
+        self._holders[chunk.grant.requester] -= 1
+        if not self._holders[chunk.grant.requester]:
+            del self._holders[chunk.grant.requester]
+
+    def _share(self, requester: Requester) -> int:
+        """Most bytes that it may have in flight: none takes more than is left for all others,
+        those included that have nothing queued and do not take what they were sent."""
+        idle = sum(not each.in_serving for each in self._holders)
+        left = SERVING_BYTES_MAX - self._serving_bytes + requester.serving_bytes
+        return min(SERVING_BYTES_MAX // (1 + len(self._ring) + idle), left // 2)

@@ -25,6 +25,8 @@ class RelayTurns:
         self._holdings = holdings
         self._credit = credit
         self._rings: dict[int, deque[Requester]] = {}  # by storage link
+        self._holders: dict[Requester, None] = {}
+        """Those that hold staging, or did when it was last looked at."""
 
     def add(self, requester: Requester) -> None:
         """It has something in its queue."""
@@ -50,7 +52,9 @@ class RelayTurns:
             if not self._credit.allows(window_bytes, reading_bytes, nbytes):
                 return None
             if not self._retain(requester.queue[0], now):
-                if requester.staged_bytes and requester.staged_bytes + nbytes > self._share():
+                if requester.staged_bytes and requester.staged_bytes + nbytes > self._share(
+                    requester
+                ):
                     ring.rotate(-1)
                     continue
                 slot = self._staging.take(nbytes)
@@ -58,6 +62,7 @@ class RelayTurns:
                     return None
                 requester.queue[0].slot = slot
                 requester.staged_bytes += nbytes
+                self._holders[requester] = None
             ring.rotate(-1)
             chunk = requester.queue.popleft()
             requester.waiting_bytes -= nbytes
@@ -88,6 +93,12 @@ class RelayTurns:
             holdings.events["retain_no_room"] += 1
         return chunk.held is not None
 
-    def _share(self) -> int:
+    def _share(self, requester: Requester) -> int:
+        """Most bytes of staging that it may hold: none takes more than is left for all others,
+        those included that have nothing queued and do not take what they were sent."""
+        self._holders = {each: None for each in self._holders if each.staged_bytes}
         waiting = sum(map(len, self._rings.values()))
-        return self._staging.capacity_bytes // (1 + max(1, waiting))
+        idle = sum(not each.in_turns for each in self._holders)
+        capacity = self._staging.capacity_bytes
+        left = capacity - self._staging.used_bytes + requester.staged_bytes
+        return min(capacity // (1 + max(1, waiting + idle)), left // 2)
