@@ -53,7 +53,7 @@ def test_without_a_cache_only_what_somebody_needs_stays() -> None:
     assert held(holdings, 2).gone
     assert room
     assert holdings.find(kept.name) is kept
-    holdings.release("r")
+    holdings.release((NAMESPACE, "r"))
     assert holdings.find(kept.name) is None
     assert (holdings.used_bytes, holdings.pinned_bytes) == (0, 0)
 
@@ -68,7 +68,7 @@ def test_pinned_read_and_filling_chunks_never_go() -> None:
     assert holdings.fill(name(4), SLAB_BYTES) is None
     room: list[bool] = []
     holdings.on_room = lambda: room.append(True)
-    holdings.release("r")
+    holdings.release((NAMESPACE, "r"))
     assert room
     assert held(holdings, 4).held
     assert holdings.find(name(1)) is None
@@ -81,7 +81,7 @@ def test_a_chunk_of_several_requests_stays_until_the_last_lets_it_go() -> None:
     chunk = held(holdings, 1, "a")
     holdings.pin(chunk, "b", 0.0)
     assert holdings.pinned_bytes == SLAB_BYTES
-    holdings.release("a")
+    holdings.release((NAMESPACE, "a"))
     assert holdings.fill(name(2), SLAB_BYTES) is None
     holdings.unpin(chunk, "b")
     assert (holdings.pinned_bytes, holdings.requests) == (0, 0)
@@ -92,11 +92,11 @@ def test_pins_that_nobody_comes_for_expire_and_those_in_use_do_not() -> None:
     holdings = made(2)
     held(holdings, 1, "forgotten")
     held(holdings, 2, "busy")
-    holdings.begin("busy")
+    holdings.begin((NAMESPACE, "busy"))
     assert holdings.expire(HOLD_S - 1) == 0
     assert holdings.expire(HOLD_S) == 1
     assert holdings.requests == 1
-    holdings.end("busy", 2 * HOLD_S)
+    holdings.end((NAMESPACE, "busy"), 2 * HOLD_S)
     assert holdings.expire(3 * HOLD_S - 1) == 0
     assert holdings.expire(3 * HOLD_S) == 1
     assert (holdings.pinned_bytes, holdings.requests) == (0, 0)
@@ -142,7 +142,47 @@ def test_nothing_is_held_without_memory_for_it() -> None:
         Holdings(Region.of(bytearray(1)), HOLD_S)
 
 
+def test_of_two_that_fill_one_chunk_the_first_stays_with_all_pins() -> None:
+    holdings = made(2)
+    slow = holdings.fill(name(1), SLAB_BYTES)
+    assert slow is not None
+    holdings.pin(slow, "r", 0.0)
+    told: list[str] = []
+    slow.waiters.append(lambda: told.append("slow"))
+    fast = holdings.fill(name(1), SLAB_BYTES)
+    assert fast is not None
+    assert holdings.find(name(1)) is slow
+    assert holdings.filled(fast) is fast
+    holdings.unuse(fast)
+    assert told == ["slow"]
+    assert holdings.find(name(1)) is fast
+    assert (slow.gone, slow.pins, fast.pins) == (True, 0, 1)
+    assert holdings.pinned_bytes == SLAB_BYTES
+    assert holdings.filled(slow) is fast
+    holdings.unuse(slow)
+    assert holdings.used_bytes == SLAB_BYTES
+    holdings.release((NAMESPACE, "r"))
+    assert holdings.pinned_bytes == 0
+    assert holdings.find(name(1)) is fast
+
+
+@pytest.mark.parametrize("first_ends", [True, False])
+def test_of_two_that_fill_one_chunk_one_may_give_up(first_ends: bool) -> None:
+    holdings = made(2)
+    pair = [holdings.fill(name(1), SLAB_BYTES) for _ in range(2)]
+    gone, kept = pair if first_ends else reversed(pair)
+    assert gone is not None
+    assert kept is not None
+    holdings.discard(gone)
+    holdings.unuse(gone)
+    assert holdings.used_bytes == SLAB_BYTES
+    assert holdings.filled(kept) is kept
+    holdings.unuse(kept)
+    assert holdings.find(name(1)) is kept
+    assert held(holdings, 2).held
+
+
 @pytest.mark.parametrize("request_name", ["", "x" * (REQUEST_CHARS_MAX + 1)])
 def test_a_request_has_a_name_of_bounded_length(request_name: str) -> None:
     with pytest.raises(InvalidRequest, match="characters"):
-        made(1).begin(request_name)
+        made(1).begin((NAMESPACE, request_name))

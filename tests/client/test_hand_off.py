@@ -289,7 +289,9 @@ def test_a_chunk_that_lost_its_bytes_never_reaches_the_engine(run_cluster: Run) 
         )
         hand_off.layer_done(ALL_LAYERS)
         assert (await hand_off.result()).reason == ""
-        chunk = made.agent.handed.of("r17").final[(made.namespace_id, made.hashes[3], 1)][0]
+        chunk = made.agent.handed.of(made.namespace_id, "r17").final[
+            (made.namespace_id, made.hashes[3], 1)
+        ][0]
         made.agent.holdings.region.view[chunk.slot.offset + 7] ^= 1
         target = await made.decode.allocate(BYTES)
         receive = await made.decode.receive(
@@ -323,11 +325,52 @@ def test_another_request_or_namespace_gets_nothing(run_cluster: Run) -> None:
         result = await stranger.result()
         assert (result.blocks, result.miss) == (0, MissReason.DEADLINE)
         foreign = await made.decode.receive(
-            "r17", other_id, made.hashes, target, PLACES, deadline_s=WAIT_S
+            "r17", other_id, made.hashes, target, PLACES, deadline_s=0.2
         )
         result = await foreign.result()
-        assert (result.blocks, result.miss) == (0, MissReason.ABSENT)
+        assert (result.blocks, result.miss) == (0, MissReason.DEADLINE)
         assert bytes(target.view) == empty
+        receive = await made.decode.receive(
+            "r17", made.namespace_id, made.hashes, target, PLACES, deadline_s=WAIT_S
+        )
+        assert (await receive.result()).blocks == BLOCKS
+        await made.idle()
+
+    run_cluster(body)
+
+
+def test_a_name_means_another_request_in_another_namespace(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        made = await prompt(cluster)
+        other_id = await made.prefill.open_namespace(Namespace("other", LAYOUT))
+        source = await made.computed()
+        target = await made.decode.allocate(BYTES)
+        receive = await made.decode.receive(
+            "r17", made.namespace_id, made.hashes, target, PLACES, deadline_s=WAIT_S
+        )
+
+        async def given(namespace_id: bytes) -> Any:
+            return await made.prefill.hand_off(
+                "r17", "decode-1", namespace_id, made.hashes, source, PLACES, deadline_s=WAIT_S
+            )
+
+        done, open_ = await given(other_id), await given(made.namespace_id)
+        done.layer_done(ALL_LAYERS)
+        assert (await done.result()).reason == ""
+        stays = await given(other_id)
+        await until(lambda: len(made.agent.intakes) == 2, "both are open")
+        open_.layer_done(ALL_LAYERS)
+        assert (await open_.result()).reason == ""
+        result = await receive.result()
+        assert (result.blocks, result.miss) == (BLOCKS, MissReason.NONE)
+        # Its end is not that of the other one.
+        stays.layer_done(ALL_LAYERS)
+        assert (await stays.result()).reason == ""
+        await made.decode.open_namespace(Namespace("other", LAYOUT))
+        received = await made.decode.receive(
+            "r17", other_id, made.hashes, target, PLACES, deadline_s=WAIT_S
+        )
+        assert (await received.result()).blocks == BLOCKS
         await made.idle()
 
     run_cluster(body)

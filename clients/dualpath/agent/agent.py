@@ -192,6 +192,7 @@ class Agent:
             self.compute,
             events,
             config.deadline_s_max,
+            config.stall_s,
             loop,
         )
         self.receiver = Receiver(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from dualpath.agent.hand_off_spec import check_request
-from dualpath.agent.holdings import REQUESTS_MAX, HeldChunk, Holdings
+from dualpath.agent.holdings import REQUESTS_MAX, HeldChunk, Holdings, RequestKey
 from dualpath.transfer.errors import Overloaded
 
 ChunkPlace: TypeAlias = tuple[bytes, bytes, int]
@@ -43,10 +43,10 @@ class Receive(Protocol):
 
 @dataclass(slots=True, eq=False)
 class HandedRequest:
-    """One request. `final` chunks are held and pinned; with each goes whether it was held before it
-    was offered. `copied` are with the engine: the xxh3-64 of each."""
+    """One request of a namespace. `final` chunks are held and pinned; with each goes whether it was
+    held before it was offered. `copied` are with the engine: the xxh3-64 of each."""
 
-    name: str
+    key: RequestKey
     final: dict[ChunkPlace, tuple[HeldChunk, bool]] = field(default_factory=dict)
     copied: dict[ChunkPlace, int] = field(default_factory=dict)
     outcome: tuple[str, str] | None = None
@@ -75,20 +75,21 @@ class HandedRequests:
         self._hold_s = hold_s
         self._events = events
         self._loop = loop
-        self._requests: dict[str, HandedRequest] = {}
+        self._requests: dict[RequestKey, HandedRequest] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def of(self, name: str) -> HandedRequest:
+    def of(self, namespace_id: bytes, name: str) -> HandedRequest:
         """The record of a request. Raises InvalidRequest, Overloaded."""
         check_request(name)
-        record = self._requests.get(name)
+        key = (namespace_id, name)
+        record = self._requests.get(key)
         if record is None:
             if len(self._requests) >= REQUESTS_MAX:
                 raise Overloaded(f"{REQUESTS_MAX} requests are held already", retry_after_s=1.0)
-            record = self._requests[name] = HandedRequest(name)
+            record = self._requests[key] = HandedRequest(key)
             record.expires_at = self._loop.time() + self._hold_s
             self._arm()
         return record
@@ -96,7 +97,7 @@ class HandedRequests:
     def begin_intake(self, record: HandedRequest, intake: Intake) -> None:
         """A hand-off begins."""
         assert record.intake is None
-        self._holdings.begin(record.name)
+        self._holdings.begin(record.key)
         record.intake, record.outcome = intake, None
 
     def end_intake(self, record: HandedRequest, reason: str, detail: str) -> None:
@@ -109,23 +110,23 @@ class HandedRequests:
     def begin_receive(self, record: HandedRequest, receive: Receive) -> None:
         """A receive begins."""
         assert record.receive is None
-        self._holdings.begin(record.name)
+        self._holdings.begin(record.key)
         record.receive = receive
 
     def end_receive(self, record: HandedRequest, reason: str, detail: str) -> None:
         """It has ended, and with it the request; `reason` is "" if the engine has everything."""
         record.receive = None
-        if self._requests.get(record.name) is record:
-            del self._requests[record.name]
+        if self._requests.get(record.key) is record:
+            del self._requests[record.key]
         intake = record.intake
         if intake is not None:
             intake.finish(reason or "aborted", detail or "the decode engine has what it wanted")
-        self._holdings.release(record.name)
-        self._holdings.end(record.name, self._loop.time())
+        self._holdings.release(record.key)
+        self._holdings.end(record.key, self._loop.time())
 
     def final(self, record: HandedRequest, place: ChunkPlace, chunk: HeldChunk, had: bool) -> None:
         """A chunk is held and has its last bytes: pin it until the engine has it."""
-        self._holdings.pin(chunk, record.name, self._loop.time())
+        self._holdings.pin(chunk, record.key[1], self._loop.time())
         record.final[place] = (chunk, had)
         if record.receive is not None:
             record.receive.on_final(place)
@@ -134,7 +135,7 @@ class HandedRequests:
         """The engine has it."""
         chunk, _ = record.final.pop(place)
         record.copied[place] = chunk.name[3]
-        self._holdings.unpin(chunk, record.name)
+        self._holdings.unpin(chunk, record.key[1])
 
     def close(self) -> None:
         """Let everything go."""
@@ -147,7 +148,7 @@ class HandedRequests:
     def _settle(self, record: HandedRequest) -> None:
         now = self._loop.time()
         record.expires_at = now + self._hold_s
-        self._holdings.end(record.name, now)
+        self._holdings.end(record.key, now)
 
     def _arm(self) -> None:
         if self._sweep is None:
@@ -159,8 +160,8 @@ class HandedRequests:
         self._holdings.expire(now)
         for record in tuple(self._requests.values()):
             if record.idle and record.expires_at <= now:
-                del self._requests[record.name]
-                self._holdings.release(record.name)
+                del self._requests[record.key]
+                self._holdings.release(record.key)
                 self._events["hand_off_expired"] += 1
         if self._requests or self._holdings.requests:
             self._arm()

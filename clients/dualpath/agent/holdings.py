@@ -24,9 +24,19 @@ from dualpath.transfer.region import Region
 ChunkName: TypeAlias = tuple[bytes, bytes, int, int]
 """Namespace id, block hash, chunk of the block, xxh3-64 of its bytes."""
 
+RequestKey: TypeAlias = tuple[bytes, str]
+"""Namespace id and name of a request: its name means something only within its namespace."""
+
 REQUESTS_MAX = 4096
 """Most requests with something pinned, or under way, at once."""
 REQUEST_CHARS_MAX = 128
+
+
+@dataclass(slots=True, eq=False)
+class Filler:
+    """Who fills chunks: when it began to, or the last of them came."""
+
+    moved_at: float
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +45,8 @@ class HeldChunk:
 
     name: ChunkName
     slot: Slot
+    filler: Filler | None = None
+    """Who brings it, if that is told."""
     held: bool = False
     gone: bool = False
     """Discarded: found no more, its slot is freed with the last user."""
@@ -76,7 +88,7 @@ class Holdings:
         self._chunks: dict[ChunkName, HeldChunk] = {}
         self._cache: dict[HeldChunk, None] = {}
         """Those that may go, the oldest first."""
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[RequestKey, _Request] = {}
 
     @property
     def region(self) -> Region:
@@ -110,9 +122,11 @@ class Holdings:
         """The chunk of this name, filling or held."""
         return self._chunks.get(name)
 
-    def fill(self, name: ChunkName, nbytes: int) -> HeldChunk | None:
-        """Room for a chunk that is not here, with its caller as user; None if there is none."""
-        assert name not in self._chunks
+    def fill(self, name: ChunkName, nbytes: int, filler: Filler | None = None) -> HeldChunk | None:
+        """Room for a chunk that is not held, with its caller as user; None if there is none. While
+        another fills one of this name, that one is found; but the first that is `filled` stays."""
+        other = self._chunks.get(name)
+        assert other is None or not other.held
         if self._space is None:
             return None
         while (slot := self._space.take(nbytes)) is None:
@@ -120,25 +134,34 @@ class Holdings:
                 return None
             self._forget(next(iter(self._cache)))
             self.events["hold_evicted"] += 1
-        chunk = self._chunks[name] = HeldChunk(name, slot, users=1)
+        chunk = HeldChunk(name, slot, filler, users=1)
+        self._chunks.setdefault(name, chunk)
         return chunk
 
-    def filled(self, chunk: HeldChunk) -> None:
-        """Its bytes are there, and hash to what its name says. The filler stays its user."""
+    def filled(self, chunk: HeldChunk) -> HeldChunk:
+        """Its bytes are there, and hash to what its name says. The filler stays its user. Returns
+        what is held under the name: this, or what another filled before."""
         assert not chunk.held
         assert chunk.users, "whoever fills a chunk uses it"
-        if not chunk.gone:
-            chunk.held = True
+        other = self._chunks.get(chunk.name)
+        if other is not None and other.held:
+            chunk.gone = True
+            return other
+        chunk.held, chunk.gone = True, False
+        self._chunks[chunk.name] = chunk
+        if other is not None and other is not chunk:
+            self._replace(other, chunk)
         self._wake(chunk)
+        return chunk
 
     def discard(self, chunk: HeldChunk) -> None:
         """Its bytes did not come, or are not right: find it no more, and drop its pins."""
         if chunk.gone:
             return
-        for request, record in tuple(self._requests.items()) if chunk.pins else ():
+        for key, record in tuple(self._requests.items()) if chunk.pins else ():
             if chunk in record.pinned:
                 self._drop_pin(record, chunk)
-                self._settle_request(request, record)
+                self._settle_request(key, record)
         self._forget(chunk)
         self._wake(chunk)
 
@@ -163,66 +186,79 @@ class Holdings:
 
     # Requests.
 
-    def begin(self, request: str) -> None:
+    def begin(self, key: RequestKey) -> None:
         """Somebody is busy with a request, until `end`: its pins stay. Raises Overloaded."""
-        self._of(request).busy += 1
+        self._of(key).busy += 1
 
-    def end(self, request: str, now: float) -> None:
+    def end(self, key: RequestKey, now: float) -> None:
         """See `begin`: from now on its pins last for `hold_s`."""
-        record = self._requests[request]
+        record = self._requests[key]
         record.busy -= 1
         record.expires_at = now + self._hold_s
-        self._settle_request(request, record)
+        self._settle_request(key, record)
 
     def pin(self, chunk: HeldChunk, request: str, now: float) -> None:
-        """Keep a chunk for a request. Raises Overloaded, InvalidRequest."""
-        record = self._of(request)
+        """Keep a chunk for a request of its namespace. Raises Overloaded, InvalidRequest."""
+        record = self._of((chunk.name[0], request))
         record.expires_at = now + self._hold_s
         if chunk not in record.pinned:
-            record.pinned[chunk] = None
-            if not chunk.pins:
-                self.pinned_bytes += chunk.nbytes
-            chunk.pins += 1
+            self._add_pin(record, chunk)
             self._cache.pop(chunk, None)
 
     def unpin(self, chunk: HeldChunk, request: str) -> None:
         """The request has it elsewhere."""
-        record = self._requests.get(request)
+        key = (chunk.name[0], request)
+        record = self._requests.get(key)
         if record is not None and chunk in record.pinned:
             self._drop_pin(record, chunk)
             self._settle(chunk)
-            self._settle_request(request, record)
+            self._settle_request(key, record)
 
-    def release(self, request: str) -> None:
+    def release(self, key: RequestKey) -> None:
         """Drop all pins of a request."""
-        record = self._requests.get(request)
+        record = self._requests.get(key)
         for chunk in tuple(record.pinned) if record is not None else ():
-            self.unpin(chunk, request)
+            self.unpin(chunk, key[1])
 
     def expire(self, now: float) -> int:
         """Drop the pins that nobody came for in time; of how many requests."""
         late = [
-            name
-            for name, record in self._requests.items()
+            key
+            for key, record in self._requests.items()
             if not record.busy and record.expires_at <= now
         ]
-        for name in late:
-            self.release(name)
+        for key in late:
+            self.release(key)
         if late:
             self.events["hold_expired"] += len(late)
         return len(late)
 
-    def _of(self, request: str) -> _Request:
-        if not 1 <= len(request) <= REQUEST_CHARS_MAX:
+    def _of(self, key: RequestKey) -> _Request:
+        if not 1 <= len(key[1]) <= REQUEST_CHARS_MAX:
             raise InvalidRequest(
-                f"a request has a name of 1..{REQUEST_CHARS_MAX} characters, not {len(request)}"
+                f"a request has a name of 1..{REQUEST_CHARS_MAX} characters, not {len(key[1])}"
             )
-        record = self._requests.get(request)
+        record = self._requests.get(key)
         if record is None:
             if len(self._requests) >= REQUESTS_MAX:
                 raise Overloaded(f"{REQUESTS_MAX} requests are held already", retry_after_s=1.0)
-            record = self._requests[request] = _Request()
+            record = self._requests[key] = _Request()
         return record
+
+    def _replace(self, other: HeldChunk, chunk: HeldChunk) -> None:
+        """What another still fills was filled here first."""
+        other.gone = True
+        for record in tuple(self._requests.values()) if other.pins else ():
+            if other in record.pinned:
+                self._drop_pin(record, other)
+                self._add_pin(record, chunk)
+        self._wake(other)
+
+    def _add_pin(self, record: _Request, chunk: HeldChunk) -> None:
+        record.pinned[chunk] = None
+        if not chunk.pins:
+            self.pinned_bytes += chunk.nbytes
+        chunk.pins += 1
 
     def _drop_pin(self, record: _Request, chunk: HeldChunk) -> None:
         del record.pinned[chunk]
@@ -230,9 +266,9 @@ class Holdings:
         if not chunk.pins:
             self.pinned_bytes -= chunk.nbytes
 
-    def _settle_request(self, name: str, record: _Request) -> None:
+    def _settle_request(self, key: RequestKey, record: _Request) -> None:
         if not record.busy and not record.pinned:
-            self._requests.pop(name, None)
+            self._requests.pop(key, None)
 
     # Slots.
 
@@ -251,7 +287,8 @@ class Holdings:
     def _forget(self, chunk: HeldChunk) -> None:
         chunk.gone, chunk.held = True, False
         self._cache.pop(chunk, None)
-        del self._chunks[chunk.name]
+        if self._chunks.get(chunk.name) is chunk:
+            del self._chunks[chunk.name]
         if not chunk.users:
             self._free(chunk)
 

@@ -2,7 +2,8 @@
 
 Owns its window on the holdings, the chunks that are on their way into it, and its end. An offered
 chunk that is held here is only pinned; one that somebody else is bringing is waited for; any other
-is armed and asked for, as soon as there is room: the room is the credit. Guarantees that a chunk
+is armed and asked for, as soon as there is room: the room is the credit. If that somebody stalls,
+it is asked for here as well, and the first that comes right is taken. Guarantees that a chunk
 counts only once its bytes hash to what was offered, and that after the end nothing of it lands any
 more. Belongs to the loop, but for what its window calls.
 """
@@ -16,7 +17,7 @@ from functools import partial
 
 from dualpath.agent.hand_off_spec import HAND_OFF_CHUNKS_MAX, check_distinct
 from dualpath.agent.handed_request import HandedRequest, HandedRequests
-from dualpath.agent.holdings import ChunkName, HeldChunk, Holdings
+from dualpath.agent.holdings import ChunkName, Filler, HeldChunk, Holdings
 from dualpath.agent.known_chunks import check_id
 from dualpath.agent.load_spec import check_hashes
 from dualpath.agent.mailbox import Mailbox
@@ -45,15 +46,18 @@ class Intake:
         requests: HandedRequests,
         holdings: Holdings,
         compute: Network,
+        stall_s: float,
         loop: asyncio.AbstractEventLoop,
         on_end: Callable[[Intake], None],
     ) -> None:
-        """Begin. Raises InvalidRequest, Overloaded."""
+        """Begin. `stall_s`: how long to wait for a chunk that somebody else brings who gets none.
+        Raises InvalidRequest, Overloaded."""
         self._hashes, self._sizes = _checked(hello)
         self._namespace_id = hello.namespace_id
         self._requests = requests
         self._holdings = holdings
         self._transport = compute.transport
+        self._stall_s = stall_s
         self._loop = loop
         self._on_end = on_end
         self.taken_bytes = 0
@@ -66,14 +70,23 @@ class Intake:
         self._roomless: deque[int] = deque()
         self._coming: dict[int, HeldChunk] = {}
         """By tag, armed in the window."""
+        self._own: set[int] = set()
+        """Numbers of these."""
+        self._filler = Filler(loop.time())
+        self._others: dict[int, float] = {}
+        """Numbers of chunks that somebody else brings, and since when they are waited for."""
+        self._beside: set[int] = set()
+        """Numbers of those that are to come here as well."""
         self._unarmed: list[tuple[int, Slices]] = []
         self._asked: deque[tuple[int, int]] = deque()
         """Tag and place of what is to be asked for."""
         self._attempts: Counter[int] = Counter()
+        self._counted = bytearray(self.chunks)
+        """By number: 1 once it is held, or with the engine."""
         self._final = 0
         self._by_block = [0] * len(self._hashes)
         self._landed: Mailbox[tuple[int, bool]] = Mailbox(loop, self._on_landed)
-        self._record: HandedRequest = requests.of(hello.request)
+        self._record: HandedRequest = requests.of(hello.namespace_id, hello.request)
         if self._record.intake is not None:
             raise InvalidRequest(
                 f"request {hello.request!r} is being handed off already; wait for its end",
@@ -128,6 +141,32 @@ class Intake:
                 break
         self._flush()
 
+    def look_for_stalls(self, now: float) -> None:
+        """Ask for chunks here, too, whose bringer has stalled."""
+        stalled = [
+            number for number, since in self._others.items() if self._is_stalled(number, since, now)
+        ]
+        for number in stalled:
+            del self._others[number]
+        self._beside.update(stalled)
+        self._roomless.extend(stalled)
+        if stalled:
+            self.find_room()
+
+    def _is_stalled(self, number: int, since: float, now: float) -> bool:
+        chunk = self._holdings.find(self._names[number])
+        if chunk is None or chunk.held:
+            return False  # it was told, and is about to be looked at
+        moved_at = since if chunk.filler is None else chunk.filler.moved_at
+        return now - moved_at >= self._stall_s
+
+    def lost(self, detail: str) -> None:
+        """The prefill side ended its stream: gone, or because its deadline came first."""
+        if self._roomless:
+            self.finish("no_room", self._no_room())
+        else:
+            self.finish("peer_lost", detail)
+
     def finish(self, reason: str, detail: str) -> None:
         """End it now, unless it has ended; fenced when this returns."""
         if self.over is None:
@@ -145,7 +184,7 @@ class Intake:
         for chunk in self._coming.values():
             self._holdings.discard(chunk)
             self._holdings.unuse(chunk)
-        for kept in (self._coming, self._roomless, self._asked, self._unarmed):
+        for kept in (self._coming, self._roomless, self._asked, self._unarmed, self._others):
             kept.clear()
         self._requests.end_intake(self._record, reason, detail)
         self._on_end(self)
@@ -174,6 +213,9 @@ class Intake:
 
     def _want(self, number: int) -> bool:
         """See that an offered chunk comes to be held; False if there is no room for it now."""
+        self._others.pop(number, None)
+        if self._counted[number]:
+            return True
         name = self._names[number]
         nbytes = self._sizes[number // len(self._hashes)]
         copied = self._record.copied.get(name[:3])
@@ -184,22 +226,29 @@ class Intake:
                 self._count(number, nbytes, had=True)
             return True
         chunk = self._holdings.find(name)
-        if chunk is None:
-            chunk = self._holdings.fill(name, nbytes)
+        if chunk is not None and chunk.held:
+            if chunk.nbytes != nbytes:
+                self.finish("invalid", f"a chunk of {nbytes} bytes is held with {chunk.nbytes}")
+            else:
+                self._keep(number, chunk, had=True)
+        elif number in self._own:
+            pass
+        elif chunk is None or chunk.nbytes != nbytes or number in self._beside:
+            chunk = self._holdings.fill(name, nbytes, self._filler)
             if chunk is None:
                 return False
             self._ask(number, chunk)
-        elif chunk.nbytes != nbytes:
-            self.finish("invalid", f"a chunk of {nbytes} bytes is held with {chunk.nbytes}")
-        elif chunk.held:
-            self._keep(number, chunk, had=True)
         else:  # somebody else brings it: look again then
             chunk.waiters.append(partial(self._soon, number))
+            self._others[number] = self._loop.time()
         return True
 
     def _ask(self, number: int, chunk: HeldChunk) -> None:
         tag = number + self._attempts[number] * self.chunks
+        if not self._coming:
+            self._filler.moved_at = self._loop.time()
         self._coming[tag] = chunk
+        self._own.add(number)
         self._unarmed.append((tag, chunk.slot.slices))
 
     def _flush(self) -> None:
@@ -228,6 +277,7 @@ class Intake:
             self.held_bytes += nbytes
         else:
             self.taken_bytes += nbytes
+        self._counted[number] = 1
         self._final += 1
         self._by_block[number % len(self._hashes)] += 1
         if self._final == self.chunks:
@@ -239,10 +289,9 @@ class Intake:
             if chunk is None:
                 continue
             number = tag % self.chunks
-            if intact:
-                self._holdings.filled(chunk)
-                self._keep(number, chunk, had=False)
-                self._holdings.unuse(chunk)
+            if intact or self._counted[number]:
+                self._own.discard(number)
+                self._take(number, chunk, intact=intact)
                 continue
             self._attempts[number] += 1
             self._ask(number, chunk)
@@ -255,11 +304,25 @@ class Intake:
                 )
         self._flush()
 
+    def _take(self, number: int, chunk: HeldChunk, *, intact: bool) -> None:
+        """It came right, or nobody waits for it any more."""
+        if intact:
+            self._filler.moved_at = self._loop.time()
+            held = self._holdings.filled(chunk)
+            if not self._counted[number]:
+                self._keep(number, held, had=False)
+        else:
+            self._holdings.discard(chunk)
+        self._holdings.unuse(chunk)
+
     def _on_deadline(self) -> None:
         if self._roomless:
-            self.finish("no_room", f"{len(self._roomless)} chunks found no room in hold-bytes")
+            self.finish("no_room", self._no_room())
         else:
             self.finish("deadline", "the deadline passed")
+
+    def _no_room(self) -> str:
+        return f"{len(self._roomless)} chunks found no room in hold-bytes"
 
     # On threads of the transport.
 

@@ -22,6 +22,8 @@ from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
 
 INTAKES_MAX = 1024
 OFFER_CHUNKS_MAX = 4096
+LOOKS = 4
+"""How often in `stall_s` to look for what has stalled."""
 
 
 class Intakes:
@@ -35,6 +37,7 @@ class Intakes:
         compute: Network,
         events: Counter[str],
         deadline_s_max: float,
+        stall_s: float,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.taken_bytes = 0
@@ -44,9 +47,11 @@ class Intakes:
         self._compute = compute
         self._events = events
         self._deadline_s_max = deadline_s_max
+        self._stall_s = stall_s
         self._loop = loop
         self._running: dict[Intake, None] = {}
         self._looking = False
+        self._look: asyncio.TimerHandle | None = None
         holdings.on_room = self._room
 
     def __len__(self) -> int:
@@ -77,7 +82,7 @@ class Intakes:
                 await intake.wake.wait()
                 intake.wake.clear()
         finally:
-            intake.finish("peer_lost", "the prefill side went away")
+            intake.lost("the prefill side went away")
             attachment.on_close.pop(intake, None)
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, DualPathError):
@@ -85,6 +90,8 @@ class Intakes:
 
     def close(self) -> None:
         """End all."""
+        if self._look is not None:
+            self._look.cancel()
         for intake in tuple(self._running):
             intake.finish("aborted", "the decode agent stops")
 
@@ -93,9 +100,16 @@ class Intakes:
             raise Overloaded(f"{INTAKES_MAX} hand-offs come in already", retry_after_s=1.0)
         hello.deadline_ms = min(hello.deadline_ms, round(self._deadline_s_max * 1000))
         intake = Intake(
-            hello, self._requests, self._holdings, self._compute, self._loop, self._ended
+            hello,
+            self._requests,
+            self._holdings,
+            self._compute,
+            self._stall_s,
+            self._loop,
+            self._ended,
         )
         self._running[intake] = None
+        self._look_later()
         attachment.on_close[intake] = lambda reason: intake.finish("peer_lost", reason)
         return intake
 
@@ -110,7 +124,7 @@ class Intakes:
                     intake.finish("aborted", "the prefill engine gave it up")
                 else:
                     intake.offer(request.checksum)
-            intake.finish("peer_lost", "the prefill side ended its stream")
+            intake.lost("the prefill side ended its stream")
         except DualPathError as error:
             intake.finish(error.reason, str(error))
 
@@ -125,6 +139,17 @@ class Intakes:
         if self._running and not self._looking:
             self._looking = True
             self._loop.call_soon(self._find_room)
+
+    def _look_later(self) -> None:
+        if self._look is None and self._running:
+            self._look = self._loop.call_later(self._stall_s / LOOKS, self._look_for_stalls)
+
+    def _look_for_stalls(self) -> None:
+        self._look = None
+        now = self._loop.time()
+        for intake in tuple(self._running):
+            intake.look_for_stalls(now)
+        self._look_later()
 
     def _find_room(self) -> None:
         self._looking = False

@@ -126,7 +126,7 @@ class Receiver:
                 )
             if load.entry.behind_compute_link:
                 await self._self_relay.ensure()
-            record = self._requests.of(spec.request)
+            record = self._requests.of(spec.namespace_id, spec.request)
             if record.receive is not None:
                 raise DualPathError(
                     f"request {spec.request!r} is being received already",
