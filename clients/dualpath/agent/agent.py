@@ -28,6 +28,7 @@ from dualpath.agent.handed_request import HandedRequests
 from dualpath.agent.holdings import Holdings
 from dualpath.agent.intakes import Intakes
 from dualpath.agent.loader import Loader
+from dualpath.agent.namespaces import Namespaces
 from dualpath.agent.network import MakeTransport, Network
 from dualpath.agent.receiver import Receiver
 from dualpath.agent.regions import Regions
@@ -49,7 +50,6 @@ from dualpath.transfer.shm_transport import ShmTransport
 from dualpath.transfer.tcp_transport import TcpTransport
 from dualpath.transfer.transport import OnPeerLost, Transport
 
-NAMESPACES_MAX = 4096
 HANG_UP_STALLS = 10
 """A peer that takes nothing of what is relayed to it for so many `stall_s` is hung up on."""
 
@@ -73,7 +73,7 @@ class Agent:
         config.check_trust()
         self.config = config
         self.server_id = secrets.token_hex(8)
-        self.namespaces: dict[bytes, Namespace] = {}
+        self.namespaces = Namespaces()
         self.regions = Regions()
         self._make_storage = make_storage
         self._make_compute = make_compute or compute_transport(config)
@@ -316,10 +316,7 @@ class Agent:
 
     async def open_namespace(self, namespace: Namespace) -> bytes:
         """Make a namespace known, also to daemons that are away now, once they come."""
-        if namespace.id not in self.namespaces:
-            if len(self.namespaces) >= NAMESPACES_MAX:
-                raise InvalidRequest(f"at most {NAMESPACES_MAX} namespaces an agent")
-            self.namespaces[namespace.id] = namespace
+        self.namespaces.add(namespace)
         await asyncio.gather(
             *(self._open_at(daemon, namespace) for daemon in self.daemons.values())
         )
@@ -331,7 +328,7 @@ class Agent:
         try:
             await daemon.open_namespace(namespace)
         except InvalidRequest:
-            self.namespaces.pop(namespace.id, None)
+            self.namespaces.forget(namespace.id)
             raise
         except DualPathError:
             daemon.link.lose("it does not answer")

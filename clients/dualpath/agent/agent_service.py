@@ -16,11 +16,12 @@ from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, SaveResult
 from dualpath.agent.places import Places
 from dualpath.kvstore.packed_hashes import PackedHashes
+from dualpath.kvstore.service.auth import caller_of_call
 from dualpath.kvstore.service.namespace_message import namespace_of
 from dualpath.kvstore.store_api import TIERS
 from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc, common_pb2, store_pb2
-from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.errors import InvalidRequest, PermissionDenied
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
@@ -29,12 +30,23 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
 
+    def _check_engine(self) -> None:
+        """Engines share this node, and memory with it: whoever dials in over the network is none.
+        Raises PermissionDenied."""
+        if not (self._agent.config.engine_tcp or caller_of_call().local_socket):
+            raise PermissionDenied(
+                "engines are served on this agent's Unix socket only: connect to unix:/path, or "
+                "set engine-tcp on a network where every peer may do what an engine may",
+                reason="engine_socket",
+            )
+
     # The handlers are coroutines; the stubs allow for both kinds and say neither.
 
     async def OpenNamespace(
         self, request: store_pb2.OpenNamespaceRequest, context: Any
     ) -> store_pb2.OpenNamespaceResponse:
         """Make a namespace known."""
+        self._check_engine()
         namespace_id = await self._agent.open_namespace(namespace_of(request.namespace))
         return store_pb2.OpenNamespaceResponse(namespace_id=namespace_id)
 
@@ -42,6 +54,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: store_pb2.LookupRequest, context: Any
     ) -> store_pb2.LookupResponse:
         """Longest stored prefix, without a lease."""
+        self._check_engine()
         hashes = PackedHashes.checked(request.hashes, request.hash_bytes)
         hit = await self._agent.loader.lookup(request.namespace_id, tuple(hashes))
         return store_pb2.LookupResponse(
@@ -55,6 +68,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: agent_pb2.LoadRequest, context: Any
     ) -> AsyncIterator[agent_pb2.LoadEvent]:
         """Run a load; the stream's end is the load's."""
+        self._check_engine()
         updates = self._agent.loader.load(_load_spec(request))
         try:
             async for update in updates:
@@ -66,6 +80,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request_iterator: AsyncIterator[agent_pb2.HandOffRequest], context: Any
     ) -> agent_pb2.HandOffResponse:
         """Give the KV of a request to its decode agent."""
+        self._check_engine()
         first = await first_message(request_iterator)
         if first is None:
             raise InvalidRequest("a hand-off begins with what is handed off")
@@ -100,6 +115,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: agent_pb2.LoadRequest, context: Any
     ) -> AsyncIterator[agent_pb2.LoadEvent]:
         """Run a receive; the stream's end is its own."""
+        self._check_engine()
         updates = self._agent.receiver.receive(_load_spec(request))
         try:
             async for update in updates:
@@ -109,6 +125,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     async def Save(self, request: agent_pb2.SaveRequest, context: Any) -> agent_pb2.SaveResponse:
         """Store blocks."""
+        self._check_engine()
         spec = SaveSpec(
             namespace_id=request.namespace_id,
             hashes=tuple(request.hash),
@@ -122,6 +139,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     async def Abort(self, request: agent_pb2.AbortRequest, context: Any) -> agent_pb2.AbortResponse:
         """End loads; their writes are fenced."""
+        self._check_engine()
         return agent_pb2.AbortResponse(aborted=self._agent.abort(request.load_id))
 
     async def Attach(

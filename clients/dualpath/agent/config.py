@@ -79,6 +79,9 @@ class AgentConfig:
     """Ours, shown to daemons and peers."""
     tokens: tuple[str, ...] = field(default=(), repr=False)
     """Those we accept from peers and engines; empty: none is asked for."""
+    engine_tcp: bool = False
+    """Serve engines' calls on `listen`, too, and not only on `unix`: whoever may dial in as a peer
+    may then look up, load, save and abort as an engine."""
     insecure: bool = False
     """Listen beyond loopback without tokens."""
     tls_ca: str = ""

@@ -28,6 +28,7 @@ class EmbeddedSession:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
+        self._namespaces: dict[bytes, Namespace] = {}
         self._closed = False
 
     @classmethod
@@ -46,7 +47,15 @@ class EmbeddedSession:
 
     async def open_namespace(self, namespace: Namespace) -> bytes:
         """See AgentSession."""
-        return await self.agent.open_namespace(namespace)
+        namespace_id = await self.agent.open_namespace(namespace)
+        self._namespaces[namespace_id] = namespace
+        return namespace_id
+
+    def _remind(self, namespace_id: bytes) -> None:
+        """Tell the agent again of a namespace that made way for others."""
+        namespace = self._namespaces.get(namespace_id)
+        if namespace is not None and namespace_id not in self.agent.namespaces:
+            self.agent.namespaces.add(namespace)
 
     async def allocate(self, nbytes: int, *, behind_compute_link: bool) -> EngineMemory:
         """See AgentSession."""
@@ -61,10 +70,12 @@ class EmbeddedSession:
 
     async def lookup(self, namespace_id: bytes, hashes: Sequence[bytes]) -> Lookup:
         """See AgentSession."""
+        self._remind(namespace_id)
         return await self.agent.loader.lookup(namespace_id, hashes)
 
     def load(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
         """See AgentSession."""
+        self._remind(spec.namespace_id)
         return self.agent.loader.load(spec)
 
     async def abort(self, load_id: str) -> None:
@@ -73,14 +84,17 @@ class EmbeddedSession:
 
     def receive(self, spec: LoadSpec) -> AsyncIterator[LoadUpdate]:
         """See AgentSession."""
+        self._remind(spec.namespace_id)
         return self.agent.receiver.receive(spec)
 
     async def hand_off(self, spec: HandOffSpec, gate: LayerGate) -> HandOffResult:
         """See AgentSession."""
+        self._remind(spec.namespace_id)
         return await self.agent.hand_offs.run(spec, gate)
 
     async def save(self, spec: SaveSpec) -> SaveResult:
         """See AgentSession."""
+        self._remind(spec.namespace_id)
         return await self.agent.saver.save(spec)
 
     async def stats(self) -> agent_pb2.AgentStatsResponse:
