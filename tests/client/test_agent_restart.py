@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import signal
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -25,7 +26,7 @@ from dualpath.client.loopback_cluster import (
 )
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
-from dualpath.transfer.errors import InvalidRequest, Unavailable
+from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
 
 Run: TypeAlias = Callable[..., None]
 
@@ -215,5 +216,46 @@ def test_memory_that_is_given_back_while_the_agent_is_gone_stays_so(run_cluster:
         running = await client.load(namespace_id, hashes, gone, PLACES, deadline_s=WAIT_S)
         with pytest.raises(InvalidRequest, match="unknown region"):
             await running.result()
+
+    run_cluster(body)
+
+
+def test_memory_of_an_agent_that_stood_still_is_free_once_an_abort_returned(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualpath.client.remote_session.GRACE_S", 0.2)
+    monkeypatch.setattr("dualpath.client.remote_session.CALL_S_MAX", 0.5)
+
+    async def body(cluster: LoopbackCluster) -> None:
+        filler = await cluster.embedded("filler")
+        _, hashes = await stored(filler, BLOCKS)
+        agent = await Restartable.started(cluster, storage_limit_bytes_per_s=1e6)
+        client = await agent.client()
+        namespace_id = await client.open_namespace(Namespace("model", LAYOUT))
+        memory = await client.allocate(BYTES)
+        running = await client.load(namespace_id, hashes, memory, PLACES, deadline_s=1.0)
+        assert (await running.started()).hit_blocks == BLOCKS
+        process = cluster.processes[NAME]
+        process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(DualPathError):
+                await running.result()
+            with pytest.raises(DualPathError):
+                await running.abort()
+        finally:
+            process.send_signal(signal.SIGCONT)
+        end_at = asyncio.get_running_loop().time() + WAIT_S
+        while True:
+            try:
+                await running.abort()
+                break
+            except DualPathError:
+                assert asyncio.get_running_loop().time() < end_at, "no answer after it goes on"
+        memory.view[:] = poison = b"\xa5" * BYTES
+        # Whatever was on its way to the agent has arrived when a whole load after it has.
+        other = await client.allocate(BYTES)
+        again = await client.load(namespace_id, hashes, other, PLACES, deadline_s=WAIT_S)
+        assert (await again.result()).blocks == BLOCKS
+        assert memory.view == poison
 
     run_cluster(body)

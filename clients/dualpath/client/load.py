@@ -86,7 +86,8 @@ class Load:
         return self._result.blocks if self._result is not None else self._last.blocks_valid
 
     async def result(self) -> LoadResult:
-        """Wait for the end. Nothing is written into the memory afterwards."""
+        """Wait for the end. Nothing is written into the memory afterwards, unless this raises
+        because the agent did not answer: see `abort`."""
         await self._until(lambda: self._result is not None)
         if self._result is None:
             raise Unavailable("the agent ended the load without a result")
@@ -103,6 +104,10 @@ class Load:
         return self._result is not None or self._error is not None
 
     async def abort(self) -> None:
-        """Give the load up; when it returns, nothing more is written into the memory."""
-        if not self.done:
+        """Give the load up; when it returns, nothing more is written into the memory.
+
+        After a `result` that raised this is how to get the memory back: an agent that stands still
+        may go on later. Raises Unavailable or DeadlineExceeded while it does not answer.
+        """
+        if self._result is None:
             await self._abort(self.load_id)
