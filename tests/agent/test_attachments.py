@@ -47,7 +47,7 @@ def _attached(loop: asyncio.AbstractEventLoop) -> tuple[Attachments, Attachment,
     made = Attachments(
         "server", cast(Any, network), cast(Any, relay), cast(Any, {DAEMON: rails}), loop
     )
-    made.attach(common_pb2.AttachRequest(name="peer", transports=["tcp"]))
+    made.attach(common_pb2.AttachRequest(name="peer", transports=["tcp"]), "peer")
     (attachment,) = made._by_session.values()
     return made, attachment, relay
 
@@ -113,5 +113,34 @@ def test_a_stream_without_a_first_message_ends(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(DeadlineExceeded, match="no first message"):
             await anext(made.serve(silent()))
         made.close()
+
+    _run(body)
+
+
+def test_who_only_attaches_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ATTACHMENTS_MAX", 16)
+    request = common_pb2.AttachRequest(name="peer", transports=["tcp"])
+
+    async def body() -> None:
+        made, first, _ = _attached(asyncio.get_running_loop())
+        made._close(first, "over")
+        for _ in range(8):
+            made.attach(request, "bad")
+        with pytest.raises(Overloaded, match="bad has 8") as refused:
+            made.attach(request, "bad")
+        assert refused.value.reason == "quota"
+        for number in range(4):
+            made.attach(request, f"good-{number}")
+        # Those that opened no stream make way for others of the same sharer, but not at once.
+        bad = [each for each in made._by_session.values() if each.sharer == "bad"]
+        for each in bad[1:]:
+            each.streaming = True
+        monkeypatch.setattr(module, "UNPROVEN_S", 0.0)
+        made.attach(request, "bad")
+        assert bad[0].closed
+        assert not any(each.closed for each in bad[1:])
+        assert len(made) == 12
+        made.close()
+        assert len(made._shares) == 0
 
     _run(body)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 import pytest
+from dualpath.agent import attachments
 from dualpath.agent.outcome import MissReason
 from dualpath.agent.places import Places
 from dualpath.agent.process import AgentServer
@@ -19,6 +20,7 @@ from dualpath.client.loopback_cluster import (
     WAIT_S,
     LoopbackCluster,
     chain,
+    embedded_agent,
     stored,
     until,
     wrong_blocks,
@@ -70,6 +72,27 @@ def test_a_peer_under_a_name_that_could_forge_logs_and_paths_is_refused(run_clus
                 assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             request = common_pb2.AttachRequest(name="prefill-1", transports=["tcp"])
             assert (await stub.Attach(request, timeout=WAIT_S)).session
+
+    run_cluster(body)
+
+
+def test_an_agent_attaches_after_another_caller_took_what_it_may(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attachments, "ATTACHMENTS_MAX", 16)
+    monkeypatch.setattr(attachments, "UNPROVEN_S", 1.0)
+
+    async def body(cluster: LoopbackCluster) -> None:
+        await cluster.relay("decode-1")
+        async with grpc.aio.insecure_channel(cluster.relays["decode-1"]) as channel:
+            stub: Any = agent_pb2_grpc.AgentStub(channel)
+            request = common_pb2.AttachRequest(name="bad", transports=["tcp"])
+            with pytest.raises(grpc.RpcError, match="left for all others"):
+                for _ in range(16):
+                    await stub.Attach(request, timeout=WAIT_S)
+            client = await cluster.embedded("good", reconnect_s_max=0.2)
+            link = embedded_agent(client).relays["decode-1"].link
+            await until(lambda: link.up, "the good one is attached")
 
     run_cluster(body)
 

@@ -16,7 +16,7 @@ from dualpath.agent.load_spec import LoadSpec, LoadUpdate, SaveSpec
 from dualpath.agent.outcome import LoadResult, SaveResult
 from dualpath.agent.places import Places
 from dualpath.kvstore.packed_hashes import PackedHashes
-from dualpath.kvstore.service.auth import caller_of_call
+from dualpath.kvstore.service.auth import Caller, caller_of_call
 from dualpath.kvstore.service.namespace_message import namespace_of
 from dualpath.kvstore.store_api import TIERS
 from dualpath.proto.first_message import first_message
@@ -146,7 +146,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: common_pb2.AttachRequest, context: Any
     ) -> common_pb2.AttachResponse:
         """Invite an agent to the compute network."""
-        return self._agent.attachments.attach(request)
+        return self._agent.attachments.attach(request, _sharer(caller_of_call()))
 
     async def Relay(
         self, request_iterator: AsyncIterator[agent_pb2.RelayRequest], context: Any
@@ -175,6 +175,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> agent_pb2.AgentStatsResponse:
         """Counters and gauges."""
         return self._agent.stats()
+
+
+def _sharer(caller: Caller) -> str:
+    """As whom a caller takes its share of attachments: agents of one cluster often show the same
+    token, so those of one host count together, however many connections they make."""
+    return f"{caller.principal}@{caller.peer.rpartition(':')[0]}"
 
 
 async def _follow(

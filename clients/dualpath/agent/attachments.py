@@ -24,6 +24,7 @@ from dualpath.agent.network import Network
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_job import FAILURE_OF_REASON, Requester, Source
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX
+from dualpath.kvstore.service.shares import Shares
 from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2, common_pb2
 from dualpath.transfer.errors import (
@@ -37,6 +38,8 @@ from dualpath.transfer.rails import RAILS_MAX
 from dualpath.transfer.transport import INVITATION_TTL_S
 
 ATTACHMENTS_MAX = 1024
+UNPROVEN_S = 1.0
+"""How long whoever attached may take to open its stream, before it makes way for others."""
 RESPONSE_GRANTS_MAX = 256
 """Most progress entries of one message."""
 RESPONSE_TAGS_MAX = 1 << 16
@@ -56,6 +59,9 @@ class Attachment:
     session: bytes
     peer_id: str
     requester: Requester
+    sharer: str
+    """As whom it takes its share of all attachments."""
+    attached_at: float
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     streaming: bool = False
     closed: str = ""
@@ -88,13 +94,15 @@ class Attachments:
         self._daemons = daemons
         self._loop = loop
         self._by_session: dict[bytes, Attachment] = {}
+        self._shares = Shares(ATTACHMENTS_MAX, "attachments", retry_after_s=5.0)
         self._serial = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self._by_session)
 
-    def attach(self, request: common_pb2.AttachRequest) -> common_pb2.AttachResponse:
-        """Invite an agent to the compute network. Raises InvalidRequest, Overloaded."""
+    def attach(self, request: common_pb2.AttachRequest, sharer: str) -> common_pb2.AttachResponse:
+        """Invite an agent to the compute network, which counts as `sharer`'s. Raises
+        InvalidRequest, Overloaded."""
         transport = self._compute.transport
         if transport.name not in request.transports:
             raise InvalidRequest(
@@ -103,15 +111,17 @@ class Attachments:
         check_name(request.name)
         if not transport.address:
             raise InvalidRequest("this agent does not relay: it has no data_listen")
-        if len(self._by_session) >= ATTACHMENTS_MAX:
-            raise Overloaded(f"{ATTACHMENTS_MAX} agents are attached already", retry_after_s=5.0)
         if request.rail >= RAILS_MAX:
             raise InvalidRequest(f"rail: a node has {RAILS_MAX} links at most, not {request.rail}")
         peer_id = f"{request.name}@{next(self._serial)}"
+        self._take_share(sharer)
+        try:
+            requester = self._relay.open(request.name, peer_id, request.rail)
+        except BaseException:
+            self._shares.give_back(sharer)
+            raise
         attachment = Attachment(
-            secrets.token_bytes(16),
-            peer_id,
-            self._relay.open(request.name, peer_id, request.rail),
+            secrets.token_bytes(16), peer_id, requester, sharer, self._loop.time()
         )
         attachment.requester.on_queue = lambda: self._tell_queue(attachment)
         attachment.requester.on_stall = lambda reason: self._close(attachment, reason)
@@ -128,6 +138,24 @@ class Attachments:
             address=transport.address,
             invitation=transport.invite(peer_id),
         )
+
+    def _take_share(self, sharer: str) -> None:
+        """Room for one more; who attached and has opened no stream yet makes way for it, those of
+        the same sharer first. Raises Overloaded."""
+        try:
+            self._shares.take(sharer)
+        except Overloaded as error:
+            held = [each for each in self._by_session.values() if each.sharer == sharer]
+            late = self._loop.time() - UNPROVEN_S
+            for each in held or (self._by_session.values() if error.reason != "quota" else ()):
+                if not each.streaming and each.attached_at <= late:
+                    self._close(each, "others attach, and it has opened no stream", keep_share=True)
+                    break
+            else:
+                raise
+            if not held:
+                self._shares.give_back(each.sharer)
+                self._shares.take(sharer)
 
     async def serve(
         self, requests: AsyncIterator[agent_pb2.RelayRequest]
@@ -278,7 +306,7 @@ class Attachments:
             responses.append(agent_pb2.RelayResponse(progress=batch))
         return responses
 
-    def _close(self, attachment: Attachment, reason: str) -> None:
+    def _close(self, attachment: Attachment, reason: str, *, keep_share: bool = False) -> None:
         if attachment.closed:
             return
         attachment.closed = reason
@@ -287,6 +315,8 @@ class Attachments:
         if attachment.expiry is not None:
             attachment.expiry.cancel()
         self._by_session.pop(attachment.session, None)
+        if not keep_share:
+            self._shares.give_back(attachment.sharer)
         self._relay.close(attachment.requester)
         for on_close in tuple(attachment.on_close.values()):
             try:

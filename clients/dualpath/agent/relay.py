@@ -50,13 +50,15 @@ from dualpath.proto.v1 import agent_pb2, common_pb2
 from dualpath.transfer.credit import CreditConfig
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
 from dualpath.transfer.lane import Lane
+from dualpath.transfer.rails import RAILS_MAX
 from dualpath.transfer.region import RegionDescriptor
 from dualpath.transfer.transport import Completion, Write
 
 if TYPE_CHECKING:
     from dualpath.agent.relay_job import ChunkFailure
 
-REQUESTERS_MAX = 1024
+REQUESTERS_MAX = 1024 + RAILS_MAX
+"""Agents that are attached, and this one by each of its storage links."""
 GRANTS_MAX = 4096
 """Most open grants of one requester."""
 QUEUED_CHUNKS_MAX = 1 << 16
@@ -117,7 +119,7 @@ class Relay:
     def open(self, name: str, peer: str, rail: int = 0) -> Requester:
         """Begin to serve a requester, by storage link `rail`. Raises Overloaded over the limit."""
         if len(self._requesters) >= REQUESTERS_MAX:
-            raise Overloaded(f"{REQUESTERS_MAX} agents are attached already", retry_after_s=5.0)
+            raise Overloaded(f"{REQUESTERS_MAX} agents are served already", retry_after_s=5.0)
         assert (peer, rail) not in self._requesters
         self._reads.setdefault(rail, RailReads())
         requester = self._requesters[peer, rail] = Requester(name, peer, rail)
