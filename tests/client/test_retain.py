@@ -70,7 +70,7 @@ def test_a_second_turn_is_served_without_a_storage_read(run_cluster: Run) -> Non
         assert agent.storage["tcp"].received_bytes == read
         assert agent.relay.served_bytes == BYTES
         assert agent.relay.relayed_bytes == 2 * BYTES
-        agent.holdings.release("r1")
+        agent.holdings.release((namespace_id, "r1"))
         assert (agent.holdings.pinned_bytes, agent.holdings.requests) == (0, 0)
 
     run_cluster(body)
