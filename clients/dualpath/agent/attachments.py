@@ -24,6 +24,7 @@ from dualpath.agent.network import Network
 from dualpath.agent.relay import Relay
 from dualpath.agent.relay_job import FAILURE_OF_REASON, Requester, Source
 from dualpath.agent.slice_table import GRANT_CHUNKS_MAX
+from dualpath.agent.unread_call import UnreadCall
 from dualpath.kvstore.service.shares import Shares
 from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2, common_pb2
@@ -170,6 +171,8 @@ class Attachments:
         attachment.streaming = True
         if attachment.expiry is not None:
             attachment.expiry.cancel()
+        call = UnreadCall(self._loop)
+        attachment.on_close[call] = lambda _: call.ends()
         reader = asyncio.create_task(self._read(attachment, first, requests))
         try:
             while not attachment.closed:
@@ -185,6 +188,7 @@ class Attachments:
                 raise PeerLost(f"the attachment ended: {attachment.closed}")
         finally:
             self._close(attachment, "the stream ended")
+            call.ended()
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, DualPathError):
                 await reader

@@ -16,6 +16,7 @@ from dualpath.agent.handed_request import HandedRequests
 from dualpath.agent.holdings import Holdings
 from dualpath.agent.intake import Intake
 from dualpath.agent.network import Network
+from dualpath.agent.unread_call import UnreadCall
 from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
@@ -49,7 +50,7 @@ class Intakes:
         self._deadline_s_max = deadline_s_max
         self._stall_s = stall_s
         self._loop = loop
-        self._running: dict[Intake, None] = {}
+        self._running: dict[Intake, UnreadCall] = {}
         self._looking = False
         self._look: asyncio.TimerHandle | None = None
         holdings.on_room = self._room
@@ -71,6 +72,7 @@ class Intakes:
             )
             return
         intake = self._begin(hello, attachment)
+        call = self._running[intake]
         reader = asyncio.create_task(self._read(intake, requests))
         try:
             yield agent_pb2.TakeResponse(window=intake.window.to_bytes())
@@ -83,6 +85,7 @@ class Intakes:
                 intake.wake.clear()
         finally:
             intake.lost("the prefill side went away")
+            call.ended()
             attachment.on_close.pop(intake, None)
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, DualPathError):
@@ -108,7 +111,7 @@ class Intakes:
             self._loop,
             self._ended,
         )
-        self._running[intake] = None
+        self._running[intake] = UnreadCall(self._loop)
         self._look_later()
         attachment.on_close[intake] = lambda reason: intake.finish("peer_lost", reason)
         return intake
@@ -129,7 +132,9 @@ class Intakes:
             intake.finish(error.reason, str(error))
 
     def _ended(self, intake: Intake) -> None:
-        self._running.pop(intake, None)
+        call = self._running.pop(intake, None)
+        if call is not None:
+            call.ends()
         self.taken_bytes += intake.taken_bytes
         assert intake.over is not None
         if intake.over[0]:
