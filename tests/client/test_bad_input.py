@@ -24,6 +24,7 @@ from dualpath.client.loopback_cluster import (
     stored,
 )
 from dualpath.kvstore.namespace import Namespace
+from dualpath.kvstore.service.config import DaemonConfig
 from dualpath.transfer.errors import InvalidRequest, Unavailable
 from dualpath.transfer.region import Region
 
@@ -212,6 +213,35 @@ def test_an_absent_agent_is_unavailable_with_the_remedy(run_cluster: Run) -> Non
 def test_a_bad_setting_is_refused_by_name(changes: dict[str, object], match: str) -> None:
     with pytest.raises(InvalidRequest, match=match):
         AgentConfig(**{"name": "a", "daemons": (), **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hold_s",
+        "stall_s",
+        "deadline_s_max",
+        "lookup_timeout_s",
+        "lease_s",
+        "reconnect_s_max",
+        "compute_limit_bytes_per_s",
+        "storage_limit_bytes_per_s",
+    ],
+)
+def test_a_setting_is_a_number_within_its_range(name: str, value: float) -> None:
+    settings: dict[str, object] = {"name": "a", "daemons": (), name: value}
+    with pytest.raises(InvalidRequest, match=f"{name} must .*not {value}"):
+        AgentConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["events_max", "mapped_client_bytes_max", "mapped_bytes_max", "read_ahead_bytes"]
+)
+def test_a_size_of_the_daemon_is_not_negative(name: str) -> None:
+    settings: dict[str, object] = {"data": "/nowhere", name: -1}
+    with pytest.raises(InvalidRequest, match=f"{name} must not be negative, not -1"):
+        DaemonConfig(**settings)  # type: ignore[arg-type]
 
 
 def test_every_documented_character_may_stand_in_a_name() -> None:

@@ -24,6 +24,15 @@ DAEMONS_MAX = 64
 RELAYS_MAX = 256
 STAGING_BYTES_MIN = 8 << 20
 NAME_CHARS_MAX = 64
+DURATIONS_S_MAX: dict[str, float] = {
+    "hold_s": 86400.0,
+    "stall_s": 3600.0,
+    "deadline_s_max": 86400.0,
+    "lookup_timeout_s": 3600.0,
+    "lease_s": 600.0,
+    "reconnect_s_max": 3600.0,
+}
+"""The longest that each setting may say; a daemon gives no longer leases."""
 COMPUTE_TRANSPORTS = ("tcp", "rdma")
 _NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{NAME_CHARS_MAX}}}")
 
@@ -159,16 +168,25 @@ class AgentConfig:
         )  # raises what does not go together
         check_congestion(self.tcp_congestion)
         self._check_compute_transport()
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        # Comparisons with a NaN are false: each of these is written so that it then refuses.
         for name in ("storage_limit_bytes_per_s", "compute_limit_bytes_per_s"):
-            if getattr(self, name) < 0:
-                raise InvalidRequest(f"{name} must not be negative: {getattr(self, name)}")
-        for name in ("stall_s", "deadline_s_max", "lookup_timeout_s", "lease_s", "loads_max"):
-            if getattr(self, name) <= 0:
-                raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}")
-        if self.hold_bytes < 0 or self.hold_s <= 0:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidRequest(
+                    f"{name} must not be negative, 0 for no limit, not {getattr(self, name)}"
+                )
+        for name, most in DURATIONS_S_MAX.items():
+            if not 0 < getattr(self, name) <= most:
+                raise InvalidRequest(
+                    f"{name} must be positive, and {most:g} s at most, not {getattr(self, name)}"
+                )
+        if self.loads_max < 1:
+            raise InvalidRequest(f"loads_max must be positive, not {self.loads_max}")
+        if self.hold_bytes < 0:
             raise InvalidRequest(
-                f"hold_bytes must not be negative, and hold_s positive: {self.hold_bytes}, "
-                f"{self.hold_s}"
+                f"hold_bytes must not be negative, 0 to hold nothing, not {self.hold_bytes}"
             )
 
     def _check_addresses(self) -> None:

@@ -212,7 +212,16 @@ class DaemonConfig:
             )
         if not 1 <= self.readers <= READERS_MAX:
             raise InvalidRequest(f"readers must lie in 1..{READERS_MAX}, not {self.readers}")
-        for name in ("send_limit_bytes_per_s", "drain_s", "scrub_bytes_per_s", "ttl_s"):
+        for name in (
+            "send_limit_bytes_per_s",
+            "drain_s",
+            "scrub_bytes_per_s",
+            "ttl_s",
+            "events_max",
+            "mapped_client_bytes_max",
+            "mapped_bytes_max",
+            "read_ahead_bytes",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidRequest(f"{name} must not be negative, not {getattr(self, name)}")
 
