@@ -6,7 +6,7 @@ import pytest
 from dualpath.agent.holdings import REQUEST_CHARS_MAX, ChunkName, HeldChunk, Holdings
 from dualpath.agent.staging import SLAB_BYTES
 from dualpath.kvstore.checksum import xxh3_64
-from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region
 
 HOLD_S = 10.0
@@ -22,7 +22,7 @@ def made(slabs: int) -> Holdings:
 
 
 def held(holdings: Holdings, number: int, request: str = "") -> HeldChunk:
-    chunk = holdings.fill(name(number), SLAB_BYTES)
+    chunk = holdings.fill(name(number), SLAB_BYTES, claimed=True)
     assert chunk is not None
     if request:
         holdings.pin(chunk, request, 0.0)
@@ -63,9 +63,9 @@ def test_pinned_read_and_filling_chunks_never_go() -> None:
     held(holdings, 1, "r")
     read = held(holdings, 2)
     holdings.use(read)
-    filling = holdings.fill(name(3), SLAB_BYTES)
+    filling = holdings.fill(name(3), SLAB_BYTES, claimed=True)
     assert filling is not None
-    assert holdings.fill(name(4), SLAB_BYTES) is None
+    assert holdings.fill(name(4), SLAB_BYTES, claimed=True) is None
     room: list[bool] = []
     holdings.on_room = lambda: room.append(True)
     holdings.release((NAMESPACE, "r"))
@@ -82,7 +82,7 @@ def test_a_chunk_of_several_requests_stays_until_the_last_lets_it_go() -> None:
     holdings.pin(chunk, "b", 0.0)
     assert holdings.pinned_bytes == SLAB_BYTES
     holdings.release((NAMESPACE, "a"))
-    assert holdings.fill(name(2), SLAB_BYTES) is None
+    assert holdings.fill(name(2), SLAB_BYTES, claimed=True) is None
     holdings.unpin(chunk, "b")
     assert (holdings.pinned_bytes, holdings.requests) == (0, 0)
     assert held(holdings, 2).held
@@ -105,7 +105,7 @@ def test_pins_that_nobody_comes_for_expire_and_those_in_use_do_not() -> None:
 
 def test_a_chunk_that_was_not_filled_is_found_no_more_and_leaves_no_pin() -> None:
     holdings = made(1)
-    chunk = holdings.fill(name(1), SLAB_BYTES)
+    chunk = holdings.fill(name(1), SLAB_BYTES, claimed=True)
     assert chunk is not None
     told: list[bool] = []
     chunk.waiters.append(lambda: told.append(chunk.held))
@@ -121,7 +121,7 @@ def test_a_chunk_that_was_not_filled_is_found_no_more_and_leaves_no_pin() -> Non
 def test_wrong_bytes_are_found_out_and_discarded_even_while_they_are_pinned() -> None:
     holdings = made(1)
     data = bytes(SLAB_BYTES)
-    chunk = holdings.fill(name(1, data), SLAB_BYTES)
+    chunk = holdings.fill(name(1, data), SLAB_BYTES, claimed=True)
     assert chunk is not None
     holdings.pin(chunk, "r", 0.0)
     holdings.filled(chunk)
@@ -144,12 +144,12 @@ def test_nothing_is_held_without_memory_for_it() -> None:
 
 def test_of_two_that_fill_one_chunk_the_first_stays_with_all_pins() -> None:
     holdings = made(2)
-    slow = holdings.fill(name(1), SLAB_BYTES)
+    slow = holdings.fill(name(1), SLAB_BYTES, claimed=True)
     assert slow is not None
     holdings.pin(slow, "r", 0.0)
     told: list[str] = []
     slow.waiters.append(lambda: told.append("slow"))
-    fast = holdings.fill(name(1), SLAB_BYTES)
+    fast = holdings.fill(name(1), SLAB_BYTES, claimed=True)
     assert fast is not None
     assert holdings.find(name(1)) is slow
     assert holdings.filled(fast) is fast
@@ -169,7 +169,7 @@ def test_of_two_that_fill_one_chunk_the_first_stays_with_all_pins() -> None:
 @pytest.mark.parametrize("first_ends", [True, False])
 def test_of_two_that_fill_one_chunk_one_may_give_up(first_ends: bool) -> None:
     holdings = made(2)
-    pair = [holdings.fill(name(1), SLAB_BYTES) for _ in range(2)]
+    pair = [holdings.fill(name(1), SLAB_BYTES, claimed=True) for _ in range(2)]
     gone, kept = pair if first_ends else reversed(pair)
     assert gone is not None
     assert kept is not None
@@ -180,6 +180,38 @@ def test_of_two_that_fill_one_chunk_one_may_give_up(first_ends: bool) -> None:
     holdings.unuse(kept)
     assert holdings.find(name(1)) is kept
     assert held(holdings, 2).held
+
+
+def test_requests_that_nobody_receives_get_half() -> None:
+    holdings = made(4)
+    room: list[bool] = []
+    holdings.on_room = lambda: room.append(True)
+    cached = held(holdings, 9)
+    for number in (1, 2):
+        chunk = holdings.fill(name(number), SLAB_BYTES)
+        assert chunk is not None
+        holdings.filled(chunk)
+        holdings.pin(chunk, "late", 0.0)
+        holdings.unuse(chunk)
+    assert holdings.unclaimed_bytes == 2 * SLAB_BYTES
+    assert holdings.fill(name(3), SLAB_BYTES) is None
+    with pytest.raises(Overloaded, match="half"):
+        holdings.pin(cached, "other", 0.0)
+    assert holdings.requests == 1
+    other = holdings.fill(name(3), SLAB_BYTES, claimed=True)
+    assert other is not None
+    room.clear()
+    holdings.begin((NAMESPACE, "late"), claims=True)
+    assert room
+    assert holdings.unclaimed_bytes == 0
+    again = holdings.fill(name(4), SLAB_BYTES)
+    assert again is not None
+    for each in (other, again):
+        holdings.discard(each)
+        holdings.unuse(each)
+    holdings.release((NAMESPACE, "late"))
+    holdings.end((NAMESPACE, "late"), 0.0)
+    assert (holdings.unclaimed_bytes, holdings.pinned_bytes, holdings.requests) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("request_name", ["", "x" * (REQUEST_CHARS_MAX + 1)])

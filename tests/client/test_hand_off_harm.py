@@ -20,7 +20,6 @@ from dualpath.client.loopback_cluster import (
     WAIT_S,
     LoopbackCluster,
     chain,
-    content,
     embedded_agent,
     fill,
     kill,
@@ -28,7 +27,6 @@ from dualpath.client.loopback_cluster import (
     until,
     wrong_blocks,
 )
-from dualpath.kvstore.checksum import xxh3_64
 from dualpath.kvstore.namespace import Namespace
 from dualpath.proto.v1 import agent_pb2
 from dualpath.transfer.errors import DualPathError, InvalidRequest
@@ -256,63 +254,6 @@ def test_hostile_hand_offs_are_refused(run_cluster: Run) -> None:
             assert (answers[-1].done, answers[-1].reason) == (True, "invalid")
         await clean(agent)
         assert not agent.compute.transport._windows._windows  # type: ignore[attr-defined]
-
-    run_cluster(body)
-
-
-def _checksums() -> list[int]:
-    """Of all chunks of the prompt, as they are offered."""
-    blocks = [content(each) for each in HASHES]
-    extents = [LAYOUT.chunk_extent(chunk) for chunk in range(LAYOUT.chunk_count)]
-    return [
-        xxh3_64(block[offset : offset + nbytes]) for offset, nbytes in extents for block in blocks
-    ]
-
-
-def _offering(session: bytes, **changed: Any) -> AsyncIterator[agent_pb2.TakeRequest]:
-    """A hand-off that offers the whole prompt and never writes it."""
-
-    async def requests() -> AsyncIterator[agent_pb2.TakeRequest]:
-        sizes = [LAYOUT.chunk_extent(chunk)[1] for chunk in range(LAYOUT.chunk_count)]
-        yield _hello(session=session, chunk_bytes=sizes, **changed)
-        yield agent_pb2.TakeRequest(checksum=_checksums())
-        await asyncio.Event().wait()
-
-    return requests()
-
-
-async def _answers(answers: AsyncIterator[agent_pb2.TakeResponse]) -> None:
-    async for _ in answers:
-        pass
-
-
-def test_a_prefill_node_that_stalls_does_not_hold_up_others_of_the_same_prefix(
-    run_cluster: Run,
-) -> None:
-    async def body(cluster: LoopbackCluster) -> None:
-        agent = (await cluster.relay("decode-1", stall_s=0.2, hold_s=0.5)).agent
-        decode = KVClient(EmbeddedSession(agent))
-        namespace_id = await decode.open_namespace(NAMESPACE)
-        prefill = await cluster.embedded()
-        await until(lambda: len(agent.attachments) == 1, "attached")
-        (session,) = agent.attachments._by_session
-        sick = asyncio.create_task(
-            _answers(agent.intakes.serve(_offering(session, request="sick", deadline_ms=60_000)))
-        )
-        await until(lambda: agent.holdings.in_use == len(_checksums()), "all is under way")
-        target = await decode.allocate(BYTES)
-        receive = await decode.receive("r", namespace_id, HASHES, target, PLACES, deadline_s=WAIT_S)
-        hand_off = await given(prefill)
-        hand_off.layer_done(ALL_LAYERS)
-        given_ = await hand_off.result()
-        assert (given_.reason, given_.blocks, given_.sent_bytes) == ("", BLOCKS, BYTES)
-        assert (await receive.result()).blocks == BLOCKS
-        assert wrong_blocks(target, PLACES, HASHES) == []
-        assert len(agent.intakes) == 1
-        sick.cancel()
-        await asyncio.gather(sick, return_exceptions=True)
-        await clean(agent)
-        assert agent.holdings.used_bytes == len(_checksums()) << 18
 
     run_cluster(body)
 

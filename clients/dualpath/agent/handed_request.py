@@ -110,7 +110,7 @@ class HandedRequests:
     def begin_receive(self, record: HandedRequest, receive: Receive) -> None:
         """A receive begins."""
         assert record.receive is None
-        self._holdings.begin(record.key)
+        self._holdings.begin(record.key, claims=True)
         record.receive = receive
 
     def end_receive(self, record: HandedRequest, reason: str, detail: str) -> None:

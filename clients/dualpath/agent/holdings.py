@@ -4,7 +4,8 @@ Owns one bounded region, which chunk lies where in it, and for which requests it
 is named by namespace, block, number and xxh3-64 of its bytes, so whatever is found here under a
 name has the right bytes, or is discarded. It is *filling* until whoever brings it has seen that its
 bytes hash to that, then *held*. Held chunks that nobody pins or reads stay as a cache; the one that
-was used longest ago goes first when room is needed. Filling, pinned or read ones never go.
+was used longest ago goes first when room is needed. Filling, pinned or read ones never go. Requests
+that nobody receives yet get half of the room at most: the other half is for those that go on.
 
 Pure bookkeeping: moves no bytes, keeps no timers. Belongs to the event loop.
 """
@@ -52,6 +53,12 @@ class HeldChunk:
     """Discarded: found no more, its slot is freed with the last user."""
     users: int = 0
     pins: int = 0
+    claims: int = 0
+    """Those of them by requests that somebody receives."""
+    wanted: bool = False
+    """Filled for such a request."""
+    unclaimed: bool = False
+    """Whether it counts in `unclaimed_bytes`."""
     waiters: list[Callable[[], None]] = field(default_factory=list)
     """Called when it is held, or `gone`; while it is filling."""
 
@@ -67,6 +74,8 @@ class _Request:
 
     pinned: dict[HeldChunk, None] = field(default_factory=dict)
     busy: int = 0
+    claimed: bool = False
+    """Somebody receives it."""
     expires_at: float = 0.0
 
 
@@ -80,8 +89,10 @@ class Holdings:
             raise InvalidRequest(f"holdings need at least {SLAB_BYTES} bytes, not {region.nbytes}")
         self.events: Counter[str] = Counter()
         self.pinned_bytes = 0
+        self.unclaimed_bytes = 0
+        """Of chunks that are filled or pinned, and by no request that somebody receives."""
         self.on_room: Callable[[], None] = lambda: None
-        """Called when a `fill` that found no room may find some now."""
+        """Called when a `fill` or `pin` that found no room may find some now."""
         self._hold_s = hold_s
         self._caches = cache
         self._space = None if region is None else Staging(region)
@@ -122,20 +133,29 @@ class Holdings:
         """The chunk of this name, filling or held."""
         return self._chunks.get(name)
 
-    def fill(self, name: ChunkName, nbytes: int, filler: Filler | None = None) -> HeldChunk | None:
+    def fill(
+        self,
+        name: ChunkName,
+        nbytes: int,
+        filler: Filler | None = None,
+        *,
+        claimed: bool = False,
+    ) -> HeldChunk | None:
         """Room for a chunk that is not held, with its caller as user; None if there is none. While
-        another fills one of this name, that one is found; but the first that is `filled` stays."""
+        another fills one of this name, that one is found; but the first that is `filled` stays.
+        `claimed`: for a request that is received."""
         other = self._chunks.get(name)
         assert other is None or not other.held
-        if self._space is None:
+        if self._space is None or not (claimed or self._may_be_unclaimed(nbytes)):
             return None
         while (slot := self._space.take(nbytes)) is None:
             if not self._cache:
                 return None
             self._forget(next(iter(self._cache)))
             self.events["hold_evicted"] += 1
-        chunk = HeldChunk(name, slot, filler, users=1)
+        chunk = HeldChunk(name, slot, filler, users=1, wanted=claimed)
         self._chunks.setdefault(name, chunk)
+        self._weigh(chunk)
         return chunk
 
     def filled(self, chunk: HeldChunk) -> HeldChunk:
@@ -146,11 +166,13 @@ class Holdings:
         other = self._chunks.get(chunk.name)
         if other is not None and other.held:
             chunk.gone = True
+            self._weigh(chunk)
             return other
         chunk.held, chunk.gone = True, False
         self._chunks[chunk.name] = chunk
         if other is not None and other is not chunk:
             self._replace(other, chunk)
+        self._weigh(chunk)
         self._wake(chunk)
         return chunk
 
@@ -186,9 +208,17 @@ class Holdings:
 
     # Requests.
 
-    def begin(self, key: RequestKey) -> None:
-        """Somebody is busy with a request, until `end`: its pins stay. Raises Overloaded."""
-        self._of(key).busy += 1
+    def begin(self, key: RequestKey, *, claims: bool = False) -> None:
+        """Somebody is busy with a request, until `end`: its pins stay. Raises Overloaded.
+        `claims`: receives it, until `release`."""
+        record = self._of(key)
+        record.busy += 1
+        if claims and not record.claimed:
+            record.claimed = True
+            for chunk in record.pinned:
+                chunk.claims += 1
+                self._weigh(chunk)
+            self.on_room()
 
     def end(self, key: RequestKey, now: float) -> None:
         """See `begin`: from now on its pins last for `hold_s`."""
@@ -199,11 +229,25 @@ class Holdings:
 
     def pin(self, chunk: HeldChunk, request: str, now: float) -> None:
         """Keep a chunk for a request of its namespace. Raises Overloaded, InvalidRequest."""
-        record = self._of((chunk.name[0], request))
+        key = (chunk.name[0], request)
+        if not self.may_pin(chunk, key):
+            raise Overloaded(
+                f"request {request!r} is not received yet, and such requests have their half of "
+                "hold_bytes",
+                retry_after_s=1.0,
+            )
+        record = self._of(key)
         record.expires_at = now + self._hold_s
         if chunk not in record.pinned:
             self._add_pin(record, chunk)
             self._cache.pop(chunk, None)
+
+    def may_pin(self, chunk: HeldChunk, key: RequestKey) -> bool:
+        """Whether a chunk that is held may be pinned for a request now."""
+        if chunk not in self._cache:
+            return True
+        record = self._requests.get(key)
+        return (record is not None and record.claimed) or self._may_be_unclaimed(chunk.nbytes)
 
     def unpin(self, chunk: HeldChunk, request: str) -> None:
         """The request has it elsewhere."""
@@ -219,6 +263,8 @@ class Holdings:
         record = self._requests.get(key)
         for chunk in tuple(record.pinned) if record is not None else ():
             self.unpin(chunk, key[1])
+        if record is not None:
+            record.claimed = False
 
     def expire(self, now: float) -> int:
         """Drop the pins that nobody came for in time; of how many requests."""
@@ -248,6 +294,7 @@ class Holdings:
     def _replace(self, other: HeldChunk, chunk: HeldChunk) -> None:
         """What another still fills was filled here first."""
         other.gone = True
+        self._weigh(other)
         for record in tuple(self._requests.values()) if other.pins else ():
             if other in record.pinned:
                 self._drop_pin(record, other)
@@ -259,12 +306,30 @@ class Holdings:
         if not chunk.pins:
             self.pinned_bytes += chunk.nbytes
         chunk.pins += 1
+        chunk.claims += record.claimed
+        self._weigh(chunk)
 
     def _drop_pin(self, record: _Request, chunk: HeldChunk) -> None:
         del record.pinned[chunk]
         chunk.pins -= 1
+        chunk.claims -= record.claimed
         if not chunk.pins:
             self.pinned_bytes -= chunk.nbytes
+        self._weigh(chunk)
+
+    def _may_be_unclaimed(self, nbytes: int) -> bool:
+        limit = max(self.capacity_bytes // 2, SLAB_BYTES)
+        return self.unclaimed_bytes + nbytes <= limit
+
+    def _weigh(self, chunk: HeldChunk) -> None:
+        """Count it, or no more, in `unclaimed_bytes`."""
+        needed = chunk.pins > 0 if chunk.held else not chunk.wanted
+        unclaimed = needed and not chunk.claims and not chunk.gone
+        if unclaimed != chunk.unclaimed:
+            chunk.unclaimed = unclaimed
+            self.unclaimed_bytes += chunk.nbytes if unclaimed else -chunk.nbytes
+            if not unclaimed:
+                self.on_room()
 
     def _settle_request(self, key: RequestKey, record: _Request) -> None:
         if not record.busy and not record.pinned:
@@ -286,6 +351,7 @@ class Holdings:
 
     def _forget(self, chunk: HeldChunk) -> None:
         chunk.gone, chunk.held = True, False
+        self._weigh(chunk)
         self._cache.pop(chunk, None)
         if self._chunks.get(chunk.name) is chunk:
             del self._chunks[chunk.name]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from dualpath.agent.hand_off_spec import HAND_OFF_CHUNKS_MAX, check_distinct
@@ -36,6 +37,17 @@ ATTEMPTS_MAX = 3
 RESPONSE_CHUNKS_MAX = 4096
 
 
+@dataclass(slots=True, eq=False)
+class PeerRoom:
+    """What one peer has in the holdings: `coming_bytes` of all its hand-offs, and when any of it
+    came last. `share_bytes` is the most that may be coming."""
+
+    moved_at: float
+    share_bytes: int = 0
+    coming_bytes: int = 0
+    intakes: int = 0
+
+
 class Intake:
     """See the module docstring. `over` is (reason, detail) once it has ended, the reason "" if
     every chunk is held; `wake` is set when there is something to say."""
@@ -46,6 +58,7 @@ class Intake:
         requests: HandedRequests,
         holdings: Holdings,
         compute: Network,
+        peer: PeerRoom,
         stall_s: float,
         loop: asyncio.AbstractEventLoop,
         on_end: Callable[[Intake], None],
@@ -57,7 +70,7 @@ class Intake:
         self._requests = requests
         self._holdings = holdings
         self._transport = compute.transport
-        self._stall_s = stall_s
+        self._peer, self._stall_s = peer, stall_s
         self._loop = loop
         self._on_end = on_end
         self.taken_bytes = 0
@@ -73,6 +86,10 @@ class Intake:
         self._own: set[int] = set()
         """Numbers of these."""
         self._filler = Filler(loop.time())
+        self._asks: Counter[int] = Counter()
+        """How often each number was asked for."""
+        self._slow = False
+        """What was asked for did not come: one at a time, until something comes."""
         self._others: dict[int, float] = {}
         """Numbers of chunks that somebody else brings, and since when they are waited for."""
         self._beside: set[int] = set()
@@ -116,8 +133,19 @@ class Intake:
                 return block
         return len(self._by_block)
 
+    @property
+    def claimed(self) -> bool:
+        """Whether its request is being received."""
+        return self._record.receive is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether chunks wait for a turn, or for room."""
+        return bool(self._roomless)
+
     def offer(self, checksums: Sequence[int]) -> None:
-        """The next chunks are final, and hash to this. Raises InvalidRequest."""
+        """The next chunks are final, and hash to this; they wait for turns. Raises
+        InvalidRequest."""
         first = len(self._names)
         if first + len(checksums) > self.chunks:
             raise InvalidRequest(
@@ -127,19 +155,18 @@ class Intake:
         for number, checksum in enumerate(checksums, first):
             chunk, block = divmod(number, blocks)
             self._names.append((self._namespace_id, self._hashes[block], chunk, checksum))
-        for number in range(first, len(self._names)):
-            if self.over is None and not self._want(number):
-                self._roomless.append(number)
-        self._flush()
+        if self.over is None:
+            self._roomless.extend(range(first, len(self._names)))
 
-    def find_room(self) -> None:
-        """There may be room for what waits for it."""
-        while self._roomless and self.over is None:
+    def take_turn(self) -> bool:
+        """One of the chunks that wait may come now, if there is room. Whether it did, and others
+        wait; `flush` after the turns."""
+        if self._roomless and self.over is None:
             number = self._roomless.popleft()
-            if not self._want(number):
-                self._roomless.appendleft(number)
-                break
-        self._flush()
+            if self._want(number):
+                return bool(self._roomless)
+            self._roomless.appendleft(number)
+        return False
 
     def look_for_stalls(self, now: float) -> None:
         """Ask for chunks here, too, whose bringer has stalled."""
@@ -150,8 +177,21 @@ class Intake:
             del self._others[number]
         self._beside.update(stalled)
         self._roomless.extend(stalled)
-        if stalled:
-            self.find_room()
+
+    def take_back(self, now: float) -> None:
+        """Others need room: give what it has for chunks that do not come, if its peer has stalled.
+        They wait for room again."""
+        moved_at = max(self._filler.moved_at, self._peer.moved_at)
+        if self.over is not None or not self._coming or now - moved_at < self._stall_s:
+            return
+        for tag in self._transport.disarm(self.window, tuple(self._coming)):
+            chunk = self._gone(tag)
+            if chunk is not None:
+                self._own.discard(tag % self.chunks)
+                self._roomless.append(tag % self.chunks)
+                self._holdings.discard(chunk)
+                self._holdings.unuse(chunk)
+        self._slow = True
 
     def _is_stalled(self, number: int, since: float, now: float) -> bool:
         chunk = self._holdings.find(self._names[number])
@@ -182,6 +222,7 @@ class Intake:
         self.over = (reason, detail)
         self._timer.cancel()
         for chunk in self._coming.values():
+            self._peer.coming_bytes -= chunk.nbytes
             self._holdings.discard(chunk)
             self._holdings.unuse(chunk)
         for kept in (self._coming, self._roomless, self._asked, self._unarmed, self._others):
@@ -227,6 +268,8 @@ class Intake:
             return True
         chunk = self._holdings.find(name)
         if chunk is not None and chunk.held:
+            if not self._holdings.may_pin(chunk, self._record.key):
+                return False
             if chunk.nbytes != nbytes:
                 self.finish("invalid", f"a chunk of {nbytes} bytes is held with {chunk.nbytes}")
             else:
@@ -234,24 +277,41 @@ class Intake:
         elif number in self._own:
             pass
         elif chunk is None or chunk.nbytes != nbytes or number in self._beside:
-            chunk = self._holdings.fill(name, nbytes, self._filler)
-            if chunk is None:
-                return False
-            self._ask(number, chunk)
+            return self._fill(number, nbytes)
         else:  # somebody else brings it: look again then
             chunk.waiters.append(partial(self._soon, number))
             self._others[number] = self._loop.time()
         return True
 
+    def _fill(self, number: int, nbytes: int) -> bool:
+        if self._slow and self._coming:
+            return False
+        if self._peer.coming_bytes + nbytes > self._peer.share_bytes:
+            return False
+        name, claimed = self._names[number], self.claimed
+        chunk = self._holdings.fill(name, nbytes, self._filler, claimed=claimed)
+        if chunk is not None:
+            self._ask(number, chunk)
+        return chunk is not None
+
     def _ask(self, number: int, chunk: HeldChunk) -> None:
-        tag = number + self._attempts[number] * self.chunks
+        tag = number + self._asks[number] * self.chunks
+        self._asks[number] += 1
+        self._peer.coming_bytes += chunk.nbytes
         if not self._coming:
             self._filler.moved_at = self._loop.time()
         self._coming[tag] = chunk
         self._own.add(number)
         self._unarmed.append((tag, chunk.slot.slices))
 
-    def _flush(self) -> None:
+    def _gone(self, tag: int) -> HeldChunk | None:
+        """It is not coming any more: it has landed, or is fenced."""
+        chunk = self._coming.pop(tag, None)
+        if chunk is not None:
+            self._peer.coming_bytes -= chunk.nbytes
+        return chunk
+
+    def flush(self) -> None:
         """Arm what is to be asked for, and have it said."""
         unarmed, self._unarmed = self._unarmed, []
         if unarmed and not self._fenced:
@@ -266,7 +326,7 @@ class Intake:
         if self.over is None:
             if not self._want(number):
                 self._roomless.append(number)
-            self._flush()
+            self.flush()
 
     def _keep(self, number: int, chunk: HeldChunk, *, had: bool) -> None:
         self._requests.final(self._record, self._names[number][:3], chunk, had)
@@ -285,7 +345,7 @@ class Intake:
 
     def _on_landed(self, items: list[tuple[int, bool]]) -> None:
         for tag, intact in items:
-            chunk = self._coming.pop(tag, None)
+            chunk = self._gone(tag)
             if chunk is None:
                 continue
             number = tag % self.chunks
@@ -302,12 +362,15 @@ class Intake:
                     f"chunk {name[2]} of {name[1].hex()} came {ATTEMPTS_MAX} times with other "
                     "bytes than were offered",
                 )
-        self._flush()
+        self.flush()
+        if self._roomless:
+            self._holdings.on_room()
 
     def _take(self, number: int, chunk: HeldChunk, *, intact: bool) -> None:
         """It came right, or nobody waits for it any more."""
         if intact:
-            self._filler.moved_at = self._loop.time()
+            self._filler.moved_at = self._peer.moved_at = self._loop.time()
+            self._slow = False
             held = self._holdings.filled(chunk)
             if not self._counted[number]:
                 self._keep(number, held, had=False)

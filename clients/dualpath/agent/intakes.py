@@ -1,21 +1,25 @@
 """All hand-offs that come in at this decode node, and the Take stream of each.
 
-Owns how many there may be, their counters, and the end of a stream: an intake ends with its stream,
-with the attachment over which its bytes come, or at its deadline. Belongs to the loop.
+Owns how many there may be, whose chunk gets room next, their counters, and the end of a stream: an
+intake ends with its stream, with the attachment over which its bytes come, or at its deadline.
+Those whose request is being received go first; of each kind all go by turns, one chunk each. No
+peer has so much coming that another could not have as much, and where a peer stalls while others
+wait for room, what it has for chunks that do not come is taken back. Belongs to the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from dualpath.agent.attachments import Attachment, Attachments
 from dualpath.agent.handed_request import HandedRequests
 from dualpath.agent.holdings import Holdings
-from dualpath.agent.intake import Intake
+from dualpath.agent.intake import Intake, PeerRoom
 from dualpath.agent.network import Network
+from dualpath.agent.staging import SLAB_BYTES
 from dualpath.agent.unread_call import UnreadCall
 from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2
@@ -51,6 +55,7 @@ class Intakes:
         self._stall_s = stall_s
         self._loop = loop
         self._running: dict[Intake, UnreadCall] = {}
+        self._peers: dict[Attachment, PeerRoom] = {}
         self._looking = False
         self._look: asyncio.TimerHandle | None = None
         holdings.on_room = self._room
@@ -87,6 +92,7 @@ class Intakes:
             intake.lost("the prefill side went away")
             call.ended()
             attachment.on_close.pop(intake, None)
+            self._leave(attachment)
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, DualPathError):
                 await reader
@@ -102,19 +108,36 @@ class Intakes:
         if len(self._running) >= INTAKES_MAX:
             raise Overloaded(f"{INTAKES_MAX} hand-offs come in already", retry_after_s=1.0)
         hello.deadline_ms = min(hello.deadline_ms, round(self._deadline_s_max * 1000))
+        peer = self._peers.get(attachment) or PeerRoom(self._loop.time())
         intake = Intake(
             hello,
             self._requests,
             self._holdings,
             self._compute,
+            peer,
             self._stall_s,
             self._loop,
             self._ended,
         )
         self._running[intake] = UnreadCall(self._loop)
+        peer.intakes += 1
+        self._peers[attachment] = peer
+        self._share()
         self._look_later()
         attachment.on_close[intake] = lambda reason: intake.finish("peer_lost", reason)
         return intake
+
+    def _leave(self, attachment: Attachment) -> None:
+        peer = self._peers[attachment]
+        peer.intakes -= 1
+        if not peer.intakes:
+            del self._peers[attachment]
+            self._share()
+
+    def _share(self) -> None:
+        share = self._holdings.capacity_bytes // (1 + max(1, len(self._peers)))
+        for peer in self._peers.values():
+            peer.share_bytes = max(share, SLAB_BYTES)
 
     async def _read(self, intake: Intake, requests: AsyncIterator[agent_pb2.TakeRequest]) -> None:
         try:
@@ -127,6 +150,7 @@ class Intakes:
                     intake.finish("aborted", "the prefill engine gave it up")
                 else:
                     intake.offer(request.checksum)
+                    self._room()
             intake.lost("the prefill side ended its stream")
         except DualPathError as error:
             intake.finish(error.reason, str(error))
@@ -154,9 +178,22 @@ class Intakes:
         now = self._loop.time()
         for intake in tuple(self._running):
             intake.look_for_stalls(now)
+        waiting = [intake for intake in self._running if intake.waits]
+        for intake in tuple(self._running):
+            if any(other is not intake for other in waiting[:2]):
+                intake.take_back(now)
+        if waiting:
+            self._room()
         self._look_later()
 
     def _find_room(self) -> None:
         self._looking = False
-        for intake in tuple(self._running):
-            intake.find_room()
+        running = tuple(self._running)
+        for claimed in (True, False):
+            turns = deque(each for each in running if each.waits and each.claimed is claimed)
+            while turns:
+                intake = turns.popleft()
+                if intake.take_turn():
+                    turns.append(intake)
+        for intake in running:
+            intake.flush()
