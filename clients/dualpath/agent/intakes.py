@@ -55,7 +55,8 @@ class Intakes:
         self._stall_s = stall_s
         self._loop = loop
         self._running: dict[Intake, UnreadCall] = {}
-        self._peers: dict[Attachment, PeerRoom] = {}
+        self._peers: dict[bytes, PeerRoom] = {}
+        """By session."""
         self._looking = False
         self._look: asyncio.TimerHandle | None = None
         holdings.on_room = self._room
@@ -92,7 +93,7 @@ class Intakes:
             intake.lost("the prefill side went away")
             call.ended()
             attachment.on_close.pop(intake, None)
-            self._leave(attachment)
+            self._leave(hello.session)
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, DualPathError):
                 await reader
@@ -108,7 +109,7 @@ class Intakes:
         if len(self._running) >= INTAKES_MAX:
             raise Overloaded(f"{INTAKES_MAX} hand-offs come in already", retry_after_s=1.0)
         hello.deadline_ms = min(hello.deadline_ms, round(self._deadline_s_max * 1000))
-        peer = self._peers.get(attachment) or PeerRoom(self._loop.time())
+        peer = self._peers.get(hello.session) or PeerRoom(self._loop.time())
         intake = Intake(
             hello,
             self._requests,
@@ -121,17 +122,17 @@ class Intakes:
         )
         self._running[intake] = UnreadCall(self._loop)
         peer.intakes += 1
-        self._peers[attachment] = peer
+        self._peers[hello.session] = peer
         self._share()
         self._look_later()
         attachment.on_close[intake] = lambda reason: intake.finish("peer_lost", reason)
         return intake
 
-    def _leave(self, attachment: Attachment) -> None:
-        peer = self._peers[attachment]
+    def _leave(self, session: bytes) -> None:
+        peer = self._peers[session]
         peer.intakes -= 1
         if not peer.intakes:
-            del self._peers[attachment]
+            del self._peers[session]
             self._share()
 
     def _share(self) -> None:

@@ -170,6 +170,7 @@ class HandOffStage(StagePlay):
             compute,
             self.counts,
             60.0,
+            STALL_S,
             self.loop,
         )
         if self.config.retain:
@@ -260,7 +261,7 @@ class HandOffStage(StagePlay):
         spec = LoadSpec("receive", NAMESPACE, self._hashes(), 2, self._places(), DEADLINE_S)
         entry = EngineRegion(2, self.target, behind_compute_link=False, owned=False)
         self.load = ActiveLoad(spec, LAYOUT, entry, self.loop.time())
-        record = self.requests.of(REQUEST)
+        record = self.requests.of(NAMESPACE, REQUEST)
         compute = cast(Network, StageNetwork(self.decode))
         self.receive = Receive(
             self.load, record, self.requests, self.holdings, compute, "", self.loop, lambda _: None
