@@ -87,12 +87,20 @@ class HandedRequests:
         key = (namespace_id, name)
         record = self._requests.get(key)
         if record is None:
-            if len(self._requests) >= REQUESTS_MAX:
+            if len(self._requests) >= REQUESTS_MAX and not self._drop_empty():
                 raise Overloaded(f"{REQUESTS_MAX} requests are held already", retry_after_s=1.0)
             record = self._requests[key] = HandedRequest(key)
             record.expires_at = self._loop.time() + self._hold_s
             self._arm()
         return record
+
+    def _drop_empty(self) -> bool:
+        """Forget a request of which nothing came, and nobody is there: its outcome is lost."""
+        for key, record in self._requests.items():
+            if record.idle and not record.final and not record.copied:
+                del self._requests[key]
+                return True
+        return False
 
     def begin_intake(self, record: HandedRequest, intake: Intake) -> None:
         """A hand-off begins."""
