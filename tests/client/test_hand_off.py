@@ -255,6 +255,49 @@ def test_a_hand_off_that_is_given_up_ends_both_sides(run_cluster: Run) -> None:
     run_cluster(body)
 
 
+def test_a_hand_off_that_failed_before_may_be_followed_by_another(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        made = await prompt(cluster)
+        source = await made.computed()
+        target = await made.decode.allocate(BYTES)
+
+        async def given() -> Any:
+            return await made.prefill.hand_off(
+                "r17", "decode-1", made.namespace_id, made.hashes, source, PLACES, deadline_s=WAIT_S
+            )
+
+        async def received() -> Any:
+            return await made.decode.receive(
+                "r17", made.namespace_id, made.hashes, target, PLACES, deadline_s=WAIT_S
+            )
+
+        async def given_up() -> None:
+            hand_off = await given()
+            await until(lambda: len(made.agent.intakes) == 1, "the hand-off began")
+            await hand_off.abort()
+            await until(lambda: not len(made.agent.intakes), "it ended")
+
+        monkeypatch.setattr("dualpath.agent.receive.GRACE_S", WAIT_S)
+        await given_up()
+        receive = await received()
+        await until(lambda: len(made.agent.receiver) == 1, "the receive began")
+        again = await given()
+        again.layer_done(ALL_LAYERS)
+        assert (await again.result()).reason == ""
+        assert (await receive.result()).blocks == BLOCKS
+        assert wrong_blocks(target, PLACES, made.hashes) == []
+        # Without another its reason is told when the grace is over.
+        monkeypatch.setattr("dualpath.agent.receive.GRACE_S", 0.1)
+        await given_up()
+        result = await (await received()).result()
+        assert (result.blocks, result.events["aborted"]) == (0, 1)
+        await made.idle()
+
+    run_cluster(body)
+
+
 def test_a_receive_that_is_given_up_ends_the_hand_off(run_cluster: Run) -> None:
     async def body(cluster: LoopbackCluster) -> None:
         made = await prompt(cluster)

@@ -30,6 +30,8 @@ RETAINED = "retained"
 """Source of what this node held before it was offered,"""
 HANDED_OFF = "handed_off"
 """and of what came from the prefill node."""
+GRACE_S = 0.5
+"""How long a hand-off that failed before the receive began may be followed by another."""
 COPY_BYTES_MAX = 16 << 20
 """Most bytes on their way into the engine's memory."""
 
@@ -96,6 +98,9 @@ class Receive:
         load.windows[HANDED_OFF] = self._window
         load.entry.on_gone[self] = lambda: self.finish("aborted", "its memory was taken back")
         self._timer = loop.call_at(load.deadline_at, self.finish, "deadline", "the deadline passed")
+        self._stale = record.outcome if record.outcome is not None and record.outcome[0] else None
+        """How the last hand-off failed before; to be looked at when the grace is over."""
+        self._grace = self._loop.call_later(GRACE_S, self._on_grace)
         for place in tuple(record.final):
             self.on_final(place)
         self.on_outcome()
@@ -112,6 +117,7 @@ class Receive:
         if load.result is not None:
             return
         self._timer.cancel()
+        self._grace.cancel()
         load.entry.on_gone.pop(self, None)
         self._waiting.clear()
         if not load.progress.complete:
@@ -143,8 +149,14 @@ class Receive:
             return
         if self._waiting or self._moving:
             return  # again when they have landed
+        if outcome is self._stale:
+            return  # again when the grace is over
         reason, detail = outcome
         self.finish(reason or "absent", detail or "not all of these blocks were handed off")
+
+    def _on_grace(self) -> None:
+        self._stale = None
+        self.on_outcome()
 
     # Copies.
 
