@@ -198,11 +198,11 @@ def test_without_room_or_a_receiver_a_hand_off_ends_at_its_deadline(run_cluster:
         made = await prompt(cluster, hold_bytes=2 << 20, hold_s=0.2)
         source = await made.computed()
         hand_off = await made.prefill.hand_off(
-            "r17", "decode-1", made.namespace_id, made.hashes, source, PLACES, deadline_s=0.5
+            "r17", "decode-1", made.namespace_id, made.hashes, source, PLACES, deadline_s=4.0
         )
         hand_off.layer_done(ALL_LAYERS)
         given = await hand_off.result()
-        assert given.reason in ("no_room", "deadline")
+        assert given.reason == "no_room"
         assert given.blocks < BLOCKS
         assert given.elapsed_s < WAIT_S
         await until(lambda: not len(made.agent.handed), "the request expired")

@@ -77,7 +77,8 @@ class AgentConfig:
     staging_bytes: int = 64 << 20
     hold_bytes: int = 64 << 20
     """Memory for chunks of requests whose decode engine runs on this node: kept of what we relay
-    for them, and handed over by their prefill nodes; less than 1 MiB: none is kept."""
+    for them, and handed over by their prefill nodes; those that nobody receives yet get at most
+    half of it. Less than 1 MiB: none is kept."""
     hold_s: float = 120.0
     """How long chunks are kept for a request that nobody asks for."""
     hold_cache: bool = True
