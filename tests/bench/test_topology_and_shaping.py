@@ -99,6 +99,7 @@ def test_every_shaped_queue_is_bounded_and_every_class_has_a_quantum() -> None:
         ("dualpath-4194305-customer", False),
         ("dualpath-kept-4194305-1f-00ff", False),
     ],
+    ids=("ours", "gone", "gone-no-node", "another-of-our-number", "foreign", "alike", "kept"),
 )
 def test_only_what_a_process_that_is_gone_has_made_is_stale(name: str, *, stale: bool) -> None:
     assert is_stale(name, "dualpath-") is stale

@@ -138,7 +138,8 @@ def test_a_link_that_dies_in_the_middle_is_left_and_taken_up_again(
         result = await load.result()
         assert result.blocks == BLOCKS, result
         assert wrong_blocks(memory, PLACES, hashes) == []
-        assert result.events["path_lost"] >= 1, result
+        # Of the path, not of the load: nothing of it may have been under way there just then.
+        assert any(what.startswith("path_lost") for what in loads.dispatcher.counters)
         # Whichever link has the leases now, both devices carry bytes again.
         await until(lambda: sum(view.up for view in loads.views()) >= 2, "two paths")
         before = [
