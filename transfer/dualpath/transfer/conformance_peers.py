@@ -44,7 +44,7 @@ LOST, EXPIRED, CLOSED = WriteStatus.LOST, WriteStatus.EXPIRED, WriteStatus.CLOSE
 def urgent_lanes_overtake(make_pair: MakePair) -> None:
     """A lane with a lower value goes before what waits on another."""
     with scene_of(make_pair) as scene:
-        count, nbytes = 15, 1 * MIB
+        count, nbytes = 24, 1 * MIB  # more than a transport has in flight
         arrivals = queued_behind_a_gate(
             scene, [Lane.BACKGROUND] * count + [Lane.LOAD_PREFILL], nbytes
         )
