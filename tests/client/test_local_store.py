@@ -238,7 +238,7 @@ def test_readers_under_pressure_never_see_other_bytes(served: Served) -> None:
         for _ in range(150):
             try:
                 mapped = client.map(served.space, hashes, lease_s=1.0)
-            except Overloaded:
+            except (Overloaded, LeaseExpired):  # the clock runs as fast as the machine lets it
                 continue
             copies = [
                 (index, bytes(mapped.view(index)))
