@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpath.bench.testbed.process import die_with_parent
+from dualpath.bench.testbed.process import dying_with_parent
 from dualpath.transfer.errors import Unavailable
 
 READY_S_MAX = 60.0
@@ -62,11 +62,10 @@ def process(name: str, argv: list[str], log: Path) -> Iterator[Serving]:
     """Run a program that prints `ready {json}`; end it with SIGTERM, then SIGKILL."""
     with log.open("wb") as stderr:
         child = subprocess.Popen(
-            argv,
+            dying_with_parent(argv),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            preexec_fn=die_with_parent(),  # noqa: PLW1509 - loads nothing after the fork
         )
     try:
         yield Serving(child.pid, _ready(name, child, log))
