@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dualpath.bench.isolation.link import SharedLink, address_of
-from dualpath.bench.testbed.process import die_with_parent
+from dualpath.bench.testbed.process import dying_with_parent
 from dualpath.bench.transfer.far_end import FarEnd
 from dualpath.transfer.errors import Corrupt, Unavailable
 
@@ -60,11 +60,10 @@ class _Line:
 
     def __init__(self, argv: Sequence[str]) -> None:
         self._process = subprocess.Popen(
-            argv,
+            dying_with_parent(argv),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            preexec_fn=die_with_parent(),  # noqa: PLW1509 - it loads nothing in the child
         )
         try:
             self.read("its start")

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dualpath.bench.stopwatch import process_cpu_s
-from dualpath.bench.testbed.process import die_with_parent
+from dualpath.bench.testbed.process import dying_with_parent
 from dualpath.bench.transfer.flow import FlowReader, FlowWriter, fill
 from dualpath.bench.transfer.grain import BY_NAME
 from dualpath.transfer.errors import DualPathError, Unavailable
@@ -156,10 +156,9 @@ class FarEnd:
 
     def __init__(self, prefix: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", __name__],
+            dying_with_parent([*prefix, sys.executable, "-m", __name__]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            preexec_fn=die_with_parent(),  # noqa: PLW1509 - it loads nothing in the child
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
