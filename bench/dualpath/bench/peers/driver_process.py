@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dualpath.bench.testbed.process import die_with_parent
+from dualpath.bench.testbed.process import dying_with_parent
 from dualpath.transfer.errors import Unavailable
 
 OPEN_S_MAX = 120.0
@@ -36,7 +36,7 @@ class DriverProcess:
         self._answers = b""
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [str(python), str(DRIVERS / f"{driver}.py")],
+                dying_with_parent([str(python), str(DRIVERS / f"{driver}.py")]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -46,7 +46,6 @@ class DriverProcess:
                     "OMP_NUM_THREADS": "1",
                     "PEERS_PIECE_BYTES": str(piece_bytes),
                 },
-                preexec_fn=die_with_parent(),  # noqa: PLW1509 - loads nothing after the fork
             )
 
     def open(self, settings: Mapping[str, object]) -> str:
