@@ -1,0 +1,1 @@
+"""What agents ask for: turns, trajectories, and when each agent arrives."""
