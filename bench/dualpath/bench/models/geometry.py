@@ -38,6 +38,9 @@ class ModelGeometry:
     """GPUs that share each prompt's attention and KV by tensor parallelism; 1: data parallel."""
     expert_parameters: float = 0.0
     """Of `parameters`, those in routed experts, which are spread over `expert_gpus`."""
+    experts: int = 0
+    """Routed experts of a layer; 0: a dense model."""
+    experts_per_token: int = 0
     prefill_expert_gpus: int = 1
     decode_expert_gpus: int = 1
     exchange_bytes_per_token: float = 0.0
@@ -73,6 +76,14 @@ class ModelGeometry:
                 f"model {self.name!r}: expert_parameters {self.expert_parameters:g} are more than "
                 f"all parameters, {self.parameters:g}"
             )
+        if self.experts_per_token > self.experts or bool(self.experts) != bool(
+            self.expert_parameters
+        ):
+            raise InvalidRequest(
+                f"model {self.name!r}: experts {self.experts}, experts_per_token "
+                f"{self.experts_per_token} and expert_parameters {self.expert_parameters:g} do not "
+                "fit together; a dense model has none of them"
+            )
         if not self.weight_bytes_per_parameter:
             raise InvalidRequest(f"model {self.name!r}: weight_bytes_per_parameter must not be 0")
         if self.attended_tokens_max and not self.indexer_heads * self.indexer_width:
@@ -95,6 +106,11 @@ class ModelGeometry:
     def indexer_flops_per_pair(self) -> float:
         """All layers, for one token that the indexer scores for another."""
         return 2.0 * self.layers * self.indexer_heads * self.indexer_width
+
+    def weight_bytes_per_gpu(self, expert_gpus: int) -> float:
+        """Of one GPU's memory: its share of the experts, and by tensor parallelism of the rest."""
+        shared = (self.parameters - self.expert_parameters) / self.gpus_per_engine
+        return self.weight_bytes_per_parameter * (shared + self.expert_parameters / expert_gpus)
 
     def linear_flops(self, new: int) -> float:
         """Of everything but attention, for `new` tokens."""
