@@ -1,0 +1,106 @@
+"""Which prefill engine a request gets.
+
+Owns the port and two policies: the paper's, and turns without regard to load, the cluster without
+a scheduler. A policy is asked once a fetch for a *round* over the engines of the group that
+fetches; the round is asked request by request, in the order of arrival, until it names nobody.
+What it names is placed there before it is asked again.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Protocol
+
+from dualpath.scheduler.engine_table import EngineTable
+from dualpath.scheduler.request import Request
+from dualpath.scheduler.settings import PolicySettings
+
+
+class PrefillRound(Protocol):
+    """One fetch of one group."""
+
+    def choose(self, request: Request) -> int | None:
+        """The engine for this request; None: nobody takes it now, and the round is over."""
+        ...
+
+    def placed(self, engine: int) -> None:
+        """The chosen engine's columns have grown by the request, and its node's perhaps."""
+        ...
+
+
+class PrefillChoice(Protocol):
+    """Pure: the same table and requests get the same answers. No group has two rounds at once."""
+
+    def round(self, table: EngineTable, group: int) -> PrefillRound:
+        """A round over the engines of `group`."""
+        ...
+
+
+class PaperPrefillChoice:
+    """The paper's rule: skip engines with tok_e > beta; prefer those whose node has
+    read_q <= alpha; of the preferred, else of the others, the least tok_e.
+
+    Ties go to the engine with fewer requests, then to the lower index. Heaps by load: a
+    choice costs the logarithm of the group, a round the group once.
+    """
+
+    def __init__(self, settings: PolicySettings) -> None:
+        self._settings = settings
+
+    def round(self, table: EngineTable, group: int) -> PrefillRound:
+        """See PrefillChoice."""
+        return _PaperRound(table, group, self._settings)
+
+
+class _PaperRound:
+    def __init__(self, table: EngineTable, group: int, settings: PolicySettings) -> None:
+        self._table = table
+        self._alpha, self._beta = settings.alpha_tokens, settings.beta_tokens
+        tokens, requests = table.tokens, table.requests
+        node_of, read_queue, alpha = table.node_of, table.read_queue, self._alpha
+        self._near: list[tuple[int, int, int]] = []
+        self._far: list[tuple[int, int, int]] = []
+        for index in table.members[group]:
+            key = (tokens[index], requests[index], index)
+            (self._near if read_queue[node_of[index]] <= alpha else self._far).append(key)
+        heapq.heapify(self._near)
+        heapq.heapify(self._far)
+
+    def choose(self, request: Request) -> int | None:
+        near, far, beta = self._near, self._far, self._beta
+        table, alpha = self._table, self._alpha
+        while near and near[0][0] <= beta:
+            index = near[0][2]
+            if table.read_queue[table.node_of[index]] <= alpha:
+                return index
+            # Its node's queue has grown in this round.
+            heapq.heappush(far, heapq.heappop(near))
+        return far[0][2] if far and far[0][0] <= beta else None
+
+    def placed(self, engine: int) -> None:
+        heap = self._near if self._near and self._near[0][2] == engine else self._far
+        assert heap[0][2] == engine, "only the engine that was chosen is placed on"
+        table = self._table
+        heapq.heapreplace(heap, (table.tokens[engine], table.requests[engine], engine))
+
+
+class RoundRobinPrefillChoice:
+    """Turns over each group's engines, whatever their load: no scheduler."""
+
+    def __init__(self) -> None:
+        self._next: dict[int, int] = {}
+
+    def round(self, table: EngineTable, group: int) -> PrefillRound:
+        """See PrefillChoice."""
+        return _TurnsRound(self._next, group, table.members[group])
+
+
+class _TurnsRound:
+    def __init__(self, turns: dict[int, int], group: int, members: list[int]) -> None:
+        self._turns, self._group, self._members = turns, group, members
+
+    def choose(self, request: Request) -> int | None:
+        return self._members[self._turns.get(self._group, 0) % len(self._members)]
+
+    def placed(self, engine: int) -> None:
+        self._turns[self._group] = (self._turns.get(self._group, 0) + 1) % len(self._members)
