@@ -95,5 +95,5 @@ def test_the_window_of_a_fast_path_is_forty_milliseconds_of_its_rate() -> None:
     assert credit.window_bytes(0, alone=True) == 64 << 20
     assert credit.window_bytes(100e6, alone=True) == 4_000_000
     assert credit.window_bytes(100e6) == 4_000_000
-    assert credit.window_bytes(1e3) == 1 << 20
+    assert credit.window_bytes(1e3) == 512 << 10
     assert credit.window_bytes(1e12) == 128 << 20

@@ -19,7 +19,9 @@ class CreditConfig:
     """Bounds of every path's window; bytes, seconds, counts."""
 
     window_s: float = 0.040
-    window_bytes_min: int = 1 * MIB
+    window_bytes_min: int = MIB // 2
+    """Two chunks of 256 KiB. Where many loads share a slow link, what each has in flight there is
+    what the last of them waits for while other links idle."""
     window_bytes_max: int = 128 * MIB
     window_bytes_start: int = 2 * MIB
     """Of a path of unknown rate beside others: what is stuck on a slow one, they cannot take."""
