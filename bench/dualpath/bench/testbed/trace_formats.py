@@ -4,8 +4,8 @@ Owns both formats and their checks. Plain or gzip files; nothing but the current
 A line that does not hold what its format promises raises InvalidRequest naming file, line and what
 is wrong; nothing after it is read.
 
-`runs`: {"trace", "sub", "i", "t", "in", "out", "lcp", "runs": [[first, last], ...]}; blocks of 64
-tokens, ids comparable within one `trace`.
+`runs`: {"trace", "sub", "i", "t", "in", "out", "lcp", "runs": [[first, last], ...]}, and perhaps
+"think_time"; blocks of 64 tokens, ids comparable within one `trace`.
 `hash_ids`: {"timestamp", "input_length", "output_length", "hash_ids": [...]}; blocks of 512 tokens,
 ids comparable in the whole file.
 """
@@ -16,7 +16,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dualpath.transfer.errors import InvalidRequest
@@ -46,6 +46,10 @@ class TraceRequest:
     block_ids: tuple[int, ...]
     input_tokens: int
     output_tokens: int
+    number: int = field(default=0, compare=False)
+    """Of the request in its conversation, from 1; 0: the format does not say."""
+    think_s: float = field(default=0.0, compare=False)
+    """Between the answer before it and this request; 0 where nothing is known."""
 
 
 class _Lines(Protocol):
@@ -107,7 +111,6 @@ def _parse_runs(row: Mapping[str, object]) -> TraceRequest:
     tokens = _integer(row, "in")
     if len(ids) * RUNS_BLOCK_TOKENS > tokens:
         raise _BadLine(f"`runs` has {len(ids)} blocks, more than `in` = {tokens} tokens fill")
-    _integer(row, "i")
     _integer(row, "lcp")
     return TraceRequest(
         scope=trace,
@@ -117,6 +120,8 @@ def _parse_runs(row: Mapping[str, object]) -> TraceRequest:
         block_ids=tuple(ids),
         input_tokens=tokens,
         output_tokens=_integer(row, "out"),
+        number=_integer(row, "i"),
+        think_s=0.0 if row.get("think_time") is None else _number(row, "think_time"),
     )
 
 

@@ -237,20 +237,18 @@ def _hits(requests: Iterable[TraceRequest], group: int) -> Iterator[_Hit]:
             yield _Hit(request.session, hashes[:hit])
 
 
-def _hit_blocks(requests: Iterable[TraceRequest]) -> list[int]:
-    """Lengths of the hits in the trace's own blocks, by Python's faster hash of the prefix."""
+def prefix_hits(requests: Iterable[TraceRequest]) -> Iterator[tuple[TraceRequest, int]]:
+    """Each request with the blocks of it, in the trace's own size, that those before it stored."""
     stored: set[int] = set()
-    found = []
     for request in requests:
+        # By Python's hash of the prefix, which is faster than a digest.
         prefix, hit, running = hash(request.scope), 0, True
         for each in request.block_ids:
             prefix = hash((prefix, each))
             running = running and prefix in stored
             hit += running
             stored.add(prefix)
-        if hit:
-            found.append(hit)
-    return found
+        yield request, hit
 
 
 def _first_sessions(requests: Iterable[TraceRequest], sessions: int) -> Iterator[TraceRequest]:
@@ -291,7 +289,7 @@ def from_trace(
     Raises InvalidRequest if no request of the chosen sessions finds anything.
     """
     chosen = list(islice(_first_sessions(requests, sessions), REQUESTS_MAX))
-    found = _hit_blocks(chosen)
+    found = [hit for _, hit in prefix_hits(chosen) if hit]
     if not found:
         raise InvalidRequest(
             f"{name}: none of the {len(chosen)} requests read repeats a full block of an earlier "
