@@ -122,6 +122,41 @@ def test_a_relay_that_stops_moving_is_given_up_and_its_chunks_go_directly(
     run_cluster(body)
 
 
+def test_loads_do_not_wait_for_a_silent_relay_that_is_tried_again(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        filler = await cluster.embedded("filler")
+        _, hashes = await stored(filler, BLOCKS)
+        victim = await cluster.relay_process("decode-1", storage_limit_bytes_per_s=SLOW)
+        client = await cluster.embedded(storage_limit_bytes_per_s=4 * SLOW, stall_s=0.2)
+        dispatcher = embedded_agent(client).loads[cluster.address].dispatcher
+        loads = await begin(client, 1, hashes)
+        await moved(client, "relay:decode-1", LAYOUT.block_bytes)
+        victim.send_signal(signal.SIGSTOP)
+        try:
+            check_all([await loads[0][0].result()], loads, hashes)
+            loop = asyncio.get_running_loop()
+            until_s = loop.time() + WAIT_S
+            while dispatcher.counters["path_lost:stalled"] < 2:
+                assert loop.time() < until_s, dispatcher.counters
+                ((load, memory),) = await begin(client, 1, hashes)
+                result = await load.result()
+                check_all([result], [(load, memory)], hashes)
+                assert set(result.shares) == {"direct"}, result
+                assert not result.events, result
+                await memory.aclose()
+        finally:
+            victim.send_signal(signal.SIGCONT)
+        until_s = loop.time() + WAIT_S
+        while "relay:decode-1" not in result.shares:
+            assert loop.time() < until_s, dispatcher.views(loop.time())
+            ((load, memory),) = await begin(client, 1, hashes)
+            result = await load.result()
+            check_all([result], [(load, memory)], hashes)
+            await memory.aclose()
+
+    run_cluster(body)
+
+
 def test_a_relay_that_comes_back_is_used_again(run_cluster: Run) -> None:
     async def body(cluster: LoopbackCluster) -> None:
         filler = await cluster.embedded("filler")

@@ -114,6 +114,48 @@ def test_a_lost_path_is_tried_again_with_one_chunk_after_a_growing_backoff() -> 
     assert len(by_path(made.grants(now + 0.01))["direct"]) > 1
 
 
+def test_a_stalled_path_proves_itself_by_a_copy_before_it_is_granted_a_chunk() -> None:
+    made = dispatcher()
+    made.add_load("load", [CHUNK] * 500, SPLIT, 0.0)
+    made.grants(0.0)
+    made.path_lost("relay:d0", "stalled", 1.0)
+    assert made.trials(1.0) == []
+    now, waits = 1.0, []
+    for _ in range(4):
+        wait_s = made.next_event_s(now)
+        assert wait_s > 0
+        waits.append(wait_s)
+        now += wait_s
+        assert set(by_path(made.grants(now))) <= {"direct"}
+        (copy,) = made.trials(now)
+        assert (copy.path, copy.load_id, len(copy.chunks)) == ("relay:d0", "load", 1)
+        assert made.trials(now) == []
+        flying = made.inflight("load")["direct"]
+        made.verified("load", flying[:1], "direct", now)  # that one moves
+        assert made.inflight("load").keys() == {"direct"}
+        assert made.stalled(now + 1.9) == ()
+        assert "relay:d0" in made.stalled(now + 2.1)
+        made.path_lost("relay:d0", "stalled", now)
+    assert waits == pytest.approx([0.25, 0.25, 0.5, 0.5])
+    made.set_up("relay:d0", True, now)  # a new connection does not prove it
+    assert set(by_path(made.grants(now))) <= {"direct"}
+    assert len(made.trials(now)) == 1
+    made.tried("relay:d0", now)
+    assert "relay:d0" in by_path(made.grants(now))
+
+
+def test_a_path_on_trial_takes_chunks_of_loads_that_may_use_no_other() -> None:
+    made = dispatcher()
+    made.path_lost("relay:d0", "stalled", 0.0)
+    made.add_load("split", [CHUNK] * 3, SPLIT, 1.0)
+    assert set(by_path(made.grants(1.0))) == {"direct"}
+    made.add_load("only", [CHUNK] * 3, SPLIT, 1.0, allowed=["relay:d0"])
+    assert by_path(made.grants(1.0)) == {"relay:d0": [("only", 0)]}
+    assert made.trials(1.0) == []
+    made.verified("only", [0], "relay:d0", 1.1)
+    assert "relay:d0" in made.paths_of("split")
+
+
 def test_telling_a_loss_twice_does_not_double_the_backoff() -> None:
     made = dispatcher(0)
     for _ in range(5):

@@ -11,6 +11,7 @@ from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.grant import UNBLAMED_REASONS
+from dualpath.transfer.path_state import PathCondition
 from dualpath.transfer.placement import POLICY_NAMES, PathKind, policy_named
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
@@ -57,6 +58,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.loads: dict[str, ModelLoad] = {}
         self.paths: dict[str, float] = {}
         self.down: set[str] = set()
+        self.doubted: set[str] = set()
+        self.copies: set[str] = set()
         self.next_id = 0
 
     @initialize(
@@ -93,8 +96,24 @@ class DispatcherMachine(RuleBasedStateMachine):
     @rule(data=st.data(), reason=st.sampled_from(["stalled", "peer_lost"]))
     def lose_path(self, data: st.DataObject, reason: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.paths)))
-        self._given_back(name, self.dispatcher.path_lost(name, reason, self.now))
+        self._lost(name, reason)
         assert name not in self._up()
+
+    def _lost(self, name: str, reason: str) -> None:
+        if reason == "stalled":
+            self.doubted.add(name)
+        self.copies.discard(name)
+        self._given_back(name, self.dispatcher.path_lost(name, reason, self.now))
+
+    def _proven(self) -> set[str]:
+        return {path.name for path in self.dispatcher._paths if path.condition is PathCondition.UP}
+
+    def _may(self, load: ModelLoad) -> set[str]:
+        """Paths that a load may use now: those on trial only for want of a better one."""
+        proven, trial = self._proven(), self._on_trial()
+        if load.allowed:
+            proven, trial = proven & load.allowed, trial & load.allowed
+        return proven or trial
 
     def _given_back(self, name: str, returned: dict[str, tuple[int, ...]]) -> None:
         expected: dict[str, tuple[int, ...]] = {}
@@ -110,7 +129,13 @@ class DispatcherMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.paths)))
         self.dispatcher.set_up(name, up, self.now)
         (self.down.discard if up else self.down.add)(name)
-        assert (name in self._up()) == up
+        if not up:
+            self.copies.discard(name)
+        if name not in self.doubted:
+            assert (name in self._up()) == up
+        else:  # it has to prove itself
+            assert (name in self._on_trial()) == up
+            assert not up or (name in self._up()) == (not self._proven())
 
     @precondition(lambda self: self.paths)
     @rule(data=st.data(), nbytes=st.integers(0, 1 << 24))
@@ -170,9 +195,9 @@ class DispatcherMachine(RuleBasedStateMachine):
         dispatcher, up = self.dispatcher, self._up()
         rates = {view.name: view.rate_bytes_per_s for view in dispatcher.views(self.now)}
         for grant in dispatcher.grants(self.now):
-            assert grant.path in up
             assert grant.chunks
             load = self.loads[grant.load_id]
+            assert grant.path in self._may(load)
             assert grant.nbytes == sum(load.nbytes[chunk] for chunk in grant.chunks)
             assert not load.allowed or grant.path in load.allowed
             for chunk in grant.chunks:
@@ -222,6 +247,37 @@ class DispatcherMachine(RuleBasedStateMachine):
         assert not self.dispatcher.verified(load_id, [chunk], path, self.now)
         assert self.dispatcher.shares(load_id)[path] == before + load.nbytes[chunk]
         load.state[chunk] = ChunkState.DONE
+        self.doubted.discard(path)
+
+    @rule(data=st.data())
+    def try_paths(self, data: st.DataObject) -> None:
+        """Copies change nothing of a load; what has come by them proves their path."""
+        for grant in self.dispatcher.trials(self.now):
+            load = self.loads[grant.load_id]
+            (chunk,) = grant.chunks
+            assert grant.path in self._on_trial()
+            assert grant.path not in self._may(load)
+            assert not load.allowed or grant.path in load.allowed
+            assert load.state[chunk] in (ChunkState.WAITING, ChunkState.INFLIGHT)
+            assert not load.failed_on[chunk]
+            assert grant.nbytes == load.nbytes[chunk]
+            self.copies.add(grant.path)
+        assert self.dispatcher.trials(self.now) == []
+        for name in sorted(self.copies):
+            end = data.draw(st.sampled_from(["comes", "stalls", "given up", "later"]))
+            trial = name in self._on_trial()
+            if end == "comes":
+                self.dispatcher.tried(name, self.now)
+                assert not trial or name in self._proven()
+                self.doubted.discard(name)
+            elif end == "stalls":
+                self._lost(name, "stalled")
+                assert name not in self._on_trial()
+            elif end == "given up":
+                self.dispatcher.untried(name, self.now)
+                assert (name in self._on_trial()) == trial
+            if end != "later":
+                self.copies.discard(name)
 
     @precondition(lambda self: self._inflight())
     @rule(data=st.data(), reason=st.sampled_from(REASONS))
@@ -240,7 +296,7 @@ class DispatcherMachine(RuleBasedStateMachine):
     def wait(self, step_s: float) -> None:
         self.now += step_s
         for name in self.dispatcher.stalled(self.now):
-            self._given_back(name, self.dispatcher.path_lost(name, "stalled", self.now))
+            self._lost(name, "stalled")
         assert self.dispatcher.stalled(self.now) == ()
 
     @rule()
@@ -298,10 +354,9 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_load_is_placed_if_a_path_that_it_may_use_is_up(self) -> None:
-        up = self._up()
         for load_id, load in self.loads.items():
             placed = set(self.dispatcher.paths_of(load_id))
-            may = {name for name in up if not load.allowed or name in load.allowed}
+            may = self._may(load)
             assert placed <= may
             assert bool(placed) == bool(may)
             if load.policy == "split":
@@ -328,7 +383,7 @@ class DispatcherMachine(RuleBasedStateMachine):
                 assert math.isfinite(wait_s)
                 self.now += wait_s
                 for name in self.dispatcher.stalled(self.now):
-                    self.dispatcher.path_lost(name, "stalled", self.now)
+                    self._lost(name, "stalled")
         for load in self.loads.values():
             assert set(load.state) <= {ChunkState.DONE, ChunkState.DROPPED}
 

@@ -61,7 +61,8 @@ class ActiveLoad:
         """While what is stored is only assumed, and there is no lease."""
         self.refreshing: asyncio.Task[None] | None = None
         self.delegating: asyncio.Task[None] | None = None
-        self.reports: list[asyncio.Task[None]] = []
+        self.reports: list[asyncio.Future[None]] = []
+        """What is still said, or read, under its lease."""
         self.distrusted: set[int] = set()
         """Chunks that came corrupt: relays are to read them from storage."""
         self.held_bytes: Counter[str] = Counter()

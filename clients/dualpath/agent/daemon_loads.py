@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from dualpath.agent.active_load import ActiveLoad
@@ -23,17 +23,16 @@ from dualpath.agent.load_window import LoadWindow
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
 from dualpath.agent.outcome import LoadResult, MissReason
+from dualpath.agent.outgoing_grants import OutgoingGrants
 from dualpath.agent.path_counts import PathCounts
+from dualpath.agent.path_trials import PathTrials
 from dualpath.agent.relay_job import REASON_OF_FAILURE
 from dualpath.agent.relay_link import RelayLink
 from dualpath.agent.self_relay import SelfRelay
-from dualpath.agent.slice_table import GRANT_CHUNKS_MAX, message_of
 from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.dispatcher import Dispatcher
-from dualpath.transfer.errors import DualPathError, PathDown
 from dualpath.transfer.grant import CANCELLED_REASON, OVERTAKEN_REASON, Grant
-from dualpath.transfer.lane import Lane
 from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_named, relay_of
 
 log = logging.getLogger(__name__)
@@ -80,6 +79,29 @@ class DaemonLoads:
         self._refresh = LoadRefresh(daemon, self.routes.delegates, lease_s)
         self.dispatcher = Dispatcher(config)
         self._cuts = LoadCuts()
+        self._grants = OutgoingGrants(
+            self.loads,
+            self.dispatcher,
+            self.routes,
+            self._refresh,
+            self._arrivals,
+            loop,
+            on_ready=self.sendable,
+            on_refused=self._refused,
+            on_progress=self._on_progress,
+            on_lost=self._not_sent,
+        )
+        self._trials = PathTrials(
+            self.loads,
+            self.dispatcher,
+            self.routes,
+            self._refresh,
+            loop,
+            on_ready=self.sendable,
+            on_refused=self._refused,
+            on_failed=self._not_sent,
+            on_proven=self._proven,
+        )
         self.first_looks = FirstLooks(self, self.routes, self._refresh, loop, lease_s)
         for name in self.routes.names:
             self._add_path(name, storage_limit_bytes_per_s if name == DIRECT_PATH else 0)
@@ -135,14 +157,27 @@ class DaemonLoads:
         for load_id in tuple(self.loads):
             self._close_window(self.loads[load_id], path)
         self._arrivals.drain()  # those that had landed before the fence
+        self._trials.end(path)
         self.dispatcher.path_lost(path, reason, now)
         for load_id in inflight:
             load = self.loads.get(load_id)
             if load is not None:
                 load.events[reason] += 1
-                load.held = [grant for grant in load.held if grant.path != path]
+                self._grants.take_held(load, (path,))
         if inflight:
             log.warning("path %s: %s; %d loads go on by others", path, reason, len(inflight))
+
+    def _not_sent(self, path: str, reason: str) -> None:
+        self._lose(path, reason)
+        if self._pumping:
+            self._again = True
+        else:
+            self._loop.call_soon(self.pump)
+
+    def _proven(self, path: str) -> None:
+        self._stalls[path] = 0
+        log.info("path %s works again", path)
+        self.pump()
 
     def _close_window(self, load: ActiveLoad, path: str) -> None:
         window = load.windows.pop(path, None)
@@ -223,6 +258,7 @@ class DaemonLoads:
             window.close()
             landed = not window.outstanding
             self.routes.cancel(load, window.path, window.grant_ids, landed=landed)
+        self._trials.forget(load)
         self.dispatcher.remove_load(load.spec.load_id)
         del self.loads[load.spec.load_id]
         load.entry.on_gone.pop(load, None)
@@ -281,7 +317,7 @@ class DaemonLoads:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.loads:
+        if self.loads or self._trials:
             wait_s = self.dispatcher.next_event_s(self._loop.time())
             if wait_s < float("inf"):
                 self._timer = self._loop.call_later(max(wait_s, 0.001), self.pump)
@@ -304,7 +340,9 @@ class DaemonLoads:
                 self._ask_anew(load)
                 self._check_done(load)
         for grant in self.dispatcher.grants(now):
-            self._send(grant)
+            self._grants.send(grant)
+        for grant in self.dispatcher.trials(now):
+            self._trials.begin(grant)
 
     def _ask_anew(self, load: ActiveLoad) -> None:
         """Fence and cancel what is under way, so that nobody sends what is wanted no more."""
@@ -336,82 +374,19 @@ class DaemonLoads:
             self.dispatcher.failed(grant.load_id, index, grant.path, OVERTAKEN_REASON, now)
         load.events[OVERTAKEN_REASON] += len(taken)
 
-    def _send(self, grant: Grant) -> None:
-        load = self.loads.get(grant.load_id)
-        if load is None:
-            return
-        if load.looking is not None and not load.looking.sent:
-            grant, rest = load.looking.split(grant, load.progress.chunk_nbytes)
-            load.held += [] if rest is None else [rest]
-        elif not self._refresh.ready(load, grant.path):
-            load.held.append(grant)
-            self._refresh.delegate(load, (grant.path,), self.sendable, self._refused)
-            return
-        for first in range(0, len(grant.chunks), GRANT_CHUNKS_MAX):
-            try:
-                self._grant(load, grant.path, grant.chunks[first : first + GRANT_CHUNKS_MAX])
-            except PathDown:
-                self._lose(grant.path, "path_lost")
-                self._again = True
-                return
-            except DualPathError as error:
-                self._lose(grant.path, error.reason)
-                log.warning("path %s: %s", grant.path, error)
-                self._again = True
-                return
-
-    def _grant(self, load: ActiveLoad, path: str, chunks: Sequence[int]) -> None:
-        # A path that was lost since this grant was made has its chunks no more.
-        chunks = self.dispatcher.inflight_on(load.spec.load_id, path, chunks)
-        if not chunks:
-            return
-        window = self._window(load, path)
-        armed = load.arm(chunks)
-        now = self._loop.time()
-        window.arm(armed, now)
-        left_s = load.deadline_at - now
-        message = common_pb2.ChunkGrant(
-            window=window.descriptor.to_bytes(),
-            lane=Lane.LOAD_PREFILL,
-            deadline_ms=max(1, round(left_s * 1000)),
-            block=armed.blocks,
-            chunk=armed.chunks,
-            tag=armed.tags,
-            target=message_of(armed.targets),
-        )
-        on_progress = partial(self._on_progress, window)
-        grant_id = self.routes.send(load, path, message, on_progress)
-        window.grant_ids.add(grant_id)
-        window.hungry = self.dispatcher.waiting(load.spec.load_id) > 0
-
-    def _window(self, load: ActiveLoad, path: str) -> LoadWindow:
-        window = load.windows.get(path)
-        if window is None:
-            network = self.routes.network(load, path)
-            window = load.windows[path] = LoadWindow(
-                load.spec.load_id, path, network, load.entry.region, load.span, self._arrivals
-            )
-        return window
-
     def sendable(self, load: ActiveLoad) -> None:
         """Tickets or a new lease came: send what waited for them."""
-        held, load.held = load.held, []
-        inflight = self.dispatcher.inflight(load.spec.load_id)
-        for grant in held:
-            still = set(inflight.get(grant.path, ()))
-            chunks = tuple(chunk for chunk in grant.chunks if chunk in still)
-            if chunks:
-                self._send(Grant(grant.load_id, grant.path, chunks, grant.nbytes))
+        self._grants.send_held(load)
+        self._trials.go_on(load)
         self._check_done(load)  # the prefix may have been cut to what is there
         self.pump()
 
     def _refused(self, load: ActiveLoad, paths: Collection[str], reason: str) -> None:
         """No ticket for these paths: their grants of this load go elsewhere."""
-        held = [grant for grant in load.held if grant.path in paths]
-        load.held = [grant for grant in load.held if grant.path not in paths]
-        for grant in held:
+        for grant in self._grants.take_held(load, paths):
             for index in grant.chunks:
                 self._failed(load, grant.path, index, reason, "no ticket for this path")
+        self._trials.refused(load, paths, reason)
         self._check_done(load)
         self.pump()
 
@@ -491,6 +466,7 @@ class DaemonLoads:
 
     def close(self) -> None:
         """End all loads."""
+        self._trials.close()
         self._refresh.close()
         for load in tuple(self.loads.values()):
             self.end(load, MissReason.UNAVAILABLE, "the agent stops", "aborted")

@@ -96,14 +96,21 @@ class LoadRoutes:
         return daemon.link.network
 
     def send(
-        self, load: ActiveLoad, path: str, grant: common_pb2.ChunkGrant, on_progress: OnProgress
+        self,
+        load: ActiveLoad,
+        path: str,
+        grant: common_pb2.ChunkGrant,
+        on_progress: OnProgress,
+        *,
+        copy: bool = False,
     ) -> int:
-        """Ask for chunks; returns the grant's id on this path. Raises PathDown, Overloaded."""
+        """Ask for chunks; returns the grant's id on this path. Of a `copy` a relay is not told what
+        it is: it reads it from storage, and keeps nothing. Raises PathDown, Overloaded."""
         relay = self.relays.get(path)
         if relay is not None:
             ticket = load.tickets[path][1]
             known = None
-            if relay.holds:
+            if relay.holds and not copy:
                 retain = relay.name == load.spec.decode_peer
                 known = known_chunks(load, grant, retain=retain)
             return relay.submit(self.daemon.address, ticket, grant, on_progress, known)

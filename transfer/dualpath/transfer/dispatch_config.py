@@ -17,6 +17,7 @@ class DispatchConfig:
       `stall_s_max`.
     - `backoff_s` after a loss, doubled for each further one up to `backoff_s_max`; `pause_s` and
       `pause_s_max` likewise after a path said that it is overloaded.
+    - `trial_pause_s_max`: as `backoff_s_max`, after a trial failed that no load waits for.
     - `overtake_s`: chunks in flight are worth taking back from a slow path for an idle one if
       the load then ends that much sooner.
     - `recheck_s`: how often an idle path that left chunks to faster ones is asked again.
@@ -30,6 +31,7 @@ class DispatchConfig:
     stall_s_max: float = 20.0
     backoff_s: float = 0.25
     backoff_s_max: float = 8.0
+    trial_pause_s_max: float = 0.5
     pause_s: float = 0.020
     pause_s_max: float = 1.0
     overtake_s: float = 0.25
@@ -43,6 +45,7 @@ class DispatchConfig:
         assert self.attempts_max >= 1
         assert 0 < self.stall_s <= self.stall_s_max
         assert 0 < self.backoff_s <= self.backoff_s_max
+        assert self.trial_pause_s_max > 0
         assert 0 < self.pause_s <= self.pause_s_max
         assert self.overtake_s > 0
         assert self.recheck_s > 0

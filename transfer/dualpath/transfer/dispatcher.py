@@ -13,6 +13,8 @@ Guarantees
 - While a path that a load may use stays up and makes progress, each of its chunks is granted.
 - A chunk that failed goes by another path than before if there is one that is up, else once more
   by the same; chunks of a lost path go back without a mark against them.
+- A path that was lost gets no chunk until it has proven itself, if the load may use another that
+  works: a *copy* of one is fetched by it (`trials`), and nobody waits for that.
 - A load of a fixed policy stays with its path until that is lost.
 
 Does not: fence or move bytes (whoever calls `path_lost`, `drop` or `remove_load` revokes what
@@ -22,7 +24,6 @@ Costs: `grants` takes O(granted chunks + loads passed over), never a scan of all
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import math
 from collections import Counter
@@ -35,14 +36,16 @@ from dualpath.transfer.grant import (
     CANCELLED_REASON,
     OVERLOADED_REASON,
     OVERTAKEN_REASON,
+    STALLED_REASON,
     UNBLAMED_REASONS,
     Grant,
 )
+from dualpath.transfer.load_queue import LoadQueue
 from dualpath.transfer.overtaking import overtaken
 from dualpath.transfer.path_state import PathCondition, PathState
 from dualpath.transfer.path_table import PathTable
+from dualpath.transfer.path_trial import chunk_to_try
 from dualpath.transfer.placement import (
-    LoadView,
     PathKind,
     PathView,
     PlacementPolicy,
@@ -59,11 +62,8 @@ class Dispatcher:
     def __init__(self, config: DispatchConfig | None = None) -> None:
         self._config = config or DispatchConfig()
         self._paths = PathTable(self._config)
-        self._loads: dict[str, QueuedLoad] = {}
-        self._by_seq: dict[int, QueuedLoad] = {}
-        self._turns: Counter[str] = Counter()
+        self._loads = LoadQueue(self._paths)
         self._counters: Counter[str] = Counter()
-        self._seq = 0
         self._now = -math.inf
 
     # ---------------------------------------------------------------- paths
@@ -77,14 +77,18 @@ class Dispatcher:
     def set_up(self, name: str, up: bool, now: float) -> None:
         """Tell that a path works (again), or must not be used until set up again.
 
-        Up ends its backoff at once. Down leaves what is in flight there: it may still arrive;
-        `path_lost` gives it back. Raises InvalidRequest if the path is unknown.
+        Up ends its backoff at once; if it had stalled, a trial follows. Down leaves what is in
+        flight there: it may still arrive; `path_lost` gives it back. Raises InvalidRequest if the
+        path is unknown.
         """
         self._see(now)
         path = self._paths.known(name)
-        if path.condition is (PathCondition.UP if up else PathCondition.DOWN):
+        risen = PathCondition.TRIAL if path.doubted else PathCondition.UP
+        condition = risen if up else PathCondition.DOWN
+        if path.condition is condition:
             return
-        path.condition = PathCondition.UP if up else PathCondition.DOWN
+        path.condition = condition
+        path.tried_at_s = math.inf
         self._replace_loads("path_up" if up else "path_down")
 
     def set_spare(self, name: str, spare: bool, now: float) -> None:
@@ -113,7 +117,7 @@ class Dispatcher:
             return {}
         if path.up:
             self._counters[f"path_lost:{reason}"] += 1
-        path.lose(now)
+        path.lose(now, stalled=reason == STALLED_REASON)
         given_back = self._give_back(path, reason)
         self._replace_loads(reason)
         return given_back
@@ -161,14 +165,9 @@ class Dispatcher:
             raise InvalidRequest(f"a chunk has at least one byte, not {min(chunk_nbytes)}")
         hint = frozenset(allowed)
         self._paths.check_hint(hint)
-        queue = ChunkQueue(chunk_nbytes)
-        turn = self._turns[policy.name]
-        self._turns[policy.name] += 1
-        view = LoadView(load_id, queue.waiting_bytes, decode_peer, turn)
-        load = QueuedLoad(self._seq, view, queue, policy, hint)
-        self._seq += 1
-        self._loads[load_id] = self._by_seq[load.seq] = load
-        self._bind(load, policy.paths_for(view, self._paths.views(hint, self._now)))
+        load = self._loads.add(load_id, ChunkQueue(chunk_nbytes), policy, decode_peer, hint)
+        views = self._paths.views(hint, self._now)
+        self._loads.bind(load, policy.paths_for(load.view, views))
 
     def remove_load(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Forget a load; returns by path what was in flight. Unknown: {}."""
@@ -178,9 +177,7 @@ class Dispatcher:
         inflight = load.chunks.inflight_by_path()
         for chunk, path in load.chunks.inflight.items():
             self._paths[path].release(load.chunks.nbytes[chunk])
-        self._unqueue(load, load.queued)
-        self._account(load, (), 0)
-        del self._loads[load_id], self._by_seq[load.seq]
+        self._loads.remove(load)
         return inflight
 
     def drop(self, load_id: str, chunks: Collection[int]) -> dict[str, tuple[int, ...]]:
@@ -198,41 +195,41 @@ class Dispatcher:
             path = load.chunks.drop(chunk)
             if path:
                 self._paths[path].release(load.chunks.nbytes[chunk])
-        self._settle(load)
+        self._loads.settle(load)
         return inflight
 
     def is_done(self, load_id: str) -> bool:
         """Whether every chunk is verified or dropped."""
-        return self._load(load_id).chunks.over
+        return self._loads.known(load_id).chunks.over
 
     def inflight_on(self, load_id: str, path: str, chunks: Iterable[int]) -> list[int]:
         """Those of `chunks` that are in flight on this path."""
-        inflight = self._load(load_id).chunks.inflight
+        inflight = self._loads.known(load_id).chunks.inflight
         return [chunk for chunk in chunks if inflight.get(chunk) == path]
 
     def inflight(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Chunks in flight by path."""
-        return self._load(load_id).chunks.inflight_by_path()
+        return self._loads.known(load_id).chunks.inflight_by_path()
 
     def waiting(self, load_id: str) -> int:
         """Bytes that are not granted yet."""
-        return self._load(load_id).chunks.waiting_bytes
+        return self._loads.known(load_id).chunks.waiting_bytes
 
     def paths_of(self, load_id: str) -> tuple[str, ...]:
         """Paths that the load is placed on now."""
-        return self._load(load_id).paths
+        return self._loads.known(load_id).paths
 
     def progress(self, load_id: str) -> Mapping[ChunkState, int]:
         """Chunks in each state; they add up to all chunks."""
-        return dict(zip(ChunkState, self._load(load_id).chunks.counts, strict=True))
+        return dict(zip(ChunkState, self._loads.known(load_id).chunks.counts, strict=True))
 
     def shares(self, load_id: str) -> Mapping[str, int]:
         """Verified bytes of the load by path."""
-        return dict(self._load(load_id).shares)
+        return dict(self._loads.known(load_id).shares)
 
     def events(self, load_id: str) -> Mapping[str, int]:
         """Failures and fallbacks of the load by reason, with the words of `counters`."""
-        return dict(self._load(load_id).events)
+        return dict(self._loads.known(load_id).events)
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -267,7 +264,11 @@ class Dispatcher:
         sizes = [load.chunks.nbytes[chunk] for chunk in fresh]
         load.chunks.done(fresh)
         load.shares[path] += sum(sizes)
-        self._paths[path].land(sizes, now)
+        state = self._paths[path]
+        trial = state.condition is PathCondition.TRIAL
+        state.land(sizes, now)
+        if trial:
+            self._replace_loads("path_up")
         return fresh
 
     def failed(self, load_id: str, chunk: int, path: str, reason: str, now: float) -> bool:
@@ -298,7 +299,7 @@ class Dispatcher:
             again = load.chunks.fail(chunk, self._config.attempts_max)
         if not again:
             self._count(load, f"attempts_used_up:{reason}", 1)
-        self._settle(load)
+        self._loads.settle(load)
         return again
 
     def overtaken(self, now: float) -> list[Grant]:
@@ -308,8 +309,42 @@ class Dispatcher:
         not landed; the next `grants` gives them to the idle path.
         """
         self._see(now)
-        slow = overtaken(self._paths, self._loads.values(), self._config.overtake_s, now)
+        slow = overtaken(self._paths, self._loads, self._config.overtake_s, now)
         return [self._grant(path, load.view.load_id, chunks) for load, path, chunks in slow]
+
+    def trials(self, now: float) -> list[Grant]:
+        """A chunk for each path on trial, of a load that goes by another path meanwhile: fetch a
+        copy of it, which is thrown away, and tell `tried`.
+
+        A path without an answer stalls, as one with chunks in flight: see `stalled`.
+        """
+        self._see(now)
+        grants = []
+        for path in self._paths:
+            found = chunk_to_try(path, self._paths, self._loads)
+            if found is not None:
+                load, chunk = found
+                path.tried_at_s = now
+                grants.append(self._grant(path.name, load.view.load_id, (chunk,)))
+        return grants
+
+    def tried(self, name: str, now: float) -> None:
+        """The copy has come by this path, and is right: loads may use it again. If it does not come
+        say `path_lost`; if it was given up, `untried`."""
+        self._see(now)
+        path = self._paths.known(name)
+        if path.tried_at_s < math.inf and path.condition is PathCondition.TRIAL:
+            path.prove()
+            self._replace_loads("path_up")
+
+    def untried(self, name: str, now: float) -> None:
+        """The copy was given up, through no fault of the path: `trials` names another."""
+        self._see(now)
+        self._paths.known(name).tried_at_s = math.inf
+
+    def patience_s(self, name: str) -> float:
+        """How long this path may be silent before it has stalled."""
+        return self._paths.known(name).patience_s()
 
     def next_event_s(self, now: float) -> float:
         """Seconds from `now` until time alone may change an answer; inf if it cannot.
@@ -360,7 +395,7 @@ class Dispatcher:
         ahead_bytes = 0
         index = 0
         while index < len(path.queue):
-            load = self._by_seq[path.queue[index]]
+            load = self._loads.at(path.queue[index])
             chunk = self._chunk_for(load, path, ahead_bytes, now)
             if chunk < 0:
                 ahead_bytes += load.chunks.waiting_bytes
@@ -380,7 +415,7 @@ class Dispatcher:
                 range(chunk, chunk + count)
             )
             taken_bytes += count * nbytes
-            self._settle(load)  # takes it off path.queue when nothing waits any more
+            self._loads.settle(load)  # takes it off path.queue when nothing waits any more
             # Near the end of a split load go chunk by chunk, so that its paths end together.
             share = load.chunks.waiting_bytes // (4 * len(load.paths)) if load.paths else 0
             if taken_bytes >= (batch_bytes if len(load.paths) < 2 else min(batch_bytes, share)):
@@ -389,6 +424,8 @@ class Dispatcher:
 
     def _chunk_for(self, load: QueuedLoad, path: PathState, ahead_bytes: int, now: float) -> int:
         """The chunk of `load` that `path` should take now, -1: none."""
+        if not self._paths.serves(path, load.hint):
+            return -1
         queue = load.chunks
         retry = -1
         if queue.has_retries:
@@ -405,10 +442,10 @@ class Dispatcher:
 
     def _replace_loads(self, reason: str) -> None:
         """Paths came or went: place anew the loads that this concerns."""
-        for load in self._loads.values():
+        for load in self._loads:
             if load.policy.fixed:
-                if any(self._paths[name].up for name in load.paths):
-                    self._settle(load)  # a new path may take what has failed
+                if any(self._paths.serves(self._paths[name], load.hint) for name in load.paths):
+                    self._loads.settle(load)  # a new path may take what has failed
                     continue
                 views = self._paths.views(load.hint, self._now)
                 paths = (
@@ -418,7 +455,7 @@ class Dispatcher:
                     self._count(load, f"fallback:{reason}", 1)
             else:
                 paths = load.policy.paths_for(load.view, self._paths.views(load.hint, self._now))
-            self._bind(load, paths)
+            self._loads.bind(load, paths)
 
     # ---------------------------------------------------------------- bookkeeping
 
@@ -437,7 +474,7 @@ class Dispatcher:
         given_back = {}
         if not path.inflight_chunks:
             return {}
-        for load in self._loads.values():
+        for load in self._loads:
             chunks = load.chunks.inflight_by_path().get(path.name, ())
             if not chunks:
                 continue
@@ -446,51 +483,12 @@ class Dispatcher:
                 path.release(load.chunks.nbytes[chunk])
             given_back[load.view.load_id] = chunks
             self._count(load, f"given_back:{reason}", len(chunks))
-            self._settle(load)
+            self._loads.settle(load)
         return given_back
 
-    def _bind(self, load: QueuedLoad, paths: tuple[str, ...]) -> None:
-        if paths != load.paths:
-            self._account(load, paths, load.chunks.waiting_bytes)
-        self._settle(load)
-
-    def _settle(self, load: QueuedLoad) -> None:
-        """After any change of a load: account its waiting bytes, queue it where it can go."""
-        queue = load.chunks
-        if queue.waiting_bytes != load.accounted_bytes:
-            self._account(load, load.paths, queue.waiting_bytes)
-        if not queue.waiting_bytes:
-            wanted: frozenset[str] = frozenset()
-        elif queue.has_retries:
-            wanted = frozenset(path.name for path in self._paths.hinted(load.hint))
-        else:
-            wanted = frozenset(load.paths)
-        if wanted == load.queued:
-            return
-        self._unqueue(load, load.queued - wanted)
-        for name in wanted - load.queued:
-            bisect.insort(self._paths[name].queue, load.seq)
-        load.queued = wanted
-
-    def _unqueue(self, load: QueuedLoad, names: Collection[str]) -> None:
-        for name in names:
-            queue = self._paths[name].queue
-            del queue[bisect.bisect_left(queue, load.seq)]
-
-    def _account(self, load: QueuedLoad, paths: tuple[str, ...], nbytes: int) -> None:
-        self._paths.bind(load.paths, -load.accounted_bytes)
-        self._paths.bind(paths, nbytes)
-        load.paths, load.accounted_bytes = paths, nbytes
-
     def _grant(self, path: str, load_id: str, chunks: Sequence[int]) -> Grant:
-        nbytes = self._loads[load_id].chunks.nbytes
+        nbytes = self._loads.known(load_id).chunks.nbytes
         return Grant(load_id, path, tuple(chunks), sum(nbytes[chunk] for chunk in chunks))
-
-    def _load(self, load_id: str) -> QueuedLoad:
-        load = self._loads.get(load_id)
-        if load is None:
-            raise InvalidRequest(f"unknown load {load_id!r}")
-        return load
 
     def _count(self, load: QueuedLoad, event: str, amount: int) -> None:
         self._counters[event] += amount

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 OVERLOADED_REASON = "overloaded"
 CANCELLED_REASON = "cancelled"
 OVERTAKEN_REASON = "overtaken"
+STALLED_REASON = "stalled"
 UNBLAMED_REASONS = frozenset({OVERLOADED_REASON, CANCELLED_REASON, OVERTAKEN_REASON})
 """Reasons of `Dispatcher.failed` that are no attempt of the chunk."""
 

@@ -17,7 +17,8 @@ from dualpath.transfer.rates import RateEstimate
 
 
 class PathCondition(enum.Enum):
-    """TRIAL: the backoff is over, one chunk at a time until the first has been verified."""
+    """TRIAL: the backoff is over, but nothing has been verified since. A copy of a chunk that goes
+    by another path is fetched to try it; while there is no other, one chunk at a time."""
 
     UP = "up"
     TRIAL = "trial"
@@ -42,7 +43,9 @@ class PathState:
         "_pauses",
         "_report_at_s",
         "_report_bytes",
+        "_trials",
         "condition",
+        "doubted",
         "estimate",
         "inflight_bytes",
         "inflight_chunks",
@@ -56,6 +59,7 @@ class PathState:
         "rate",
         "retry_at_s",
         "spare",
+        "tried_at_s",
         "window",
     )
 
@@ -74,6 +78,10 @@ class PathState:
         self.progress_at_s = 0.0
         self.retry_at_s = 0.0
         self.spare = False
+        self.doubted = False
+        """It stalled, and nothing was verified since: a new connection does not prove it."""
+        self.tried_at_s = math.inf
+        """Since when a copy is being fetched; inf: none is."""
         self.paused_until_s = -math.inf
         self.rate = 0.0
         self.window = 0
@@ -81,12 +89,13 @@ class PathState:
         self._overtaken = 0
         self._overtaken_at_s = -math.inf
         self._pauses = 0
+        self._trials = 0
         self._report_bytes = 0
         self._report_at_s = -math.inf
 
     @property
     def up(self) -> bool:
-        """Whether loads may be placed on it."""
+        """Whether loads may be placed on it, if there is no better one: see `PathTable.serves`."""
         return self.condition in (PathCondition.UP, PathCondition.TRIAL)
 
     def usable(self, now: float) -> bool:
@@ -155,9 +164,16 @@ class PathState:
         self._losses = 0
         self._overtaken = 0
         self._pauses = 0
+        self.prove()
+        self.release(nbytes, len(sizes))
+
+    def prove(self) -> None:
+        """Something has come by it, and was right."""
+        self.doubted = False
+        self.tried_at_s = math.inf
+        self._trials = 0
         if self.condition is PathCondition.TRIAL:
             self.condition = PathCondition.UP
-        self.release(nbytes, len(sizes))
 
     def release(self, nbytes: int, count: int = 1) -> None:
         """`count` chunks, `nbytes` in all, are no longer in flight, whatever became of them."""
@@ -168,14 +184,20 @@ class PathState:
         if not self.inflight_chunks:
             self.estimate.end()
 
-    def lose(self, now: float) -> None:
-        """Leave it alone for a backoff that doubles until something lands again."""
+    def lose(self, now: float, *, stalled: bool = False) -> None:
+        """Leave it alone for a backoff that doubles until something lands again. If all that it
+        had was a copy, no load has waited for it, and it is tried again sooner."""
+        self.doubted = self.doubted or stalled
+        copied, self.tried_at_s = self.tried_at_s < math.inf, math.inf
         if not self.up:
             return  # told twice, or set down on purpose
-        wait_s = min(
-            self._config.backoff_s * 2.0 ** min(self._losses, 32), self._config.backoff_s_max
-        )
-        self._losses += 1
+        config = self._config
+        if copied and not self.inflight_chunks:
+            wait_s = min(config.backoff_s * 2.0 ** min(self._trials, 32), config.trial_pause_s_max)
+            self._trials += 1
+        else:
+            wait_s = min(config.backoff_s * 2.0 ** min(self._losses, 32), config.backoff_s_max)
+            self._losses += 1
         self._overtaken = 0
         self.condition = PathCondition.BACKOFF
         self.retry_at_s = now + wait_s
@@ -223,9 +245,11 @@ class PathState:
         """When it will have stalled unless something moves; inf if nothing is in flight."""
         if self.up and self._overtaken >= OVERTAKEN_MAX:
             return -math.inf
-        if not self.inflight_chunks:
-            return math.inf
+        since_s = min(self.progress_at_s if self.inflight_chunks else math.inf, self.tried_at_s)
+        return since_s + self.patience_s() if since_s < math.inf else math.inf
+
+    def patience_s(self) -> float:
+        """How long it may be silent."""
         rate = self.rate_bytes_per_s(self.progress_at_s)
         patience_s = STALL_CHUNKS * self.largest_bytes / rate if rate else 0.0
-        config = self._config
-        return self.progress_at_s + min(max(config.stall_s, patience_s), config.stall_s_max)
+        return min(max(self._config.stall_s, patience_s), self._config.stall_s_max)

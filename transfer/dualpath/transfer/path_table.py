@@ -65,7 +65,8 @@ class PathTable:
 
     def look(self, now: float) -> None:
         """Fix rates and windows for the decisions of this moment."""
-        alone = sum(path.up for path in self) == 1
+        proven = [path for path in self if path.condition is PathCondition.UP]
+        alone = len(proven or [path for path in self if path.up]) == 1
         for path in self:
             path.look(now, alone=alone)
 
@@ -100,7 +101,7 @@ class PathTable:
             PathView(
                 path.name,
                 path.kind,
-                path.up,
+                self.serves(path, hint),
                 path.inflight_bytes + round(bound[path.name]) + path.reported_bytes(now),
                 path.inflight_bytes,
                 rates[path.name],
@@ -115,6 +116,11 @@ class PathTable:
         return any(
             other.condition is PathCondition.UP for other in self.hinted(hint) if other is not path
         )
+
+    def serves(self, path: PathState, hint: frozenset[str]) -> bool:
+        """Whether chunks of a load with this hint may go by the path; on trial only while no other
+        path could take them."""
+        return path.up and (path.condition is PathCondition.UP or not self.has_other_up(path, hint))
 
     def worth_taking(
         self, path: PathState, nbytes: int, names: Iterable[str], left_bytes: int, now: float
