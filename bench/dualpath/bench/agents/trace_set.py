@@ -47,7 +47,7 @@ def trace_set(path: str) -> tuple[AgentArrival, ...]:
 
 def agents_of(requests: Iterable[TraceRequest]) -> tuple[AgentArrival, ...]:
     """As `trace_set`, of requests that are read already."""
-    chosen = []
+    chosen: list[TraceRequest] = []
     for request in requests:
         if len(chosen) == REQUESTS_MAX:
             raise InvalidRequest(
