@@ -17,7 +17,7 @@ from dualpath.transfer.errors import InvalidRequest, Overloaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ALPHA, BETA, HBM = 200, 400, 1500
+ALPHA, BETA, HBM, STAGING = 200, 400, 1500, 700
 SETTINGS = PolicySettings(alpha_tokens=ALPHA, beta_tokens=BETA)
 ENGINES = (
     *(EngineSpec(f"p{n}", Role.PREFILL, f"P{n // 4}", f"np{n // 2}", 0) for n in range(8)),
@@ -47,7 +47,7 @@ class World:
         self.lost: list[EngineSpec] = []
         self.log: list[Assignment] = []
         for engine in ENGINES:
-            self.scheduler.register(engine)
+            self.scheduler.register(engine, NodeSpec(engine.node, staging_tokens=STAGING))
 
     def live(self, engine: str) -> list[Request]:
         """What an engine truly has."""
@@ -63,10 +63,28 @@ class World:
         getattr(self, kind)(a, b)
         for engine in ENGINES[8:]:
             assert sum(one.memory_tokens for one in self.live(engine.name)) <= HBM
+        for node in {engine.node for engine in ENGINES}:
+            staged = self.staged(node)
+            assert sum(staged) <= STAGING or len(staged) == 1
+
+    def staged(self, node: str) -> list[int]:
+        """Tokens that a node's host memory holds for each request that is being prefilled."""
+        engines = {engine.name for engine in ENGINES if engine.node == node}
+        running = [self.assigned[name] for name in self.prefilling]
+        return [
+            tokens
+            for one in running
+            for engine, tokens in (
+                (one.prefill, one.request.hit_tokens),
+                (one.decode, one.request.tokens),
+            )
+            if engine in engines and tokens
+        ]
 
     def submit(self, a: int, b: int) -> None:
         tokens = 1 + a % 300
-        request = Request(f"r{len(self.requests)}", tokens, b % (tokens + 1), b % 50)
+        name, session = f"r{len(self.requests)}", f"s{b % 7}" if b % 7 else ""
+        request = Request(name, tokens, b % (tokens + 1), b % 50, session)
         self.requests[request.id] = request
         self.scheduler.submit(request, self.now)
 
@@ -142,7 +160,8 @@ class World:
 
     def join(self, a: int, b: int) -> None:
         if self.lost:
-            self.scheduler.register(self.lost.pop(a % len(self.lost)))
+            engine = self.lost.pop(a % len(self.lost))
+            self.scheduler.register(engine, NodeSpec(engine.node, staging_tokens=STAGING))
 
     def drain(self) -> None:
         """Let everything run to its end."""

@@ -38,6 +38,10 @@ PROGRAMS: Mapping[str, tuple[str, str]] = {
         "dualpath.bench.eviction.command",
         "hit rates of the eviction policies on a trace",
     ),
+    "scheduler": (
+        "dualpath.bench.scheduler.command",
+        "how many requests a second the scheduler decides, and how long one fetch takes",
+    ),
     "peers": ("dualpath.bench.peers.command", "other KV stores and this one, the same work"),
     "gpu": ("dualpath.bench.gpu.command", "copies into paged GPU memory against the bus"),
     "headline": ("dualpath.bench.headline", "their headline figures into a document"),
@@ -63,6 +67,7 @@ _EPILOG = """examples:
   dualpath bench store --json out.json --plot out.png
   dualpath bench peers --mib 512 --only redis,dualpath-local
   dualpath bench eviction --trace FILE --json out.json
+  dualpath bench scheduler --json out.json
   dualpath bench cluster --prefill 1 --decode 2 --json out.json
   dualpath bench faults --rounds 10
   dualpath bench explore --delays 2 --faults 2 --seconds 600

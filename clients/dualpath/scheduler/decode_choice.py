@@ -2,7 +2,8 @@
 
 Owns the port and two policies: the paper's two levels, and turns without regard to load. As with
 prefill engines, a *round* over one group's engines is asked request by request, in the order of the
-group's queue, until it names nobody. No policy names an engine whose memory lacks room.
+group's queue, until it names nobody. No policy names an engine whose memory lacks room, or whose
+node lacks staging memory for the prompt, where that is bounded.
 """
 
 from __future__ import annotations
@@ -100,7 +101,11 @@ class _TwoLevelRound:
                 index = entry[2]
                 if self._stale_requests(entry):
                     heapq.heappop(heap)
-                elif tokens[index] <= below and memory[index] + need <= hbm[index]:
+                elif (
+                    tokens[index] <= below
+                    and memory[index] + need <= hbm[index]
+                    and self._table.has_room(index, request.tokens)
+                ):
                     found = index
                     break
                 else:
@@ -109,7 +114,7 @@ class _TwoLevelRound:
                 heapq.heappush(heap, entry)
             if found is not None:
                 return found
-        return self._least_tokens(need)
+        return self._least_tokens(need, request.tokens)
 
     def placed(self, engine: int) -> None:
         tokens, requests = self._table.tokens[engine], self._table.requests[engine]
@@ -126,14 +131,14 @@ class _TwoLevelRound:
         table = self._table
         return entry[0] != table.requests[entry[2]] or entry[1] != table.tokens[entry[2]]
 
-    def _least_tokens(self, need: int) -> int | None:
+    def _least_tokens(self, need: int, staging: int) -> int | None:
         heap, aside, found = self._by_tokens, [], None
         table = self._table
         while heap:
             tokens, requests, index = heap[0]
             if tokens != table.tokens[index] or requests != table.requests[index]:
                 heapq.heappop(heap)
-            elif table.memory[index] + need <= table.hbm[index]:
+            elif table.memory[index] + need <= table.hbm[index] and table.has_room(index, staging):
                 found = index
                 break
             else:
@@ -166,7 +171,9 @@ class _TurnsRound:
         start = self._turns.get(self._group, 0)
         for step in range(len(members)):
             index = members[(start + step) % len(members)]
-            if table.memory[index] + need <= table.hbm[index]:
+            if table.memory[index] + need <= table.hbm[index] and table.has_room(
+                index, request.tokens
+            ):
                 return index
         return None
 

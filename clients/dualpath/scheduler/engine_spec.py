@@ -47,7 +47,8 @@ class NodeSpec:
 
     - `read_tokens_per_s`: what its storage links read; only the ratio between nodes counts.
     - `staging_tokens`: tokens of KV for which its host memory has buffers; 0: not bounded here.
-    - `compute_tokens_per_s`: tokens that one of its engines prefills a second; 0: not known.
+      A request is admitted to a node only if its tokens fit beside those of others there: the whole
+      prompt at its decode, the hits at its prefill engine, until it has been prefilled.
 
     Raises InvalidRequest for rates and counts that are none.
     """
@@ -55,10 +56,8 @@ class NodeSpec:
     name: str
     read_tokens_per_s: float = 1.0
     staging_tokens: int = 0
-    compute_tokens_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("node", self.name)
         check_positive(f"read_tokens_per_s of node '{self.name}'", self.read_tokens_per_s)
         check_count(f"staging_tokens of node '{self.name}'", self.staging_tokens)
-        check_count(f"compute_tokens_per_s of node '{self.name}'", self.compute_tokens_per_s)

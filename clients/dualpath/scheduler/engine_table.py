@@ -40,6 +40,7 @@ class EngineTable:
         self.requests: list[int] = []
         self.memory: list[int] = []
         self.hbm: list[int] = []
+        self.taking: list[bool] = []
         # Nodes.
         self.node_spec: list[NodeSpec] = []
         self.node_engines: list[list[int]] = []
@@ -75,7 +76,7 @@ class EngineTable:
             self.spec[index] = spec
             self.node_of[index], self.group_of[index] = node, group
             self.tokens[index] = self.requests[index] = self.memory[index] = 0
-            self.hbm[index] = spec.hbm_tokens
+            self.hbm[index], self.taking[index] = spec.hbm_tokens, True
         else:
             index = len(self.spec)
             self.spec.append(spec)
@@ -84,6 +85,7 @@ class EngineTable:
             for column in (self.tokens, self.requests, self.memory):
                 column.append(0)
             self.hbm.append(spec.hbm_tokens)
+            self.taking.append(True)
         self.engine_index[spec.name] = index
         self.node_engines[node].append(index)
         self.members[group].append(index)
@@ -99,8 +101,16 @@ class EngineTable:
         self.read_rate[index] = spec.read_tokens_per_s
         self.staging_max[index] = spec.staging_tokens or math.inf
 
+    def has_room(self, engine: int, tokens: int) -> bool:
+        """Whether the host memory of an engine's node has buffers for so many tokens more. One
+        request alone is always let in: its chunks go through what there is."""
+        node = self.node_of[engine]
+        staging = self.staging[node]
+        return not staging or staging + tokens <= self.staging_max[node]
+
     def withdraw(self, index: int) -> None:
         """Choose an engine no more; what it has it keeps."""
+        self.taking[index] = False
         members = self.members[self.group_of[index]]
         if index in members:
             members.remove(index)

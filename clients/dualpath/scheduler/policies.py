@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dualpath.scheduler.aware_prefill_choice import AwarePrefillChoice
 from dualpath.scheduler.decode_choice import (
     DecodeChoice,
     RoundRobinDecodeChoice,
@@ -53,14 +54,21 @@ def _split(settings: PolicySettings) -> Policies:
     return Policies(PaperPrefillChoice(settings), TwoLevelDecodeChoice(settings), SplitRead())
 
 
+def _aware(settings: PolicySettings) -> Policies:
+    return Policies(AwarePrefillChoice(settings), TwoLevelDecodeChoice(settings), SplitRead())
+
+
 POLICIES: dict[str, Callable[[PolicySettings], Policies]] = {
     "paper": _paper,
     "direct": _direct,
     "round-robin": _round_robin,
     "split": _split,
+    "aware": _aware,
 }
 """`paper`: its three rules; `direct`: its choice of engines, the direct path only; `round-robin`:
-turns everywhere, no scheduler; `split`: the paper's choice of engines, shares of both sides."""
+turns everywhere, no scheduler; `split`: the paper's choice of engines, shares of both sides;
+`aware`: as `split`, but prefill engines by the time until they could begin and by what their node
+has kept."""
 
 
 def named_policies(name: str, settings: PolicySettings) -> Policies:

@@ -40,6 +40,7 @@ class PaperPrefillChoice:
     """The paper's rule: skip engines with tok_e > beta; prefer those whose node has
     read_q <= alpha; of the preferred, else of the others, the least tok_e.
 
+    Nodes without staging memory for the request's hits, where that is bounded, are passed over.
     Ties go to the engine with fewer requests, then to the lower index. Heaps by load: a
     choice costs the logarithm of the group, a round the group once.
     """
@@ -60,6 +61,8 @@ class _PaperRound:
         node_of, read_queue, alpha = table.node_of, table.read_queue, self._alpha
         self._near: list[tuple[int, int, int]] = []
         self._far: list[tuple[int, int, int]] = []
+        self._aside: list[tuple[int, int, int]] = []
+        """Engines whose node lacks room for the request that is asked for."""
         for index in table.members[group]:
             key = (tokens[index], requests[index], index)
             (self._near if read_queue[node_of[index]] <= alpha else self._far).append(key)
@@ -67,21 +70,36 @@ class _PaperRound:
         heapq.heapify(self._far)
 
     def choose(self, request: Request) -> int | None:
+        self._put_back()
         near, far, beta = self._near, self._far, self._beta
-        table, alpha = self._table, self._alpha
+        table, alpha, hits = self._table, self._alpha, request.hit_tokens
         while near and near[0][0] <= beta:
             index = near[0][2]
-            if table.read_queue[table.node_of[index]] <= alpha:
+            if table.read_queue[table.node_of[index]] > alpha:
+                # Its node's queue has grown in this round.
+                heapq.heappush(far, heapq.heappop(near))
+            elif table.has_room(index, hits):
                 return index
-            # Its node's queue has grown in this round.
-            heapq.heappush(far, heapq.heappop(near))
-        return far[0][2] if far and far[0][0] <= beta else None
+            else:
+                self._aside.append(heapq.heappop(near))
+        while far and far[0][0] <= beta:
+            if table.has_room(far[0][2], hits):
+                return far[0][2]
+            self._aside.append(heapq.heappop(far))
+        return None
 
     def placed(self, engine: int) -> None:
         heap = self._near if self._near and self._near[0][2] == engine else self._far
         assert heap[0][2] == engine, "only the engine that was chosen is placed on"
         table = self._table
         heapq.heapreplace(heap, (table.tokens[engine], table.requests[engine], engine))
+
+    def _put_back(self) -> None:
+        """Nodes without room for the last request may have it for the next."""
+        if self._aside:
+            for key in self._aside:
+                heapq.heappush(self._near, key)
+            self._aside.clear()
 
 
 class RoundRobinPrefillChoice:
@@ -92,15 +110,21 @@ class RoundRobinPrefillChoice:
 
     def round(self, table: EngineTable, group: int) -> PrefillRound:
         """See PrefillChoice."""
-        return _TurnsRound(self._next, group, table.members[group])
+        return _TurnsRound(self._next, table, group)
 
 
 class _TurnsRound:
-    def __init__(self, turns: dict[int, int], group: int, members: list[int]) -> None:
-        self._turns, self._group, self._members = turns, group, members
+    def __init__(self, turns: dict[int, int], table: EngineTable, group: int) -> None:
+        self._turns, self._table, self._group = turns, table, group
 
     def choose(self, request: Request) -> int | None:
-        return self._members[self._turns.get(self._group, 0) % len(self._members)]
+        members, start = self._table.members[self._group], self._turns.get(self._group, 0)
+        for step in range(len(members)):
+            index = members[(start + step) % len(members)]
+            if self._table.has_room(index, request.hit_tokens):
+                return index
+        return None
 
     def placed(self, engine: int) -> None:
-        self._turns[self._group] = (self._turns.get(self._group, 0) + 1) % len(self._members)
+        members = self._table.members[self._group]
+        self._turns[self._group] = (members.index(engine) + 1) % len(members)

@@ -16,6 +16,7 @@ class PolicySettings:
       what it reads in 3 s.
     - `beta_tokens`: a prefill engine with more unfinished tokens gets no more: what one GPU
       computes in 5 s.
+    - `alpha_s`, `beta_s`: the seconds that these stand for, by which queues of both are compared.
     - `decode_headroom`: how far above the mean a decode engine may be filled.
 
     alpha and beta are profiled; `profiled` makes them of two rates. Raises InvalidRequest.
@@ -24,11 +25,15 @@ class PolicySettings:
     alpha_tokens: float
     beta_tokens: float
     decode_headroom: float = 1.05
+    alpha_s: float = 3.0
+    beta_s: float = 5.0
 
     def __post_init__(self) -> None:
-        check_count("alpha_tokens", self.alpha_tokens)
+        check_positive("alpha_tokens", self.alpha_tokens)
         check_positive("beta_tokens", self.beta_tokens)
         check_positive("decode_headroom", self.decode_headroom)
+        check_positive("alpha_s", self.alpha_s)
+        check_positive("beta_s", self.beta_s)
 
     @classmethod
     def profiled(
@@ -42,10 +47,11 @@ class PolicySettings:
         """From what a node's storage links read and what one GPU computes, in tokens a second."""
         check_positive("read_tokens_per_s", read_tokens_per_s)
         check_positive("compute_tokens_per_s", compute_tokens_per_s)
-        check_count("alpha_s", alpha_s)
-        check_positive("beta_s", beta_s)
         return cls(
-            alpha_tokens=alpha_s * read_tokens_per_s, beta_tokens=beta_s * compute_tokens_per_s
+            alpha_tokens=alpha_s * read_tokens_per_s,
+            beta_tokens=beta_s * compute_tokens_per_s,
+            alpha_s=alpha_s,
+            beta_s=beta_s,
         )
 
 

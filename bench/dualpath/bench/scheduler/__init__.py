@@ -1,0 +1,1 @@
+"""How many requests a second the scheduler decides, and how long one fetch takes."""

@@ -1,0 +1,130 @@
+"""The measurement: the scheduler's calls under a virtual cluster, timed one by one.
+
+Counted is the time of all calls of the scheduler, from the submission of a request to its end,
+reports included. Not counted: what the cluster does, and how messages travel.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from dualpath.bench.scheduler.shape import Shape
+from dualpath.bench.scheduler.virtual_cluster import VirtualCluster
+from dualpath.scheduler.policies import named_policies
+from dualpath.scheduler.scheduler import Scheduler
+from dualpath.scheduler.settings import PolicySettings, SchedulerLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one run gave. Times in seconds of this machine, on one core."""
+
+    policy: str
+    shape: Shape
+    requests: int
+    scheduler_s: float
+    requests_per_s: float
+    fetches: int
+    fetch_s_p50: float
+    fetch_s_p99: float
+    fetch_s_max: float
+    assignments_per_fetch: float
+    waiting_at_end: int
+    seconds_by_call: dict[str, float]
+
+
+class Stopwatch:
+    """Adds up the time of calls by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.fetches: list[float] = []
+
+    def add(self, name: str, began: float) -> float:
+        """A call that began then has ended; its seconds."""
+        spent = perf_counter() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        return spent
+
+
+def measure(shape: Shape, policy: str, said: Callable[[str], None]) -> Figures:
+    """Run the load through a scheduler of `policy`. Raises InvalidRequest for one that is none.
+
+    It begins to count once requests end as often as they come. A fetch is the report and the fetch
+    that go together, as a leader sends them.
+    """
+    cluster = VirtualCluster(shape)
+    settings = PolicySettings(alpha_tokens=shape.alpha_tokens, beta_tokens=shape.beta_tokens)
+    scheduler = Scheduler(
+        named_policies(policy, settings),
+        SchedulerLimits(
+            engines_max=shape.engines,
+            groups_max=len(cluster.groups),
+            nodes_max=shape.prefill + shape.decode,
+        ),
+    )
+    for engine in cluster.engines:
+        scheduler.register(engine)
+    warm_s = shape.prefill_s + shape.decode_s
+    steps_warm = int(warm_s / shape.interval_s) + 2
+    steps = max(1, int(shape.seconds / shape.interval_s))
+    said(f"{policy}: {shape.engines} engines, {len(cluster.groups)} groups: warming up")
+    watch, assigned, owed = Stopwatch(), 0, 0.0
+    gc.collect()
+    for step in range(steps_warm + steps):
+        if step == steps_warm:
+            said(f"{policy}: measuring {steps} rounds of fetches")
+            watch, assigned = Stopwatch(), 0
+        owed += shape.rate * shape.interval_s
+        count = int(owed)
+        owed -= count
+        assigned += _step(scheduler, cluster, watch, step * shape.interval_s, count)
+    fetches = sorted(watch.fetches)
+    spent = sum(watch.seconds.values())
+    return Figures(
+        policy=policy,
+        shape=shape,
+        requests=assigned,
+        scheduler_s=spent,
+        requests_per_s=assigned / spent,
+        fetches=len(fetches),
+        fetch_s_p50=fetches[len(fetches) // 2],
+        fetch_s_p99=fetches[min(len(fetches) - 1, int(len(fetches) * 0.99))],
+        fetch_s_max=fetches[-1],
+        assignments_per_fetch=assigned / len(fetches),
+        waiting_at_end=scheduler.counts().waiting,
+        seconds_by_call=watch.seconds,
+    )
+
+
+def _step(
+    scheduler: Scheduler, cluster: VirtualCluster, watch: Stopwatch, now: float, count: int
+) -> int:
+    """One interval: ends, arrivals, then each group reports and fetches; assignments made."""
+    prefilled, finished = cluster.advance(now)
+    arrivals = cluster.arrivals(count)
+    began = perf_counter()
+    for request_id in prefilled:
+        scheduler.prefilled(request_id)
+    for request_id in finished:
+        scheduler.finished(request_id)
+    watch.add("ends", began)
+    began = perf_counter()
+    for request in arrivals:
+        scheduler.submit(request, now)
+    watch.add("submit", began)
+    made = 0
+    for group in cluster.groups:
+        report = cluster.report(group)
+        began = perf_counter()
+        scheduler.report(report)
+        reported = watch.add("report", began)
+        began = perf_counter()
+        assignments = scheduler.fetch(group, now)
+        watch.fetches.append(reported + watch.add("fetch", began))
+        cluster.take(assignments, now)
+        made += len(assignments)
+    return made
