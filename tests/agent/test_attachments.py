@@ -28,8 +28,8 @@ class _Relay:
         self.closed: list[Requester] = []
         self.holdings = Holdings(None, 1.0)
 
-    def open(self, name: str, peer: str, rail: int) -> Requester:
-        return Requester(name, peer, rail)
+    def open(self, name: str, peer: str, rail: int, sharer: str) -> Requester:
+        return Requester(name, peer, rail, sharer)
 
     def close(self, requester: Requester) -> None:
         self.closed.append(requester)

@@ -211,3 +211,63 @@ def test_offers_that_are_never_written_leave_room_for_others(
         assert agent.holdings.unclaimed_bytes == 0
 
     run_cluster(body)
+
+
+def test_a_peer_with_many_sessions_has_no_more_coming_than_with_one(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        agent = (await cluster.relay("decode-1", hold_bytes=16 << 20, stall_s=30.0)).agent
+        for number in range(3):
+            await cluster.embedded(f"bad-{number}")
+        await until(lambda: len(agent.attachments) == 3, "attached")
+        decode = KVClient(EmbeddedSession(agent))
+        namespace_id = await decode.open_namespace(NAMESPACE)
+        calls, receives = [], []
+        for session in tuple(agent.attachments._by_session):
+            name, hashes = session.hex(), chain(BLOCKS, session.hex())
+            memory = await decode.allocate(BYTES)
+            receives.append(
+                await decode.receive(name, namespace_id, hashes, memory, PLACES, deadline_s=WAIT_S)
+            )
+            offering = _offering(session, request=name, hash=hashes, deadline_ms=60_000)
+            calls.append(asyncio.create_task(_answers(agent.intakes.serve(offering))))
+        intakes = agent.intakes
+
+        def settled() -> bool:
+            running = tuple(intakes._running)
+            looked = all(each.waits and each.claimed for each in running)
+            return len(running) == 3 and not intakes._looking and looked
+
+        try:
+            await until(settled, "all wait for room")
+            coming = [room.coming_bytes for room in intakes._peers.values()]
+            assert len(coming) == 3
+            assert min(coming) > 0
+            # All three count as one: others could have as much.
+            assert sum(coming) <= agent.holdings.capacity_bytes // 2
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+        for receive in receives:
+            assert (await receive.result()).blocks == 0
+        await clean(agent)
+
+    run_cluster(body)
+
+
+def test_a_prefill_node_with_too_many_requests_is_told_so(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualpath.agent.handed_request.REQUESTS_MAX", 2)
+
+    async def body(cluster: LoopbackCluster) -> None:
+        await cluster.relay("decode-1")
+        prefill = await cluster.embedded()
+        reasons = []
+        for name in ("first", "second"):
+            hand_off = await given(prefill, request=name)
+            hand_off.layer_done(ALL_LAYERS)
+            reasons.append((await hand_off.result()).reason)
+        assert reasons == ["", "quota"]
+
+    run_cluster(body)

@@ -117,7 +117,7 @@ class Attachments:
         peer_id = f"{request.name}@{next(self._serial)}"
         self._take_share(sharer)
         try:
-            requester = self._relay.open(request.name, peer_id, request.rail)
+            requester = self._relay.open(request.name, peer_id, request.rail, sharer)
         except BaseException:
             self._shares.give_back(sharer)
             raise

@@ -44,7 +44,7 @@ DETAIL_CHARS_MAX = 2000
 REASONS = frozenset(
     (
         *("", "aborted", "corrupt", "deadline", "duplicate_request", "expired"),
-        *("invalid", "no_room", "overloaded", "peer_lost", "unsupported"),
+        *("invalid", "no_room", "overloaded", "peer_lost", "quota", "unsupported"),
     )
 )
 """How a hand-off can end; what a peer says beyond them is `peer_lost`."""

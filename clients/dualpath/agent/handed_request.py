@@ -2,8 +2,8 @@
 
 Owns, for each request, which chunks its prefill side has declared final and this node holds, which
 of them its engine has already, and how the last hand-off ended. What came first waits for the other
-side here, but for no longer than `hold_s`; then everything of the request is let go. Belongs to the
-loop.
+side here, but for no longer than `hold_s`; then everything of the request is let go. Nobody's
+requests take more of the room for them than is left for others'. Belongs to the loop.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias
 
 from dualpath.agent.hand_off_spec import check_request
 from dualpath.agent.holdings import REQUESTS_MAX, HeldChunk, Holdings, RequestKey
+from dualpath.kvstore.service.shares import Shares
 from dualpath.transfer.errors import Overloaded
 
 ChunkPlace: TypeAlias = tuple[bytes, bytes, int]
@@ -54,6 +55,8 @@ class HandedRequest:
     intake: Intake | None = None
     receive: Receive | None = None
     expires_at: float = 0.0
+    sharer: str | None = None
+    """In whose share it counts: the peer's that named it first. None: an engine of this node."""
 
     @property
     def idle(self) -> bool:
@@ -76,36 +79,61 @@ class HandedRequests:
         self._events = events
         self._loop = loop
         self._requests: dict[RequestKey, HandedRequest] = {}
+        self._shares = Shares(REQUESTS_MAX, "requests held", retry_after_s=1.0)
         self._sweep: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def of(self, namespace_id: bytes, name: str) -> HandedRequest:
-        """The record of a request. Raises InvalidRequest, Overloaded."""
+    def of(self, namespace_id: bytes, name: str, sharer: str | None = None) -> HandedRequest:
+        """The record of a request. One that is new counts in the share of `sharer`, unless it is an
+        engine of this node (None), whose receives are bounded elsewhere. Raises InvalidRequest,
+        Overloaded: reason `quota` if it is this one who has too many."""
         check_request(name)
         key = (namespace_id, name)
         record = self._requests.get(key)
         if record is None:
-            if len(self._requests) >= REQUESTS_MAX and not self._drop_empty():
-                raise Overloaded(f"{REQUESTS_MAX} requests are held already", retry_after_s=1.0)
-            record = self._requests[key] = HandedRequest(key)
+            if sharer is not None:
+                self._take_share(sharer)
+            record = self._requests[key] = HandedRequest(key, sharer=sharer)
             record.expires_at = self._loop.time() + self._hold_s
             self._arm()
         return record
 
-    def _drop_empty(self) -> bool:
-        """Forget a request of which nothing came, and nobody is there: its outcome is lost."""
-        for key, record in self._requests.items():
-            if record.idle and not record.final and not record.copied:
-                del self._requests[key]
-                return True
-        return False
+    def _take_share(self, sharer: str) -> None:
+        """Room for one more. Requests of which nothing came, and where nobody is, make way, those
+        of the same sharer first: their outcome is lost. Raises Overloaded."""
+        while True:
+            try:
+                self._shares.take(sharer)
+            except Overloaded as error:
+                empty = self._empty(sharer)
+                if empty is None and error.reason != "quota":
+                    empty = self._empty(None)
+                if empty is None:
+                    raise
+                self._forget(empty)
+            else:
+                return
+
+    def _empty(self, sharer: str | None) -> HandedRequest | None:
+        """One that makes way, of this sharer or of any peer."""
+        for record in self._requests.values():
+            empty = record.idle and not record.final and not record.copied
+            if empty and record.sharer is not None and sharer in (None, record.sharer):
+                return record
+        return None
+
+    def _forget(self, record: HandedRequest) -> None:
+        if self._requests.get(record.key) is record:
+            del self._requests[record.key]
+            if record.sharer is not None:
+                self._shares.give_back(record.sharer)
 
     def begin_intake(self, record: HandedRequest, intake: Intake) -> None:
         """A hand-off begins."""
         assert record.intake is None
-        self._holdings.begin(record.key)
+        self._holdings.begin(record.key, sharer=record.sharer)
         record.intake, record.outcome = intake, None
 
     def end_intake(self, record: HandedRequest, reason: str, detail: str) -> None:
@@ -124,8 +152,7 @@ class HandedRequests:
     def end_receive(self, record: HandedRequest, reason: str, detail: str) -> None:
         """It has ended, and with it the request; `reason` is "" if the engine has everything."""
         record.receive = None
-        if self._requests.get(record.key) is record:
-            del self._requests[record.key]
+        self._forget(record)
         intake = record.intake
         if intake is not None:
             intake.finish(reason or "aborted", detail or "the decode engine has what it wanted")
@@ -134,7 +161,7 @@ class HandedRequests:
 
     def final(self, record: HandedRequest, place: ChunkPlace, chunk: HeldChunk, had: bool) -> None:
         """A chunk is held and has its last bytes: pin it until the engine has it."""
-        self._holdings.pin(chunk, record.key[1], self._loop.time())
+        self._holdings.pin(chunk, record.key[1], self._loop.time(), record.sharer)
         record.final[place] = (chunk, had)
         if record.receive is not None:
             record.receive.on_final(place)
@@ -168,7 +195,7 @@ class HandedRequests:
         self._holdings.expire(now)
         for record in tuple(self._requests.values()):
             if record.idle and record.expires_at <= now:
-                del self._requests[record.key]
+                self._forget(record)
                 self._holdings.release(record.key)
                 self._events["hand_off_expired"] += 1
         if self._requests or self._holdings.requests:

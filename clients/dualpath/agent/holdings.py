@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from dualpath.agent.staging import SLAB_BYTES, Slot, Staging
 from dualpath.kvstore.checksum import of_slices
+from dualpath.kvstore.service.shares import Shares
 from dualpath.transfer.errors import InvalidRequest, Overloaded
 from dualpath.transfer.region import Region
 
@@ -29,7 +30,7 @@ RequestKey: TypeAlias = tuple[bytes, str]
 """Namespace id and name of a request: its name means something only within its namespace."""
 
 REQUESTS_MAX = 4096
-"""Most requests with something pinned, or under way, at once."""
+"""Most requests of peers with something pinned, or under way, at once."""
 REQUEST_CHARS_MAX = 128
 
 
@@ -77,6 +78,8 @@ class _Request:
     claimed: bool = False
     """Somebody receives it."""
     expires_at: float = 0.0
+    sharer: str | None = None
+    """In whose share it counts; None: in nobody's."""
 
 
 class Holdings:
@@ -100,6 +103,7 @@ class Holdings:
         self._cache: dict[HeldChunk, None] = {}
         """Those that may go, the oldest first."""
         self._requests: dict[RequestKey, _Request] = {}
+        self._shares = Shares(REQUESTS_MAX, "requests held here", retry_after_s=1.0)
 
     @property
     def region(self) -> Region:
@@ -208,10 +212,11 @@ class Holdings:
 
     # Requests.
 
-    def begin(self, key: RequestKey, *, claims: bool = False) -> None:
+    def begin(self, key: RequestKey, *, claims: bool = False, sharer: str | None = None) -> None:
         """Somebody is busy with a request, until `end`: its pins stay. Raises Overloaded.
-        `claims`: receives it, until `release`."""
-        record = self._of(key)
+        `claims`: receives it, until `release`. `sharer`: whose request it is, if it is new here;
+        nobody has more of them than are left for others. None: an engine of this node."""
+        record = self._of(key, sharer)
         record.busy += 1
         if claims and not record.claimed:
             record.claimed = True
@@ -227,8 +232,9 @@ class Holdings:
         record.expires_at = now + self._hold_s
         self._settle_request(key, record)
 
-    def pin(self, chunk: HeldChunk, request: str, now: float) -> None:
-        """Keep a chunk for a request of its namespace. Raises Overloaded, InvalidRequest."""
+    def pin(self, chunk: HeldChunk, request: str, now: float, sharer: str | None = None) -> None:
+        """Keep a chunk for a request of its namespace; `sharer` as in `begin`. Raises Overloaded,
+        InvalidRequest."""
         key = (chunk.name[0], request)
         if not self.may_pin(chunk, key):
             raise Overloaded(
@@ -236,7 +242,7 @@ class Holdings:
                 "hold_bytes",
                 retry_after_s=1.0,
             )
-        record = self._of(key)
+        record = self._of(key, sharer)
         record.expires_at = now + self._hold_s
         if chunk not in record.pinned:
             self._add_pin(record, chunk)
@@ -279,16 +285,16 @@ class Holdings:
             self.events["hold_expired"] += len(late)
         return len(late)
 
-    def _of(self, key: RequestKey) -> _Request:
+    def _of(self, key: RequestKey, sharer: str | None) -> _Request:
         if not 1 <= len(key[1]) <= REQUEST_CHARS_MAX:
             raise InvalidRequest(
                 f"a request has a name of 1..{REQUEST_CHARS_MAX} characters, not {len(key[1])}"
             )
         record = self._requests.get(key)
         if record is None:
-            if len(self._requests) >= REQUESTS_MAX:
-                raise Overloaded(f"{REQUESTS_MAX} requests are held already", retry_after_s=1.0)
-            record = self._requests[key] = _Request()
+            if sharer is not None:
+                self._shares.take(sharer)
+            record = self._requests[key] = _Request(sharer=sharer)
         return record
 
     def _replace(self, other: HeldChunk, chunk: HeldChunk) -> None:
@@ -333,7 +339,9 @@ class Holdings:
 
     def _settle_request(self, key: RequestKey, record: _Request) -> None:
         if not record.busy and not record.pinned:
-            self._requests.pop(key, None)
+            known = self._requests.pop(key, None)
+            if known is not None and known.sharer is not None:
+                self._shares.give_back(known.sharer)
 
     # Slots.
 

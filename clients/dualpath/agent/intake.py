@@ -38,14 +38,38 @@ RESPONSE_CHUNKS_MAX = 4096
 
 
 @dataclass(slots=True, eq=False)
+class SharerRoom:
+    """What all peers have coming that count as one: `share_bytes` at most."""
+
+    sharer: str
+    share_bytes: int = 0
+    coming_bytes: int = 0
+    peers: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class PeerRoom:
     """What one peer has in the holdings: `coming_bytes` of all its hand-offs, and when any of it
     came last. `share_bytes` is the most that may be coming."""
 
     moved_at: float
+    sharer: SharerRoom
     share_bytes: int = 0
     coming_bytes: int = 0
     intakes: int = 0
+
+    def takes(self, nbytes: int) -> bool:
+        """Whether so much more may be coming."""
+        sharer = self.sharer
+        return (
+            self.coming_bytes + nbytes <= self.share_bytes
+            and sharer.coming_bytes + nbytes <= sharer.share_bytes
+        )
+
+    def add(self, nbytes: int) -> None:
+        """So much more is coming, or less."""
+        self.coming_bytes += nbytes
+        self.sharer.coming_bytes += nbytes
 
 
 class Intake:
@@ -70,7 +94,7 @@ class Intake:
         self._requests = requests
         self._holdings = holdings
         self._transport = compute.transport
-        self._peer, self._stall_s = peer, stall_s
+        self.peer, self._stall_s = peer, stall_s
         self._loop = loop
         self._on_end = on_end
         self.taken_bytes = 0
@@ -103,7 +127,9 @@ class Intake:
         self._final = 0
         self._by_block = [0] * len(self._hashes)
         self._landed: Mailbox[tuple[int, bool]] = Mailbox(loop, self._on_landed)
-        self._record: HandedRequest = requests.of(hello.namespace_id, hello.request)
+        self._record: HandedRequest = requests.of(
+            hello.namespace_id, hello.request, peer.sharer.sharer
+        )
         if self._record.intake is not None:
             raise InvalidRequest(
                 f"request {hello.request!r} is being handed off already; wait for its end",
@@ -181,7 +207,7 @@ class Intake:
     def take_back(self, now: float) -> None:
         """Others need room: give what it has for chunks that do not come, if its peer has stalled.
         They wait for room again."""
-        moved_at = max(self._filler.moved_at, self._peer.moved_at)
+        moved_at = max(self._filler.moved_at, self.peer.moved_at)
         if self.over is not None or not self._coming or now - moved_at < self._stall_s:
             return
         for tag in self._transport.disarm(self.window, tuple(self._coming)):
@@ -222,7 +248,7 @@ class Intake:
         self.over = (reason, detail)
         self._timer.cancel()
         for chunk in self._coming.values():
-            self._peer.coming_bytes -= chunk.nbytes
+            self.peer.add(-chunk.nbytes)
             self._holdings.discard(chunk)
             self._holdings.unuse(chunk)
         for kept in (self._coming, self._roomless, self._asked, self._unarmed, self._others):
@@ -286,7 +312,7 @@ class Intake:
     def _fill(self, number: int, nbytes: int) -> bool:
         if self._slow and self._coming:
             return False
-        if self._peer.coming_bytes + nbytes > self._peer.share_bytes:
+        if not self.peer.takes(nbytes):
             return False
         name, claimed = self._names[number], self.claimed
         chunk = self._holdings.fill(name, nbytes, self._filler, claimed=claimed)
@@ -297,7 +323,7 @@ class Intake:
     def _ask(self, number: int, chunk: HeldChunk) -> None:
         tag = number + self._asks[number] * self.chunks
         self._asks[number] += 1
-        self._peer.coming_bytes += chunk.nbytes
+        self.peer.add(chunk.nbytes)
         if not self._coming:
             self._filler.moved_at = self._loop.time()
         self._coming[tag] = chunk
@@ -308,7 +334,7 @@ class Intake:
         """It is not coming any more: it has landed, or is fenced."""
         chunk = self._coming.pop(tag, None)
         if chunk is not None:
-            self._peer.coming_bytes -= chunk.nbytes
+            self.peer.add(-chunk.nbytes)
         return chunk
 
     def flush(self) -> None:
@@ -369,7 +395,7 @@ class Intake:
     def _take(self, number: int, chunk: HeldChunk, *, intact: bool) -> None:
         """It came right, or nobody waits for it any more."""
         if intact:
-            self._filler.moved_at = self._peer.moved_at = self._loop.time()
+            self._filler.moved_at = self.peer.moved_at = self._loop.time()
             self._slow = False
             held = self._holdings.filled(chunk)
             if not self._counted[number]:

@@ -2,9 +2,11 @@
 
 Owns how many there may be, whose chunk gets room next, their counters, and the end of a stream: an
 intake ends with its stream, with the attachment over which its bytes come, or at its deadline.
-Those whose request is being received go first; of each kind all go by turns, one chunk each. No
-peer has so much coming that another could not have as much, and where a peer stalls while others
-wait for room, what it has for chunks that do not come is taken back. Belongs to the loop.
+Those whose request is being received go first; of each kind all peers go by turns, and of each peer
+all hand-offs, one chunk each. No peer has so much coming, or so many hand-offs, that another could
+not have as much; peers that show the same credential from the same host count as one. Where a peer
+stalls while others wait for room, what it has for chunks that do not come is taken back. Belongs to
+the loop.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dualpath.agent.attachments import Attachment, Attachments
 from dualpath.agent.handed_request import HandedRequests
 from dualpath.agent.holdings import Holdings
-from dualpath.agent.intake import Intake, PeerRoom
+from dualpath.agent.intake import Intake, PeerRoom, SharerRoom
 from dualpath.agent.network import Network
 from dualpath.agent.staging import SLAB_BYTES
 from dualpath.agent.unread_call import UnreadCall
+from dualpath.kvstore.service.shares import Shares
 from dualpath.proto.first_message import first_message
 from dualpath.proto.v1 import agent_pb2
-from dualpath.transfer.errors import DualPathError, InvalidRequest, Overloaded
+from dualpath.transfer.errors import DualPathError, InvalidRequest
 
 INTAKES_MAX = 1024
 OFFER_CHUNKS_MAX = 4096
@@ -57,6 +60,8 @@ class Intakes:
         self._running: dict[Intake, UnreadCall] = {}
         self._peers: dict[bytes, PeerRoom] = {}
         """By session."""
+        self._sharers: dict[str, SharerRoom] = {}
+        self._shares = Shares(INTAKES_MAX, "hand-offs that come in", retry_after_s=1.0)
         self._looking = False
         self._look: asyncio.TimerHandle | None = None
         holdings.on_room = self._room
@@ -106,10 +111,17 @@ class Intakes:
             intake.finish("aborted", "the decode agent stops")
 
     def _begin(self, hello: agent_pb2.TakeRequest, attachment: Attachment) -> Intake:
-        if len(self._running) >= INTAKES_MAX:
-            raise Overloaded(f"{INTAKES_MAX} hand-offs come in already", retry_after_s=1.0)
+        self._shares.take(attachment.sharer)
+        try:
+            return self._begun(hello, attachment)
+        except BaseException:
+            self._shares.give_back(attachment.sharer)
+            raise
+
+    def _begun(self, hello: agent_pb2.TakeRequest, attachment: Attachment) -> Intake:
         hello.deadline_ms = min(hello.deadline_ms, round(self._deadline_s_max * 1000))
-        peer = self._peers.get(hello.session) or PeerRoom(self._loop.time())
+        sharer = self._sharers.get(attachment.sharer) or SharerRoom(attachment.sharer)
+        peer = self._peers.get(hello.session) or PeerRoom(self._loop.time(), sharer)
         intake = Intake(
             hello,
             self._requests,
@@ -122,7 +134,10 @@ class Intakes:
         )
         self._running[intake] = UnreadCall(self._loop)
         peer.intakes += 1
+        if peer.intakes == 1:
+            sharer.peers += 1
         self._peers[hello.session] = peer
+        self._sharers[sharer.sharer] = sharer
         self._share()
         self._look_later()
         attachment.on_close[intake] = lambda reason: intake.finish("peer_lost", reason)
@@ -130,15 +145,22 @@ class Intakes:
 
     def _leave(self, session: bytes) -> None:
         peer = self._peers[session]
+        sharer = peer.sharer
+        self._shares.give_back(sharer.sharer)
         peer.intakes -= 1
         if not peer.intakes:
             del self._peers[session]
+            sharer.peers -= 1
+            if not sharer.peers:
+                del self._sharers[sharer.sharer]
             self._share()
 
     def _share(self) -> None:
-        share = self._holdings.capacity_bytes // (1 + max(1, len(self._peers)))
+        share = self._holdings.capacity_bytes // (1 + max(1, len(self._sharers)))
+        for sharer in self._sharers.values():
+            sharer.share_bytes = max(share, SLAB_BYTES)
         for peer in self._peers.values():
-            peer.share_bytes = max(share, SLAB_BYTES)
+            peer.share_bytes = max(share // peer.sharer.peers, SLAB_BYTES)
 
     async def _read(self, intake: Intake, requests: AsyncIterator[agent_pb2.TakeRequest]) -> None:
         try:
@@ -191,10 +213,17 @@ class Intakes:
         self._looking = False
         running = tuple(self._running)
         for claimed in (True, False):
-            turns = deque(each for each in running if each.waits and each.claimed is claimed)
+            queues: dict[SharerRoom, deque[Intake]] = {}
+            for each in running:
+                if each.waits and each.claimed is claimed:
+                    queues.setdefault(each.peer.sharer, deque()).append(each)
+            turns = deque(queues.values())
             while turns:
-                intake = turns.popleft()
+                queue = turns.popleft()
+                intake = queue.popleft()
                 if intake.take_turn():
-                    turns.append(intake)
+                    queue.append(intake)
+                if queue:
+                    turns.append(queue)
         for intake in running:
             intake.flush()

@@ -116,13 +116,13 @@ class Relay:
 
     # Requesters.
 
-    def open(self, name: str, peer: str, rail: int = 0) -> Requester:
+    def open(self, name: str, peer: str, rail: int = 0, sharer: str | None = None) -> Requester:
         """Begin to serve a requester, by storage link `rail`. Raises Overloaded over the limit."""
         if len(self._requesters) >= REQUESTERS_MAX:
             raise Overloaded(f"{REQUESTERS_MAX} agents are served already", retry_after_s=5.0)
         assert (peer, rail) not in self._requesters
         self._reads.setdefault(rail, RailReads())
-        requester = self._requesters[peer, rail] = Requester(name, peer, rail)
+        requester = self._requesters[peer, rail] = Requester(name, peer, rail, sharer)
         return requester
 
     def close(self, requester: Requester) -> None:

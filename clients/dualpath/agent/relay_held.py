@@ -116,7 +116,8 @@ class RelayHeld:
         grant.held_bytes += chunk.target.nbytes
         if grant.request:
             try:
-                self._holdings.pin(held, grant.request, self._loop.time())
+                sharer = grant.requester.sharer
+                self._holdings.pin(held, grant.request, self._loop.time(), sharer)
             except Overloaded:
                 grant.request = ""
 

@@ -121,6 +121,8 @@ class Requester:
     peer: str
     rail: int = 0
     """By which of this node's storage links its chunks are read."""
+    sharer: str | None = None
+    """As whom it takes its share of what is bounded here; None: this agent itself."""
     queue: deque[RelayChunk] = field(default_factory=deque)
     grants: dict[int, RelayGrant] = field(default_factory=dict)
     waiting_bytes: int = 0

@@ -80,7 +80,7 @@ class RelayTurns:
         try:
             held = holdings.find(name)
             if held is not None:  # another reads it: the request needs no second one
-                holdings.pin(held, request, now)
+                holdings.pin(held, request, now, chunk.grant.requester.sharer)
                 return False
             held = holdings.fill(name, chunk.target.nbytes)
             if held is None:
@@ -88,7 +88,7 @@ class RelayTurns:
                 holdings.events["retain_no_room"] += 1
                 return False
             chunk.held, chunk.slot = held, held.slot
-            holdings.pin(held, request, now)
+            holdings.pin(held, request, now, chunk.grant.requester.sharer)
         except Overloaded:
             holdings.events["retain_no_room"] += 1
         return chunk.held is not None

@@ -158,7 +158,7 @@ class HandOffStage(StagePlay):
         self.decode = StageTransport("decode", self.wire)
         self.prefill.links["decode"] = self.decode
         self.decode.links["prefill"] = self.prefill
-        self.attachment = SimpleNamespace(on_close={})
+        self.attachment = SimpleNamespace(on_close={}, sharer="prefill")
         compute = cast(Network, StageNetwork(self.decode))
         self.holdings = Holdings(_region("holdings", 4 * SLAB_BYTES), HOLD_S)
         self.counts: Counter[str] = Counter()
