@@ -36,7 +36,7 @@ def ends_by_filling_everything(capacities: list[float], flows: list[PlannedFlow]
     while order or running:
         rates = max_min_rates(
             [Demand(flows[i].links, flows[i].weight, flows[i].cap) for i in running],
-            dict(enumerate(capacities)),
+            capacities,
         )
         until = flows[order[0]].begin_s if order else math.inf
         ending = min(
@@ -119,7 +119,7 @@ def test_max_min_rates_fill_a_link_for_every_demand_that_is_held_back(
 ) -> None:
     capacities, flows, _ = network
     demands = [Demand(flow.links, flow.weight, flow.cap) for flow in flows]
-    rates = max_min_rates(demands, dict(enumerate(capacities)))
+    rates = max_min_rates(demands, capacities)
     load = [0.0] * len(capacities)
     for demand, rate in zip(demands, rates, strict=True):
         for link in demand.links:

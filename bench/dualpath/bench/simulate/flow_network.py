@@ -7,7 +7,8 @@ their count. What a route can get at most (its `bound`) is the least of its link
 of its cap. While the bounds of all routes on a link fit, the link cannot bind, and rates are the
 bounds: nothing else changes when a flow comes or goes. Where they do not fit the link is `tight`,
 and the routes that are joined by tight links, and only those, get their rates anew
-(`water_filling`). Both give the same rates as filling all links at once: `tests/simulate` compares.
+(`water_filling`), once for all that happens at one instant. Both give the same rates as filling
+all links at once: `tests/simulate` compares.
 
 Guarantees, checked at each change: no tight link carries more than its capacity, and no flow ends
 before its bytes are served.
@@ -75,6 +76,7 @@ class FlowNetwork:
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
         self._made = 0
+        self._unsettled: dict[Link, None] = {}
         self.flows = 0
         self.bytes_started = 0.0
         self.bytes_ended = 0.0
@@ -112,7 +114,7 @@ class FlowNetwork:
         if first:
             self._rebound(route, route.cap)
         else:
-            self._share_if_tight(route)
+            self._reweigh(route)
         self._plan(route)
 
     def start_capped(
@@ -141,40 +143,56 @@ class FlowNetwork:
         """A route begins or ends to be busy."""
         by = bound - route.bound
         route.bound = bound
-        shared = [link for link in route.links if link.widen(route, by)]
-        if shared:
-            self._share(shared)
-        else:
+        free = True
+        for link in route.links:
+            if link.widen(route, by):
+                free = False
+                self._unsettle(link)
+        if free:
             route.rate = bound
 
-    def _share_if_tight(self, route: Route) -> None:
+    def _reweigh(self, route: Route) -> None:
         """The weight of a route that stays busy has changed."""
-        tight = [link for link in route.links if link.tight]
-        if tight:
-            self._share(tight)
+        for link in route.links:
+            if link.tight:
+                self._unsettle(link)
 
-    def _share(self, seeds: Iterable[Link]) -> None:
-        """New rates for all routes that tight links join to `seeds`."""
-        links, routes = joined(seeds)
-        order = list(routes)
+    def _unsettle(self, link: Link) -> None:
+        """What crosses this link gets its rate anew before time goes on: once for all that happens
+        at this instant."""
+        if not self._unsettled:
+            self._clock.at(self._clock.now, self._settle)
+        self._unsettled[link] = None
+
+    def _settle(self, _: object) -> None:
+        unsettled, self._unsettled = self._unsettled, {}
+        settled: set[Link] = set()
+        for seed in unsettled:
+            if seed not in settled:
+                links, routes = joined(seed)
+                settled.update(links)
+                self._share(links, routes)
+
+    def _share(self, links: list[Link], routes: list[Route]) -> None:
+        """New rates for routes that tight links join."""
         numbers = {link: number for number, link in enumerate(links) if link.tight}
         demands = [
             Demand(
-                tuple(numbers[link] for link in route.links if link in numbers),
+                tuple([numbers[link] for link in route.links if link in numbers]),
                 route.weight,
                 route.cap,
             )
-            for route in order
+            for route in routes
         ]
-        capacities = {number: link.capacity for link, number in numbers.items()}
+        capacities = [link.capacity for link in links]
         now = self._clock.now
-        for route, rate in zip(order, max_min_rates(demands, capacities), strict=True):
+        for route, rate in zip(routes, max_min_rates(demands, capacities), strict=True):
             if rate != route.rate:
                 route.advance(now)
                 route.rate = rate
                 self._plan(route)
         for link in numbers:
-            total = sum(route.rate for route in link.routes)
+            total = sum([route.rate for route in link.routes])
             assert total <= link.capacity * (1 + OVER_CAPACITY), f"{link} carries {total}"
 
     def _plan(self, route: Route) -> None:
@@ -221,22 +239,21 @@ class FlowNetwork:
             self._rebound(route, 0.0)
             route.rate = 0.0
         else:
-            self._share_if_tight(route)
+            self._reweigh(route)
 
 
-def joined(seeds: Iterable[Link]) -> tuple[list[Link], dict[Route, None]]:
-    """The links of `seeds` and all that tight links join to them, with the busy routes on them, in
-    an order that depends on the run alone."""
-    links = dict.fromkeys(seeds)
-    waiting = list(links)
+def joined(seed: Link) -> tuple[list[Link], list[Route]]:
+    """`seed` and the links that tight links join to it, with the busy routes on them, in an order
+    that depends on the run alone."""
+    links = [seed]
+    seen = {seed}
     routes: dict[Route, None] = {}
-    for link in waiting:
+    for link in links:
         for route in link.routes:
-            if route in routes:
-                continue
-            routes[route] = None
-            for other in route.links:
-                if other.tight and other not in links:
-                    links[other] = None
-                    waiting.append(other)
-    return waiting, routes
+            if route not in routes:
+                routes[route] = None
+                for other in route.links:
+                    if other.tight and other not in seen:
+                        seen.add(other)
+                        links.append(other)
+    return links, list(routes)

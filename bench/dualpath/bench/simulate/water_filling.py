@@ -8,55 +8,71 @@ others grow on (progressive filling: Bertsekas and Gallager, "Data Networks", 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 LEVEL_TOLERANCE = 1e-12
 """Links and bounds within this share of the lowest level are held together with it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """`links` are keys of the capacities; `bound` is in bytes a second (inf: none)."""
+class Demand(NamedTuple):
+    """`links` are indices of the capacities; `bound` is in bytes a second (inf: none)."""
 
     links: tuple[int, ...]
     weight: float
     bound: float = math.inf
 
 
-def max_min_rates(demands: Sequence[Demand], capacities: Mapping[int, float]) -> list[float]:
-    """The rate of each demand, bytes a second. Links that are not in `capacities` never bind; a
-    demand without bound and without such a link raises ValueError."""
+def max_min_rates(demands: Sequence[Demand], capacities: Sequence[float]) -> list[float]:
+    """The rate of each demand, bytes a second. A demand without a bound and without a link with a
+    capacity raises ValueError."""
     rates = [0.0] * len(demands)
-    left = dict(capacities)
-    weights = dict.fromkeys(capacities, 0.0)
-    members: dict[int, list[int]] = {link: [] for link in capacities}
-    for index, demand in enumerate(demands):
-        for link in demand.links:
-            if link in weights:
-                weights[link] += demand.weight
-                members[link].append(index)
-    active = set(range(len(demands)))
-    while active:
-        levels = {link: left[link] / weights[link] for link in left if weights[link] > 0}
-        level = min(levels.values(), default=math.inf)
-        level = min(level, *(demands[i].bound / demands[i].weight for i in active))
-        if level == math.inf:
-            raise ValueError("a demand without a bound crosses no link with a capacity")
-        reach = level * (1 + LEVEL_TOLERANCE)
-        held = {i for i in active if demands[i].bound <= reach * demands[i].weight}
-        for link, height in levels.items():
-            if height <= reach:
-                held.update(i for i in members[link] if i in active)
-        active -= held
-        for i in sorted(held):
-            demand = demands[i]
-            rates[i] = min(demand.bound, level * demand.weight)
-            for link in demand.links:
-                if link in left:
-                    left[link] = max(0.0, left[link] - rates[i])
-                    weights[link] -= demand.weight
-        for link, indices in members.items():
-            if not any(i in active for i in indices):
-                weights[link] = 0.0
+    left = list(capacities)
+    weights = [0.0] * len(left)
+    members: list[list[int]] = [[] for _ in left]
+    growing: list[tuple[float, int]] = []
+    for index, (links, weight, bound) in enumerate(demands):
+        growing.append((bound / weight, index))
+        for link in links:
+            weights[link] += weight
+            members[link].append(index)
+    # Bounds are met in the order of their levels. A demand that is held at a bound below a link's
+    # level leaves more for the others on it, so all bounds up to the lowest level hold at once.
+    growing.sort()
+    held = bytearray(len(demands))
+    open_links = [link for link, indices in enumerate(members) if indices]
+    counts = [len(indices) for indices in members]
+    at = 0
+
+    def hold(index: int, rate: float) -> None:
+        held[index] = 1
+        rates[index] = rate
+        links, weight, _ = demands[index]
+        for link in links:
+            left[link] = max(0.0, left[link] - rate)
+            counts[link] -= 1
+            # Rounding must not leave the weight of nobody.
+            weights[link] = weights[link] - weight if counts[link] else 0.0
+
+    while at < len(growing):
+        lowest, tightest = math.inf, -1
+        for link in open_links:
+            if counts[link] and left[link] < lowest * weights[link]:
+                lowest, tightest = left[link] / weights[link], link
+        reach = lowest * (1 + LEVEL_TOLERANCE)
+        bounded = False
+        while at < len(growing) and growing[at][0] <= reach:
+            level, index = growing[at]
+            at += 1
+            if not held[index]:
+                if level == math.inf:
+                    raise ValueError("a demand without a bound crosses no link with a capacity")
+                bounded = True
+                hold(index, demands[index].bound)
+        if not bounded and tightest >= 0:
+            for index in members[tightest]:
+                if not held[index]:
+                    hold(index, lowest * demands[index].weight)
+        elif not bounded:
+            at = len(growing)
     return rates
