@@ -277,7 +277,7 @@ class PrefillEngine:
         return replace(
             received,
             failure=received.failure or result.reason,
-            detail=received.detail or result.detail,
+            detail="; ".join(filter(None, (received.detail, result.detail))),
             elapsed_s=slower[0],
             started_s=slower[1],
         )
