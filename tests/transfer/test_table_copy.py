@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from array import array
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
@@ -10,7 +12,7 @@ import xxhash
 from dualpath.transfer import table_copy, table_copy_twin
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_io import HASHED_BYTES_MIN
-from dualpath.transfer.window import Landing, LandingLock, WindowTable
+from dualpath.transfer.window import WindowTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +22,12 @@ except ImportError:
     _native = None  # type: ignore[assignment]
 
 GO = bytearray(1)
+
+
+def _numbers(*values: int) -> array[int]:
+    return array("Q", values)
+
+
 STRIPE_BYTES = 64
 QUIET = settings(max_examples=80, deadline=None)
 
@@ -78,7 +86,7 @@ def test_each_part_lands_whole_in_its_place_and_nothing_else_is_touched(
         for at, nbytes in to.part(part).pieces():
             expected[at : at + nbytes] = moved[done : done + nbytes]
             done += nbytes
-    digests = copier.copy_parts(sizes, target, _places(to), source, _places(from_), GO, hashed)
+    digests = copier.copy_parts(to.sizes, target, _places(to), source, _places(from_), GO, hashed)
     assert target == expected
     assert len(digests) == len(sizes)
     for part, digest in enumerate(digests):
@@ -87,7 +95,7 @@ def test_each_part_lands_whole_in_its_place_and_nothing_else_is_touched(
         if hashed and sizes[part] >= HASHED_BYTES_MIN and to.solid and from_.solid:
             assert digest == right
     twin = table_copy_twin.copy_parts(
-        sizes, target, _places(to), source, _places(from_), GO, hashed
+        to.sizes, target, _places(to), source, _places(from_), GO, hashed
     )
     assert twin == digests
 
@@ -97,8 +105,8 @@ def test_sizes_around_the_steps_of_the_hash_and_of_the_copy(
     copier: ModuleType, nbytes: int
 ) -> None:
     source, target = _data(nbytes), bytearray(nbytes)
-    place = (1, 1, [0], [0])
-    digests = copier.copy_parts([nbytes], target, place, source, place, GO, True)
+    place = (1, 1, _numbers(0), _numbers(0))
+    digests = copier.copy_parts(_numbers(nbytes), target, place, source, place, GO, True)
     assert target == source
     right = xxhash.xxh3_64_intdigest(source)
     assert digests == [right if nbytes >= HASHED_BYTES_MIN else 0]
@@ -108,11 +116,11 @@ def test_layers_of_a_chunk_are_hashed_over_their_slices(copier: ModuleType) -> N
     slice_bytes, slices = 40 << 10, 25
     source, target = _data(slice_bytes * slices), bytearray(2 * slice_bytes * slices)
     digests = copier.copy_parts(
-        [len(source)],
+        _numbers(len(source)),
         target,
-        (2 * slice_bytes, slice_bytes, [0], [0]),
+        (2 * slice_bytes, slice_bytes, _numbers(0), _numbers(0)),
         source,
-        (1, 1, [0], [0]),
+        (1, 1, _numbers(0), _numbers(0)),
         GO,
         True,
     )
@@ -121,8 +129,8 @@ def test_layers_of_a_chunk_are_hashed_over_their_slices(copier: ModuleType) -> N
 
 def test_an_interrupt_ends_a_copy_before_the_next_step(copier: ModuleType) -> None:
     target = bytearray(1 << 20)
-    place = (1, 1, [0, 1 << 19], [0, 0])
-    sizes = [1 << 19, 1 << 19]
+    place = (1, 1, _numbers(0, 1 << 19), _numbers(0, 0))
+    sizes = _numbers(1 << 19, 1 << 19)
     assert copier.copy_parts(sizes, target, place, bytes(1 << 20), place, b"\1", True) == []
     assert target == bytes(1 << 20)
 
@@ -135,7 +143,7 @@ def test_an_interrupt_ends_a_copy_before_the_next_step(copier: ModuleType) -> No
         ([0], (1, 1, [0], [0])),
         ([101], (1, 1, [0], [0])),
         ([1], (1, 1, [100], [0])),
-        ([1], (1, 1, [-1], [0])),
+        ([1], (1, 1, [(1 << 64) - 1], [0])),
         ([1], (1, 1, [0], [100])),
         ([10], (50, 10, [0], [25])),
         ([10], (5, 10, [0], [0])),
@@ -146,46 +154,45 @@ def test_an_interrupt_ends_a_copy_before_the_next_step(copier: ModuleType) -> No
     ],
 )
 def test_parts_that_leave_their_memory_are_refused_by_name(
-    copier: ModuleType, sizes: list[int], places: table_copy.Places
+    copier: ModuleType, sizes: list[int], places: tuple[int, int, list[int], list[int]]
 ) -> None:
-    memory = bytearray(100)
-    good = (1, 1, [0] * len(sizes), [0] * len(sizes))
+    memory, counts = bytearray(100), _numbers(*sizes)
+    stride, length, bases, skips = places
+    bad = (stride, length, _numbers(*bases), _numbers(*skips))
+    good = (1, 1, _numbers(*[0] * len(sizes)), _numbers(*[0] * len(sizes)))
     with pytest.raises(ValueError, match=r"part|slices|bases"):
-        copier.copy_parts(sizes, memory, places, bytes(1 << 12), good, GO, True)
+        copier.copy_parts(counts, memory, bad, bytes(1 << 12), good, GO, True)
     with pytest.raises(ValueError, match=r"part|slices|bases"):
-        copier.copy_parts(sizes, bytearray(1 << 12), good, memory, places, GO, True)
+        copier.copy_parts(counts, bytearray(1 << 12), good, memory, bad, GO, True)
+    one = (1, 1, _numbers(0), _numbers(0))
     with pytest.raises(ValueError, match="interrupt"):
-        copier.copy_parts([1], memory, (1, 1, [0], [0]), memory, (1, 1, [0], [0]), b"", True)
+        copier.copy_parts(_numbers(1), memory, one, memory, one, b"", True)
     assert memory == bytes(100)
 
 
 class _Landed:
-    """A window on `nbytes` bytes with parts begun under one lock."""
+    """A window on `nbytes` bytes with parts begun, but for those that are `unarmed`."""
 
-    def __init__(self, table: SliceTable, nbytes: int) -> None:
+    def __init__(self, table: SliceTable, nbytes: int, unarmed: Sequence[int] = ()) -> None:
         from dualpath.transfer.region import Region
 
         self.windows, self.region = WindowTable(), Region.anonymous(nbytes)
         self.window = self.windows.expose(self.region, 0, nbytes, lambda _: True)
         self.windows.arm_table(self.window, 0, table)
-        self.lock = LandingLock()
-        begun = self.windows.begin_table(
-            "p", self.window.key, self.window.generation, 0, table, self.lock
-        )
-        self.landings: list[Landing | None] = [
-            each if isinstance(each, Landing) else None for each in begun
-        ]
+        self.windows.disarm(self.window, unarmed)
+        landing = self.windows.begin_table("p", self.window.key, self.window.generation, 0, table)
+        assert landing is not None
+        self.landing = landing
 
 
 def test_parts_that_are_fenced_are_passed_over_and_the_others_land() -> None:
     size = 4096
     table = SliceTable.contiguous([size * i for i in range(6)], [size] * 6)
-    scene = _Landed(table, 6 * size)
-    scene.landings[0] = None
+    scene = _Landed(table, 6 * size, unarmed=[0])
     scene.windows.disarm(scene.window, [3])
     source, at, runs = memoryview(_data(6 * size)), 0, []
     while at < 6:
-        last, digests = table_copy.land_some(scene.landings, scene.lock, table, source, table, at)
+        last, digests = table_copy.land_some(scene.landing, source, table, at)
         assert len(digests) == last - at
         runs.append((at, last))
         at = last
@@ -206,7 +213,7 @@ def test_who_fences_while_parts_are_copied_waits_for_a_step_and_no_byte_follows(
     def copy() -> None:
         at = 0
         while at < count:
-            at, _ = table_copy.land_some(scene.landings, scene.lock, table, source, table, at)
+            at, _ = table_copy.land_some(scene.landing, source, table, at)
             begun.set()
 
     thread = threading.Thread(target=copy, daemon=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection, Sequence
 
 import hypothesis.strategies as st
 import pytest
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.landing import Landing
 from dualpath.transfer.region import Region, RegionDescriptor
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import Arrival
-from dualpath.transfer.window import Landing, Refused, WindowTable
+from dualpath.transfer.window import Refused, WindowTable
 from hypothesis import settings
 from hypothesis.stateful import (
     Bundle,
@@ -222,3 +225,124 @@ def test_an_old_landing_that_is_given_up_late_does_not_unfence_its_successor() -
     assert new.open
     table.revoke(window)
     assert not new.open
+
+
+class Batches(RuleBasedStateMachine):
+    """Batches of tags that were armed in other groups than they come in, some at wrong places or
+    for a second time: each part is accepted, refused, fenced and told for itself."""
+
+    landings = Bundle("landings")
+
+    @initialize()
+    def start(self) -> None:
+        self.table = WindowTable()
+        self.region = Region.anonymous(NBYTES)
+        self.told: list[int] = []
+        self.window = self.table.expose(
+            self.region, 0, NBYTES, lambda arrival: self._take([arrival.tag])[0]
+        )
+        self.hashing = self.table.expose(
+            self.region, 0, NBYTES, lambda _: False, on_hashed=lambda tags, _: self._take(tags)
+        )
+        self.state: dict[tuple[int, int], str] = {}
+
+    def _take(self, tags: Sequence[int]) -> list[bool]:
+        self.told += tags
+        return [tag % 5 != 3 for tag in tags]
+
+    def _window(self, hashed: bool) -> RegionDescriptor:
+        return self.hashing if hashed else self.window
+
+    @rule(hashed=st.booleans(), first=st.integers(0, 12), count=st.integers(1, 8))
+    def arm(self, hashed: bool, first: int, count: int) -> None:
+        window, tags = self._window(hashed), range(first, first + count)
+        if any((hashed, tag) in self.state for tag in tags):
+            with pytest.raises(InvalidRequest, match="armed already"):
+                self.table.arm_table(window, first, _table(tags))
+        else:
+            self.table.arm_table(window, first, _table(tags))
+            self.state |= {(hashed, tag): "armed" for tag in tags}
+
+    @rule(
+        target=landings,
+        hashed=st.booleans(),
+        first=st.integers(0, 12),
+        count=st.integers(1, 8),
+        wrong=st.sets(st.integers(0, 19), max_size=1),
+    )
+    def begin(self, hashed: bool, first: int, count: int, wrong: set[int]):  # type: ignore[no-untyped-def]
+        window, tags = self._window(hashed), range(first, first + count)
+        landing = self.table.begin_table(
+            "peer", window.key, window.generation, first, _table(tags, wrong)
+        )
+        assert landing is not None
+        expected = {}
+        for part, tag in enumerate(tags):
+            if self.state.get((hashed, tag)) != "armed":
+                expected[part] = "not_armed"
+            elif tag in wrong:
+                expected[part] = "other_slices"
+            else:
+                self.state[hashed, tag] = "landing"
+        assert landing.refused == expected
+        assert [landing.is_open(part) for part in range(count)] == [
+            part not in expected for part in range(count)
+        ]
+        return hashed, landing, 0
+
+    @rule(target=landings, one=consumes(landings), count=st.integers(1, 8), digest=st.booleans())
+    def land(self, one: tuple[bool, Landing, int], count: int, digest: bool):  # type: ignore[no-untyped-def]
+        hashed, landing, first = one
+        last = min(first + count, len(landing.table))
+        expected, tags = {}, []
+        for part in range(first, last):
+            tag = landing.first_tag + part
+            if part in landing.refused:
+                continue
+            if not landing.is_open(part):
+                expected[part] = "fenced"
+                continue
+            del self.state[hashed, tag]
+            if digest or not hashed:
+                tags.append(tag)
+            if tag % 5 == 3 or (hashed and not digest):
+                expected[part] = "rejected"
+        before = len(self.told)
+        digests = [7] * (last - first) if digest else ()
+        assert self.table.land_parts(landing, first, last, digests) == expected
+        assert self.told[before:] == tags
+        return multiple((hashed, landing, last)) if last < len(landing.table) else multiple()
+
+    @rule(one=consumes(landings))
+    def abandon(self, one: tuple[bool, Landing, int]) -> None:
+        hashed, landing, first = one
+        for part in range(first, len(landing.table)):
+            if landing.is_open(part):
+                self.state[hashed, landing.first_tag + part] = "spent"
+        self.table.abandon(landing, first)
+        assert not landing.open
+
+    @rule(hashed=st.booleans(), tags=st.sets(st.integers(0, 19)))
+    def disarm(self, hashed: bool, tags: set[int]) -> None:
+        known = {tag for tag in tags if (hashed, tag) in self.state}
+        assert self.table.disarm(self._window(hashed), tags) == known
+        for tag in known:
+            del self.state[hashed, tag]
+
+    @invariant()
+    def the_repr_tells_the_state(self) -> None:
+        if hasattr(self, "table"):
+            states = list(self.state.values())
+            assert repr(self.table) == (
+                f"<WindowTable windows=2 armed={states.count('armed')} "
+                f"landing={states.count('landing')}>"
+            )
+
+
+def _table(tags: Sequence[int], wrong: Collection[int] = ()) -> SliceTable:
+    offsets = [tag * 100 + (tag in wrong) for tag in tags]
+    return SliceTable.contiguous(offsets, [100] * len(tags))
+
+
+TestBatches = Batches.TestCase
+TestBatches.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -14,13 +14,14 @@
 typedef struct {
     Py_buffer memory;
     size_t stride, length; /* equal: one piece a part */
-    size_t *bases, *skips;
+    Py_buffer places[2];
+    const uint64_t *bases, *skips;
 } Side;
 
 typedef struct {
     Side target, source;
-    Py_buffer interrupt;
-    size_t *sizes;
+    Py_buffer interrupt, numbers;
+    const uint64_t *sizes;
     uint64_t *digests;
     Py_ssize_t parts, done;
     int hashed;
@@ -30,34 +31,6 @@ typedef struct {
 typedef struct {
     size_t at, inside;
 } Cursor;
-
-static size_t *numbers(PyObject *sequence, Py_ssize_t count) {
-    if (PySequence_Size(sequence) != count) {
-        if (!PyErr_Occurred()) {
-            PyErr_SetString(PyExc_ValueError, "bases, skips and sizes must be as many");
-        }
-        return NULL;
-    }
-    size_t *found = PyMem_Calloc((size_t)count, sizeof *found);
-    if (found == NULL) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PySequence_GetItem(sequence, i);
-        Py_ssize_t value = item == NULL ? -1 : PyLong_AsSsize_t(item);
-        Py_XDECREF(item);
-        if (value < 0) {
-            if (!PyErr_Occurred()) {
-                PyErr_Format(PyExc_ValueError, "part %zd has a negative place or size", i);
-            }
-            PyMem_Free(found);
-            return NULL;
-        }
-        found[i] = (size_t)value;
-    }
-    return found;
-}
 
 /* Offset of byte `skip` of the part's own bytes in the memory; SIZE_MAX if it overflows. */
 static size_t offset_of(const Side *side, size_t base, size_t skip) {
@@ -73,7 +46,7 @@ static size_t offset_of(const Side *side, size_t base, size_t skip) {
     return at;
 }
 
-static int in_bounds(const Side *side, const size_t *sizes, Py_ssize_t parts, const char *what) {
+static int in_bounds(const Side *side, const uint64_t *sizes, Py_ssize_t parts, const char *what) {
     if (side->length < 1 || side->stride < side->length) {
         PyErr_Format(PyExc_ValueError, "the slices of the %s are empty or overlap", what);
         return 0;
@@ -176,22 +149,24 @@ static PyObject *answer_of(const Job *job) {
     return digests;
 }
 
-static int filled(Job *job, PyObject *lists[5]) {
-    job->parts = PySequence_Size(lists[0]);
+static int filled(Job *job) {
+    job->parts = job->numbers.len / (Py_ssize_t)sizeof(uint64_t);
     if (job->parts < 1 || job->parts > PARTS_MAX) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_ValueError, "1 to %d parts at once, not %zd", PARTS_MAX, job->parts);
-        }
+        PyErr_Format(PyExc_ValueError, "1 to %d parts at once, not %zd", PARTS_MAX, job->parts);
         return 0;
     }
-    size_t **into[5] = {
-        &job->sizes, &job->target.bases, &job->target.skips, &job->source.bases, &job->source.skips};
-    for (int i = 0; i < 5; i++) {
-        *into[i] = numbers(lists[i], job->parts);
-        if (*into[i] == NULL) {
-            return 0;
-        }
+    Side *sides[2] = {&job->target, &job->source};
+    int right = dualpath_numbers(&job->numbers, job->parts);
+    for (int i = 0; i < 2; i++) {
+        right = right && dualpath_numbers(&sides[i]->places[0], job->parts) &&
+                dualpath_numbers(&sides[i]->places[1], job->parts);
+        sides[i]->bases = sides[i]->places[0].buf;
+        sides[i]->skips = sides[i]->places[1].buf;
     }
+    if (!right) {
+        return 0;
+    }
+    job->sizes = job->numbers.buf;
     job->digests = PyMem_Calloc((size_t)job->parts, sizeof(uint64_t));
     if (job->digests == NULL) {
         PyErr_NoMemory();
@@ -207,35 +182,34 @@ static int filled(Job *job, PyObject *lists[5]) {
 
 PyObject *dualpath_copy_parts(PyObject *module, PyObject *args) {
     Job job = {0};
-    PyObject *lists[5], *answer = NULL;
+    Side *to = &job.target, *from = &job.source;
+    PyObject *answer = NULL;
     Py_ssize_t strides[2], lengths[2];
     if (!PyArg_ParseTuple(
-            args, "Ow*(nnOO)y*(nnOO)y*p:copy_parts", &lists[0], &job.target.memory, &strides[0],
-            &lengths[0], &lists[1], &lists[2], &job.source.memory, &strides[1], &lengths[1], &lists[3],
-            &lists[4], &job.interrupt, &job.hashed)) {
+            args, "y*w*(nny*y*)y*(nny*y*)y*p:copy_parts", &job.numbers, &to->memory, &strides[0],
+            &lengths[0], &to->places[0], &to->places[1], &from->memory, &strides[1], &lengths[1],
+            &from->places[0], &from->places[1], &job.interrupt, &job.hashed)) {
         return NULL;
     }
     if (lengths[0] < 1 || lengths[1] < 1 || strides[0] < lengths[0] || strides[1] < lengths[1]) {
         PyErr_SetString(PyExc_ValueError, "the slices of a table are empty or overlap");
     } else {
-        job.target.stride = (size_t)strides[0];
-        job.target.length = (size_t)lengths[0];
-        job.source.stride = (size_t)strides[1];
-        job.source.length = (size_t)lengths[1];
-        if (filled(&job, lists)) {
+        to->stride = (size_t)strides[0];
+        to->length = (size_t)lengths[0];
+        from->stride = (size_t)strides[1];
+        from->length = (size_t)lengths[1];
+        if (filled(&job)) {
             Py_BEGIN_ALLOW_THREADS
             copy_all(&job);
             Py_END_ALLOW_THREADS
             answer = answer_of(&job);
         }
     }
-    size_t *held[5] = {job.sizes, job.target.bases, job.target.skips, job.source.bases, job.source.skips};
-    for (int i = 0; i < 5; i++) {
-        PyMem_Free(held[i]);
-    }
     PyMem_Free(job.digests);
-    PyBuffer_Release(&job.target.memory);
-    PyBuffer_Release(&job.source.memory);
-    PyBuffer_Release(&job.interrupt);
+    Py_buffer *held[8] = {&job.numbers,      &to->memory,       &to->places[0],   &to->places[1],
+                          &from->memory, &from->places[0], &from->places[1], &job.interrupt};
+    for (int i = 0; i < 8; i++) {
+        PyBuffer_Release(held[i]);
+    }
     return answer;
 }

@@ -12,4 +12,9 @@
 /* copy.c: see table_copy.py. */
 PyObject *dualpath_copy_parts(PyObject *module, PyObject *args);
 
+/* table.c: see table_extent.py. */
+PyObject *dualpath_extent_of(PyObject *module, PyObject *args);
+/* Whether a buffer is that of `count` aligned numbers of 64 bits; raises ValueError. */
+int dualpath_numbers(const Py_buffer *buffer, Py_ssize_t count);
+
 #endif

@@ -328,6 +328,8 @@ static PyMethodDef methods[] = {
      "receive(fd, parts, inside, nbytes, behind, interrupt, wait_ms, hashed)"},
     {"copy_parts", dualpath_copy_parts, METH_VARARGS,
      "copy_parts(sizes, target, target_at, source, source_at, interrupt, hashed)"},
+    {"extent_of", dualpath_extent_of, METH_VARARGS,
+     "extent_of(stride, count, length, bases, skips, sizes)"},
     {"send", send_parts, METH_VARARGS, "send(fd, parts, interrupt, wait_ms)"},
     {NULL, NULL, 0, NULL},
 };

@@ -1,5 +1,6 @@
 # The native extension module (transfer/native/). Optional: import it only inside try/except
 # ImportError, in the module that also holds, or chooses, the Python twin.
+from array import array
 from collections.abc import Sequence
 
 Buffer = bytes | bytearray | memoryview
@@ -19,12 +20,21 @@ def receive(
 ) -> tuple[int, int, bool, list[int]]: ...
 def send(fd: int, parts: Sequence[Buffer], interrupt: Buffer, wait_ms: int, /) -> int: ...
 def copy_parts(
-    sizes: Sequence[int],
+    sizes: array[int],
     target: Buffer,
-    target_at: tuple[int, int, Sequence[int], Sequence[int]],
+    target_at: tuple[int, int, array[int], array[int]],
     source: Buffer,
-    source_at: tuple[int, int, Sequence[int], Sequence[int]],
+    source_at: tuple[int, int, array[int], array[int]],
     interrupt: Buffer,
     hashed: bool,
     /,
 ) -> list[int]: ...
+def extent_of(
+    stride: int,
+    count: int,
+    length: int,
+    bases: array[int],
+    skips: array[int],
+    sizes: array[int],
+    /,
+) -> tuple[int, int, int, int, int]: ...

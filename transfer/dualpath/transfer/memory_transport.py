@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dualpath.transfer.errors import InvalidRequest, PeerLost, PermissionDenied, Unavailable
 from dualpath.transfer.invitations import Invitations, check_peer_name
+from dualpath.transfer.landing import Landing
 from dualpath.transfer.ledger import Ledger
 from dualpath.transfer.outbox import Outbox, PendingWrite, check_batch, check_write, deliver
 from dualpath.transfer.region import Region, RegionDescriptor, check_on_host
@@ -32,7 +33,7 @@ from dualpath.transfer.transport import (
     WriteBatch,
     WriteStatus,
 )
-from dualpath.transfer.window import Landing, LandingLock, WindowTable
+from dualpath.transfer.window import WindowTable
 
 QUEUE_BYTES_MAX = 256 << 20
 JOIN_S = 5.0
@@ -309,52 +310,38 @@ class MemoryTransport:
         known_as = link.back.peer if link.back is not None else self._own_name
         counters = remote._ledger.of(known_as, remote._links)
         first_tag, targets, sources = _tables(pending.write)
-        window, lock = pending.write.target, LandingLock()
-        begun = remote._windows.begin_table(
-            known_as, window.key, window.generation, first_tag, targets, lock
+        window = pending.write.target
+        landing = remote._windows.begin_table(
+            known_as, window.key, window.generation, first_tag, targets
         )
-        landings = [None if isinstance(each, str) else each for each in begun]
-        refused = {tag: each for tag, each in enumerate(begun, first_tag) if isinstance(each, str)}
+        codes = dict.fromkeys(range(len(targets)), "no_window") if landing is None else {}
+        if landing is not None:
+            codes.update(landing.refused)
         if pending.truncate_at >= 0:
-            self._cut_short(link, pending, landings[0])
+            self._cut_short(link, pending, landing)
             return
         at = 0
-        while at < len(landings):
+        while at < len(targets):
             with link.reading:
                 if not self._is_pending(link, pending):
                     break
-                last, digests = land_some(
-                    landings, lock, targets, pending.write.source.view, sources, at
-                )
-            reasons = self._land(link, landings[at:last], digests)
-            for index, reason in enumerate(reasons, at):
-                if reason:
-                    refused[first_tag + index] = reason
-                elif landings[index] is not None:
-                    counters.received_bytes += targets.sizes[index]
-                    counters.received_writes += 1
+                last, digests = land_some(landing, pending.write.source.view, sources, at)
+            if landing is not None and last > at:
+                codes.update(remote._windows.land_parts(landing, at, last, digests))
+            missed = [part for part in range(at, last) if part in codes] if codes else []
+            counters.received_bytes += targets.bytes_of(at, last)
+            counters.received_bytes -= sum(targets.sizes[part] for part in missed)
+            counters.received_writes += last - at - len(missed)
             at = last
-        for landing in landings[at:]:
-            if landing is not None:
-                remote._windows.abandon(landing)
-        counters.refused_writes += len(refused)
+        if landing is not None and at < len(targets):
+            remote._windows.abandon(landing, at)
+        counters.refused_writes += len(codes)
         with self._changed:
             settled = link.outbox.settle(pending.ident)
         if settled is not None:
             self._ledger.of(link.peer, self._links).sent_bytes += pending.nbytes
+            refused = {first_tag + part: reason for part, reason in codes.items()}
             _deliver_answered(link.peer, pending, refused)
-
-    def _land(
-        self, link: _Link, landings: Sequence[Landing | None], digests: Sequence[int]
-    ) -> Sequence[str]:
-        """Bring these parts to their end; for each why it is refused, or "" if it is not, or was
-        so from the beginning."""
-        begun = [each for each in landings if each is not None]
-        if not begun:
-            return [""] * len(landings)
-        known = digests if len(begun) == len(landings) else ()
-        reasons = iter(link.remote._windows.land_all(begun, known))
-        return ["" if each is None else next(reasons) for each in landings]
 
     def _cut_short(self, link: _Link, pending: PendingWrite, landing: Landing | None) -> None:
         """Carry out the first bytes of a single write, and end the connection."""
@@ -363,7 +350,7 @@ class MemoryTransport:
             with link.reading, landing.lock:
                 if landing.open and self._is_pending(link, pending):
                     copy_slices(
-                        landing.region.view,
+                        landing.view,
                         landing.slices.part(0, nbytes),
                         write.source.view,
                         write.source_slices.part(0, nbytes),

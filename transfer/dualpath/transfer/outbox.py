@@ -70,9 +70,9 @@ def check_write(write: Write) -> None:
 def check_batch(batch: WriteBatch) -> None:
     """As `check_write`."""
     source, target, window = batch.source_table, batch.target_table, batch.target
-    if tuple(source.sizes) != tuple(target.sizes):
+    if source.sizes != target.sizes:
         raise InvalidRequest("the parts of source and target must have as many bytes each")
-    if len(target) > BATCH_WRITES_MAX or min(target.sizes) < 1 or target.nbytes > WRITE_BYTES_MAX:
+    if len(target) > BATCH_WRITES_MAX or target.size_min < 1 or target.nbytes > WRITE_BYTES_MAX:
         raise InvalidRequest(
             f"a batch has 1 to {BATCH_WRITES_MAX} writes, none of them empty, and at most "
             f"{WRITE_BYTES_MAX} bytes, not {len(target)} with {target.nbytes}; split it"

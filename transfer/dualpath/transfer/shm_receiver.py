@@ -33,6 +33,7 @@ from dualpath.transfer.window import WindowTable
 
 ACKED_BYTES_DELAYED_MAX = 4 << 20
 """While more is to be copied, answers wait for so many bytes: each wakes the writer up."""
+_CANCELLED = frames.REFUSALS.index("cancelled")
 PIECES_MAX = 1 << 16
 """Most pieces of a source; a peer could keep this thread busy with single bytes."""
 
@@ -113,23 +114,22 @@ class ShmReceiver(StreamReceiver):
         if frame.pledge >= PLEDGES_MAX or PLEDGE_REGION not in self._regions:
             raise MalformedFrame(f"pledge {frame.pledge} does not exist")
         write = self._begin(batch.ident, batch.key, batch.generation, batch.first_tag, batch.table)
-        while write.settled < len(write.ends) and not self._stop.is_set():
+        count = len(batch.table)
+        while write.settled < count and not self._stop.is_set():
             first = write.settled
             last, digests = self._land(write, region, source)
             write.digests[first:last] = digests
             # Bytes may have been read before this look at the pledge, none is after it.
-            if any(write.landings[first:last]) and not self._pledged(frame):
+            if write.codes.count(0, first, last) and not self._pledged(frame):
                 self._cancel(write.ident)
-                self._answer(write.ident, (frames.REFUSALS.index("cancelled"),), write.nbytes)
+                self._answer(write.ident, bytes((_CANCELLED,)), write.nbytes)
                 return
             if last > first:
-                self._advance(write, write.ends[last - 1] - write.received)
+                self._settle(write, last)
 
     def _land(self, write: OpenWrite, region: Region, source: SliceTable) -> tuple[int, list[int]]:
         try:
-            return land_some(
-                write.landings, write.lock, write.table, region.view, source, write.settled
-            )
+            return land_some(write.landing, region.view, source, write.settled)
         except (ValueError, OverflowError) as error:
             raise MalformedFrame(f"source in region {region.nbytes}: {error}") from error
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.invitations import INVITATION_BYTES, PEER_NAME_BYTES_MAX
 from dualpath.transfer.lane import Lane
-from dualpath.transfer.slice_table import SliceTable
+from dualpath.transfer.slice_table import PART_BYTES, SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import BATCH_WRITES_MAX, WRITE_BYTES_MAX
 
@@ -265,10 +265,9 @@ def batch(
 def _batch_body(
     ident: int, key: int, generation: int, first_tag: int, lane: int, table: SliceTable
 ) -> bytes:
-    parts = len(table)
-    shape = (table.stride, table.count, table.length, parts)
+    shape = (table.stride, table.count, table.length, len(table))
     head = _BATCH.pack(ident, key, generation, first_tag, lane, *shape)
-    return head + struct.pack(f"<{2 * parts}Q{parts}I", *table.bases, *table.skips, *table.sizes)
+    return head + table.to_bytes()
 
 
 def results(ident: int, codes: bytes) -> bytes:
@@ -290,8 +289,7 @@ def batch_from(
     """Encode BatchFromFrame; the parts of `source` have the sizes of those of `table`."""
     body = _batch_body(ident, key, generation, first_tag, lane, table)
     shape = _SOURCE.pack(pledge, region, source.stride, source.count, source.length)
-    places = struct.pack(f"<{2 * len(table)}Q", *source.bases, *source.skips)
-    return _frame(FrameType.BATCH_FROM, body + shape + places)
+    return _frame(FrameType.BATCH_FROM, body + shape + source.places_to_bytes())
 
 
 def data(ident: int, payload: int) -> bytes:
@@ -439,30 +437,25 @@ def _parse_batch(body: memoryview, payload: int) -> Frame:
 def _parse_batch_from(body: memoryview, payload: int) -> Frame:
     frame, end = _batch_of(body, 0)
     pledge, region_ident, stride, count, length = _SOURCE.unpack_from(body, end)
-    parts = len(frame.table)
-    # Raises struct.error unless the sizes agree.
-    numbers = struct.unpack(f"<{2 * parts}Q", body[end + _SOURCE.size :])
-    bases, skips = numbers[:parts], numbers[parts:]
-    source = SliceTable(stride, count, length, bases, skips, frame.table.sizes)
+    # Raises InvalidRequest unless there are as many places as sizes.
+    places, sizes = body[end + _SOURCE.size :], frame.table.sizes
+    source = SliceTable.from_bytes(stride, count, length, places, sizes)
     return BatchFromFrame(frame, pledge, region_ident, source)
 
 
 def _batch_of(body: memoryview, payload: int) -> tuple[BatchFrame, int]:
     """The frame, and where its table ends."""
-    ident, key, generation, first_tag, lane, stride, count, length, parts = _BATCH.unpack_from(body)
+    *head, stride, count, length, parts = _BATCH.unpack_from(body)
+    ident, key, generation, first_tag, lane = head
     if not 1 <= parts <= BATCH_WRITES_MAX:
         raise MalformedFrame(f"a batch of {parts} writes")
-    form = f"<{2 * parts}Q{parts}I"
-    numbers = struct.unpack_from(form, body, _BATCH.size)  # or struct.error
-    table = SliceTable(
-        stride, count, length, numbers[:parts], numbers[parts : 2 * parts], numbers[2 * parts :]
-    )
-    if min(table.sizes) < 1 or table.nbytes > WRITE_BYTES_MAX:
-        raise MalformedFrame(f"a batch of {table.nbytes} bytes, or with an empty write")
+    end = _BATCH.size + parts * PART_BYTES
+    table = SliceTable.from_bytes(stride, count, length, body[_BATCH.size : end])
+    if table.size_min < 1 or table.nbytes > WRITE_BYTES_MAX or len(table) != parts:
+        raise MalformedFrame(f"a batch of {table.nbytes} bytes, or with an empty write, or cut")
     if lane not in _LANES:
         raise MalformedFrame(f"unknown lane {lane}")
-    frame = BatchFrame(ident, key, generation, first_tag, lane, table, payload)
-    return frame, _BATCH.size + struct.calcsize(form)
+    return BatchFrame(ident, key, generation, first_tag, lane, table, payload), end
 
 
 def _parse_results(body: memoryview, payload: int) -> Frame:

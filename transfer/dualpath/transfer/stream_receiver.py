@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from dualpath.transfer import stream_frame as frames
+from dualpath.transfer.landing import OPEN, Landing, LandingLock
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.pacer import Pacer
 from dualpath.transfer.slice_copy import buffers
@@ -20,7 +21,7 @@ from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_channel import StreamChannel
 from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.stream_sender import StreamSender
-from dualpath.transfer.window import Landing, LandingLock, WindowTable
+from dualpath.transfer.window import WindowTable
 
 OPEN_WRITES_MAX = 16
 """Writes of one peer that are half way in; a sender has at most one a lane."""
@@ -46,47 +47,52 @@ class PeerClosed(Exception):
 class OpenWrite:
     """A write, or a batch of them, whose bytes are arriving.
 
-    `landings[i]` is None where the bytes of part i are thrown away; `codes[i]` then says why.
-    Parts [0, settled) have come to their end. `digests[i]` is that of part i, 0 if not known.
-    `lock` is that of all landings.
+    The bytes of part i are thrown away where `landing` is None or has refused it; `codes[i]` then
+    says why. Parts [0, settled) have come to their end. `digests[i]` is that of part i, 0 if not
+    known. `lock` is that of all parts.
     """
 
     __slots__ = (
+        "_ends",
         "codes",
         "digests",
-        "ends",
         "hashed",
         "ident",
-        "landings",
+        "landing",
         "lock",
         "received",
         "settled",
         "table",
     )
 
-    def __init__(self, ident: int, table: SliceTable, landings: Sequence[Landing | str]) -> None:
+    def __init__(self, ident: int, table: SliceTable, landing: Landing | None) -> None:
         self.ident = ident
         self.table = table
-        self.ends = table.ends()
-        self.codes = bytearray(len(table))
-        self.landings: list[Landing | None] = [
-            None if isinstance(landing, str) else landing for landing in landings
-        ]
-        if None in self.landings:
-            for index, landing in enumerate(landings):
-                if isinstance(landing, str):
-                    self.codes[index] = _CODES[landing]
+        self.landing = landing
+        self._ends: list[int] = []
         self.received = 0
         self.settled = 0
-        begun = next((landing for landing in self.landings if landing is not None), None)
-        self.lock = LandingLock() if begun is None else begun.lock
-        self.hashed = begun is not None and begun.hashed
         self.digests = [0] * len(table)
+        if landing is None:
+            self.codes = bytearray((_CODES["no_window"],)) * len(table)
+            self.lock, self.hashed = LandingLock(), False
+        else:
+            self.codes = bytearray(len(table))
+            for part, reason in landing.refused.items():
+                self.codes[part] = _CODES[reason]
+            self.lock, self.hashed = landing.lock, landing.hashed
+
+    @property
+    def ends(self) -> list[int]:
+        """How many bytes parts [0, i] have, for each i."""
+        if not self._ends:
+            self._ends = self.table.ends()
+        return self._ends
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return self.ends[-1]
+        return self.table.nbytes
 
 
 class StreamReceiver:
@@ -171,8 +177,8 @@ class StreamReceiver:
     ) -> OpenWrite:
         if ident in self._open or len(self._open) >= OPEN_WRITES_MAX:
             raise MalformedFrame(f"write {ident} opened twice or too many open")
-        landings = self._windows.begin_table(self._peer, key, generation, first_tag, table)
-        write = self._open[ident] = OpenWrite(ident, table, landings)
+        landing = self._windows.begin_table(self._peer, key, generation, first_tag, table)
+        write = self._open[ident] = OpenWrite(ident, table, landing)
         return write
 
     def _cancel(self, ident: int) -> None:
@@ -182,42 +188,31 @@ class StreamReceiver:
             self._abandon(write)
 
     def _abandon(self, write: OpenWrite) -> None:
-        for landing in write.landings[write.settled :]:
-            if landing is not None:
-                self._windows.abandon(landing)
+        if write.landing is not None:
+            self._windows.abandon(write.landing, write.settled)
 
-    def _settle(self, write: OpenWrite) -> None:
-        """Bring the parts that have all of their bytes to their end, and with the last of them
-        the write."""
-        first, last = write.settled, bisect_right(write.ends, write.received)
-        landings = [each for each in write.landings[first:last] if each is not None]
-        if landings:
-            whole = len(landings) == last - first
-            reasons = self._windows.land_all(landings, write.digests[first:last] if whole else ())
-            if whole and not any(reasons):
-                self._counters.received_bytes += sum(write.table.sizes[first:last])
-                self._counters.received_writes += len(landings)
-            else:
-                self._note(write, first, last, reasons)
-        write.settled = last
-        if last == len(write.ends):
+    def _settle(self, write: OpenWrite, last: int) -> None:
+        """Bring the parts before `last`, which have all of their bytes, to their end, and with the
+        last of them the write."""
+        first, write.settled = write.settled, last
+        if write.landing is not None and last > first:
+            digests = write.digests[first:last] if write.hashed else ()
+            refused = self._windows.land_parts(write.landing, first, last, digests)
+            for part, reason in refused.items():
+                write.codes[part] = _CODES[reason]
+        if write.codes.count(0, first, last) == last - first:
+            self._counters.received_bytes += write.table.bytes_of(first, last)
+            self._counters.received_writes += last - first
+        else:
+            landed = [part for part in range(first, last) if not write.codes[part]]
+            self._counters.received_bytes += sum(write.table.sizes[part] for part in landed)
+            self._counters.received_writes += len(landed)
+        if last == len(write.table):
             del self._open[write.ident]
             self._answer(write.ident, write.codes, write.nbytes)
 
-    def _note(self, write: OpenWrite, first: int, last: int, reasons: Sequence[str]) -> None:
-        """Note why those of parts [first, last) that were not thrown away are refused, or not."""
-        each = iter(reasons)
-        for index in range(first, last):
-            if write.landings[index] is None:
-                continue
-            if reason := next(each):
-                write.codes[index] = _CODES[reason]
-            else:
-                self._counters.received_bytes += write.table.sizes[index]
-                self._counters.received_writes += 1
-
-    def _answer(self, ident: int, codes: Sequence[int], nbytes: int) -> None:
-        self._counters.refused_writes += len(codes) - bytes(codes).count(0)
+    def _answer(self, ident: int, codes: bytes | bytearray, nbytes: int) -> None:
+        self._counters.refused_writes += len(codes) - codes.count(0)
         if len(codes) == 1 or not any(codes):
             self._sender.acknowledge(ident, codes[0])
         else:
@@ -320,18 +315,18 @@ class StreamReceiver:
     def _run(self, write: OpenWrite, left: int) -> tuple[list[memoryview], int]:
         """The whole parts, each in one piece and open, in which the next `left` bytes go, and how
         many bytes of the first are there already. None at all if that one is not such a part."""
-        table, landings, first = write.table, write.landings, write.settled
+        table, landing, first = write.table, write.landing, write.settled
         inside = write.received - (write.ends[first - 1] if first else 0)
         left += inside
         parts: list[memoryview] = []
-        if table.solid:
-            for index in range(first, len(landings)):
-                landing = landings[index]
-                if left <= 0 or landing is None or not landing.open:
+        if table.solid and landing is not None:
+            view, states = landing.view, landing.states
+            for index in range(first, len(states)):
+                if left <= 0 or states[index] != OPEN:
                     break
                 start = table.bases[index] + table.skips[index]
                 size = table.sizes[index]
-                parts.append(landing.region.view[start : start + size])
+                parts.append(view[start : start + size])
                 left -= size
         return parts, inside
 
@@ -378,7 +373,7 @@ class StreamReceiver:
         """So many more bytes of a write are where they belong."""
         write.received += nbytes
         if write.received >= write.ends[write.settled]:
-            self._settle(write)
+            self._settle(write, bisect_right(write.ends, write.received))
 
     def _targets(self, write: OpenWrite, nbytes: int) -> list[memoryview]:
         """Where the next `nbytes` bytes go; fewer, if that is in too many places. Under `lock`."""
@@ -389,16 +384,16 @@ class StreamReceiver:
             size = table.sizes[index]
             inside = at - ends[index] + size
             take = min(size - inside, nbytes)
-            landing = write.landings[index]
-            if landing is None or not landing.open:
+            landing = write.landing
+            if landing is None or not landing.is_open(index):
                 take = min(take, SCRATCH_BYTES)
                 found.append(self._elsewhere(take))
             elif solid:
                 start = table.bases[index] + table.skips[index] + inside
-                found.append(landing.region.view[start : start + take])
+                found.append(landing.view[start : start + take])
             else:
                 part = table.part(index).part(inside, take)
-                found += buffers(landing.region.view, part, BUFFERS_MAX - len(found))
+                found += buffers(landing.view, part, BUFFERS_MAX - len(found))
             at += take
             nbytes -= take
             if at == ends[index]:

@@ -12,12 +12,10 @@ for parts that leave their memory. The native one lets other threads run all the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dualpath.transfer import table_copy_twin
+from dualpath.transfer.landing import OPEN, Landing
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.table_copy_twin import PARTS_MAX, Places
-from dualpath.transfer.window import Landing, LandingLock
 
 try:
     from dualpath.transfer._native import copy_parts
@@ -31,32 +29,24 @@ STEP_BYTES = 4 << 20
 
 
 def land_some(
-    landings: Sequence[Landing | None],
-    lock: LandingLock,
-    targets: SliceTable,
-    source: memoryview,
-    sources: SliceTable,
-    first: int,
+    landing: Landing | None, source: memoryview, sources: SliceTable, first: int
 ) -> tuple[int, list[int]]:
     """Copy parts from `first` on, about STEP_BYTES of them, and say up to which, and their digests.
 
     Parts that may not land, or no longer, are passed over. It may end without a single part, when
-    somebody fences: call again. `lock` is that of all landings; at most as long as one step takes
-    is it held, and no longer than a moment after it was asked for.
+    somebody fences: call again. At most as long as one step takes is the landing's lock held, and
+    no longer than a moment after it was asked for.
     """
+    if landing is None:
+        return len(sources), [0] * (len(sources) - first)
+    targets, lock = landing.table, landing.lock
     with lock:
-        last = first + 1
-        opened = _is_open(landings[first])
-        nbytes = targets.sizes[first]
-        while last < len(landings) and nbytes < STEP_BYTES and _is_open(landings[last]) == opened:
-            nbytes += targets.sizes[last]
-            last += 1
-        landing = landings[first]
-        if landing is None or not opened:
+        last, opened = _run(landing, first)
+        if not opened:
             return last, [0] * (last - first)
         digests = copy_parts(
             targets.sizes[first:last],
-            landing.region.view,
+            landing.view,
             _places(targets, first, last),
             source,
             _places(sources, first, last),
@@ -66,12 +56,21 @@ def land_some(
     return first + len(digests), digests
 
 
-def _is_open(landing: Landing | None) -> bool:
-    return landing is not None and landing.open
+def _run(landing: Landing, first: int) -> tuple[int, bool]:
+    """Up to which part all are open, or none is, and have no more than STEP_BYTES but for the
+    last; and which of the two."""
+    table, states = landing.table, landing.states
+    count = len(states)
+    if table.nbytes <= STEP_BYTES and states.count(OPEN, first) == count - first:
+        return count, True
+    opened = landing.is_open(first)
+    last, nbytes = first + 1, table.sizes[first]
+    while last < count and nbytes < STEP_BYTES and landing.is_open(last) == opened:
+        nbytes += table.sizes[last]
+        last += 1
+    return last, opened
 
 
 def _places(table: SliceTable, first: int, last: int) -> Places:
-    bases, skips = table.bases[first:last], table.skips[first:last]
-    if table.solid:
-        return 1, 1, bases, skips
-    return table.stride, table.length, bases, skips
+    stride, length, bases, skips = table.places
+    return stride, length, bases[first:last], skips[first:last]

@@ -6,7 +6,9 @@ means is said in table_copy.py. It copies first and hashes what is in the target
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import xxhash
 from dualpath.transfer.slice_copy import copy_slices
@@ -18,11 +20,11 @@ _STEP_BYTES = 256 << 10
 _STRIPE_BYTES = 64
 
 Buffer = bytes | bytearray | memoryview
-Places = tuple[int, int, Sequence[int], Sequence[int]]
+Places: TypeAlias = "tuple[int, int, array[int], array[int]]"
 
 
 def copy_parts(
-    sizes: Sequence[int],
+    sizes: array[int],
     target: Buffer,
     target_at: Places,
     source: Buffer,
@@ -49,7 +51,7 @@ def copy_parts(
     return digests
 
 
-def _slices(places: Places, sizes: Sequence[int], nbytes: int) -> list[Slices]:
+def _slices(places: Places, sizes: array[int], nbytes: int) -> list[Slices]:
     stride, length, bases, skips = places
     if not len(bases) == len(skips) == len(sizes):
         raise ValueError("bases, skips and sizes must be as many")

@@ -3,7 +3,9 @@
 Owns the life of windows, armed tags and landings; every transport asks `WindowTable.begin`
 before it touches a destination. Guarantees: a tag lands at most once; once `disarm` or `revoke`
 has returned, nothing more is written under those tags, because bytes go into a region only
-under the lock of their `Landing` and only while it is open. Does not move bytes itself.
+under the lock of their `Landing` and only while their part of it is open. Does not move bytes
+itself. Tags that were armed together and come together are looked at together, the others one by
+one, by the same rules.
 
 Life of a tag: armed -> landing -> landed (forgotten; may be armed again) or spent (its
 connection ended in the middle; no longer accepted, until it was disarmed and armed again).
@@ -14,15 +16,14 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 
 from dualpath.transfer.errors import InvalidRequest, Overloaded
+from dualpath.transfer.landing import FENCED, LANDED, OPEN, OVER, Landing, LandingLock
 from dualpath.transfer.region import Region, RegionDescriptor, check_on_host
 from dualpath.transfer.slice_copy import copy_slices
-from dualpath.transfer.slice_table import Fields, SliceTable
+from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import WRITE_BYTES_MAX, Arrival, OnArrival, OnHashed
 
@@ -44,14 +45,30 @@ class Refused(Exception):
         self.reason = reason
 
 
+class _Armed:
+    """Writes that were armed together: part i of `table` under tag `first_tag` + i."""
+
+    __slots__ = ("first_tag", "table")
+
+    def __init__(self, first_tag: int, table: SliceTable) -> None:
+        self.first_tag = first_tag
+        self.table = table
+
+    def allows(self, first_tag: int, targets: SliceTable) -> bool:
+        """Whether the targets of these tags, all of which are in here, are the armed ones."""
+        return self.table.has(first_tag - self.first_tag, targets)
+
+
 @dataclass(slots=True)
-class _Window:
+class OpenWindow:
+    """A window, and what is armed in it or on its way. Changed under the lock of its table."""
+
     descriptor: RegionDescriptor
     region: Region
     on_arrival: OnArrival
     on_hashed: OnHashed | None
-    armed: dict[int, Fields] = field(default_factory=dict)
-    landings: dict[int, Landing] = field(default_factory=dict)
+    armed: dict[int, _Armed] = field(default_factory=dict)
+    landings: dict[Landing, None] = field(default_factory=dict)
     spent: set[int] = field(default_factory=set)
     revoked: bool = False
 
@@ -59,90 +76,36 @@ class _Window:
         """Let no landing begin any more; return those that the caller has to close."""
         self.revoked = True
         self.armed.clear()
-        return list(self.landings.values())
+        return list(self.landings)
 
-    def remove(self, landing: Landing) -> bool:
-        """Take out this landing, not a later one of the same tag; False if it is not in."""
-        if self.landings.get(landing.tag) is not landing:
-            return False
-        del self.landings[landing.tag]
-        return True
+    def check_free(self, fresh: Mapping[int, object], first: int, last: int) -> None:
+        """Raise InvalidRequest if one of the tags `fresh`, which lie in [first, last], is known."""
+        for known in (self.armed.keys(), self.spent):
+            # Of two sets the smaller is walked through: not all that is armed, each time.
+            if known and not fresh.keys().isdisjoint(known):
+                raise _known(min(fresh.keys() & known))
+        for landing in self.landings:
+            begin = landing.first_tag
+            if begin <= last and first < begin + len(landing.states):
+                parts = landing.under_way(fresh.keys())
+                if parts:
+                    raise _known(begin + parts[0])
 
+    def leave(self, landing: Landing, parts: int) -> None:
+        """So many parts of a landing are under way no longer."""
+        landing.left -= parts
+        if not landing.left:
+            self.landings.pop(landing, None)
 
-class LandingLock:
-    """Held while bytes go in; `fencing` asks its holder to let go, and comes before a new one.
-
-    The holder looks at `interrupt[0]` all the while, and never blocks for more than a moment.
-    """
-
-    __slots__ = ("_lock", "_turn", "interrupt")
-
-    def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._lock = threading.Lock()
-        self.interrupt = bytearray(1)
-
-    def __enter__(self) -> None:
-        with self._turn:
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    @contextmanager
-    def fencing(self) -> Iterator[None]:
-        """Hold it as soon as its holder has noticed."""
-        with self._turn:
-            self.interrupt[0] = 1
-            with self._lock:
-                self.interrupt[0] = 0
-                yield
-
-    def close(self, landing: Landing) -> bool:
-        """Let nothing more into `landing`; say whether it was open. A transport whose bytes go in
-        without this lock (by a network card) overrides it, to wait for them as well."""
-        with self.fencing():
-            was_open, landing.open = landing.open, False
-            return was_open
-
-
-class Landing:
-    """One accepted write on its way into a region.
-
-    The transport writes only while it holds `lock` and `open` is true, in steps that block for
-    a moment at most; so whoever takes the lock and closes the landing knows that no byte follows.
-    The landings of one batch share their lock. `landed` says that all bytes came before that. A
-    landing stays in its window's table until it was closed, so that everybody who fences the tag
-    waits for that lock.
-    """
-
-    __slots__ = ("_window", "fields", "landed", "lock", "open", "peer", "region", "tag")
-
-    def __init__(
-        self, window: _Window, peer: str, tag: int, fields: Fields, lock: LandingLock
-    ) -> None:
-        self._window = window
-        self.lock = lock
-        self.open = True
-        self.landed = False
-        self.peer = peer
-        self.region = window.region
-        self.tag = tag
-        self.fields = fields
-
-    @property
-    def slices(self) -> Slices:
-        """Where the bytes go."""
-        return Slices(*self.fields)
-
-    def close(self) -> bool:
-        """Let nothing more in; say whether it was still open."""
-        return self.lock.close(self)
-
-    @property
-    def hashed(self) -> bool:
-        """Whether the window's owner wants digests."""
-        return self._window.on_hashed is not None
+    def take_fenced(self, landing: Landing, parts: Iterable[int]) -> list[int]:
+        """Those of the parts that are fenced leave the table; their tags."""
+        states, taken = landing.states, []
+        for part in parts:
+            if states[part] == FENCED:
+                states[part] = OVER
+                taken.append(landing.first_tag + part)
+        self.leave(landing, len(taken))
+        return taken
 
 
 class WindowTable:
@@ -150,7 +113,7 @@ class WindowTable:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._windows: dict[int, _Window] = {}
+        self._windows: dict[int, OpenWindow] = {}
         self._generation = 0
         self._closed = False
         self.device_memory = False
@@ -187,38 +150,38 @@ class WindowTable:
             while key in self._windows:
                 key = secrets.randbits(64)
             descriptor = RegionDescriptor(key, self._generation, offset, nbytes)
-            self._windows[key] = _Window(descriptor, region, on_arrival, on_hashed)
+            self._windows[key] = OpenWindow(descriptor, region, on_arrival, on_hashed)
             return descriptor
 
     def arm(self, window: RegionDescriptor, targets: Sequence[tuple[int, Slices]]) -> None:
         """Allow one write for each (tag, slices); all of them or, if it raises, none."""
-        fresh: dict[int, Fields] = {}
+        fresh: dict[int, _Armed] = {}
         for tag, slices in targets:
             if not 1 <= slices.nbytes <= WRITE_BYTES_MAX:
                 raise _wrong_size(slices.nbytes)
-            _check_target(window, tag, tag, (slices.start, slices.end))
+            table = SliceTable.of(slices)
+            _check_target(window, tag, tag, table.span())
             if tag in fresh:
                 raise InvalidRequest(f"tag {tag} is given twice")
-            fresh[tag] = next(SliceTable.of(slices).fields())
-        self._arm(window, fresh)
+            fresh[tag] = _Armed(tag, table)
+        if fresh:
+            self._arm(window, fresh, min(fresh), max(fresh))
 
     def arm_table(self, window: RegionDescriptor, first_tag: int, targets: SliceTable) -> None:
         """As `arm`: part i of the table under tag `first_tag` + i."""
-        if min(targets.sizes) < 1 or max(targets.sizes) > WRITE_BYTES_MAX:
-            raise _wrong_size(min(targets.sizes) or max(targets.sizes))
+        if targets.size_min < 1 or targets.size_max > WRITE_BYTES_MAX:
+            raise _wrong_size(targets.size_min or targets.size_max)
         last_tag = first_tag + len(targets) - 1
         _check_target(window, first_tag, last_tag, targets.span())
-        tags = range(first_tag, last_tag + 1)
-        self._arm(window, dict(zip(tags, targets.fields(), strict=True)))
+        fresh = dict.fromkeys(range(first_tag, last_tag + 1), _Armed(first_tag, targets))
+        self._arm(window, fresh, first_tag, last_tag)
 
-    def _arm(self, window: RegionDescriptor, fresh: dict[int, Fields]) -> None:
+    def _arm(
+        self, window: RegionDescriptor, fresh: Mapping[int, _Armed], first: int, last: int
+    ) -> None:
         with self._lock:
             record = self._live(window)
-            # Of two views the smaller is walked through: not all that is armed, each time.
-            for known in (record.armed.keys(), record.landings.keys(), record.spent):
-                if known and not fresh.keys().isdisjoint(known):
-                    tag = min(fresh.keys() & known)
-                    raise InvalidRequest(f"tag {tag} is armed already; disarm it first")
+            record.check_free(fresh, first, last)
             if len(record.armed) + len(fresh) > ARMED_TAGS_MAX:
                 raise Overloaded(
                     f"more than {ARMED_TAGS_MAX} tags armed in one window", retry_after_s=1.0
@@ -228,26 +191,33 @@ class WindowTable:
     def disarm(self, window: RegionDescriptor, tags: Collection[int]) -> frozenset[int]:
         """Fence `tags`; return those that were armed and had not landed."""
         unlanded: set[int] = set()
-        landings: list[Landing] = []
+        arriving: list[tuple[Landing, list[int]]] = []
         with self._lock:
             record = self._windows.get(window.key)
             if record is None or record.descriptor.generation != window.generation:
                 return frozenset()
+            others: set[int] = set()
             for tag in tags:
                 if record.armed.pop(tag, None) is not None or tag in record.spent:
                     record.spent.discard(tag)
                     unlanded.add(tag)
-                elif (landing := record.landings.get(tag)) is not None:
-                    landings.append(landing)
-        for landing in landings:
-            landing.close()
-            if not landing.landed:
-                unlanded.add(landing.tag)
-        if landings:
+                else:
+                    others.add(tag)
+            if others:
+                for landing in record.landings:
+                    if parts := landing.under_way(others):
+                        arriving.append((landing, parts))
+        for landing, parts in arriving:
+            landing.lock.close(landing, parts)
+            unlanded.update(
+                landing.first_tag + part for part in parts if landing.states[part] != LANDED
+            )
+        if arriving:
+            # Only now, so that whoever else fences meanwhile finds the landings and waits as well.
             with self._lock:
-                for landing in landings:
-                    record.remove(landing)
-                    record.spent.discard(landing.tag)
+                for landing, parts in arriving:
+                    record.take_fenced(landing, parts)
+                    record.spent.difference_update(landing.first_tag + part for part in parts)
         return frozenset(unlanded)
 
     def revoke(self, window: RegionDescriptor) -> None:
@@ -267,7 +237,7 @@ class WindowTable:
             landings = [landing for record in records for landing in record.revoke()]
         self._finish_revoking(records, landings)
 
-    def _finish_revoking(self, records: list[_Window], landings: list[Landing]) -> None:
+    def _finish_revoking(self, records: list[OpenWindow], landings: list[Landing]) -> None:
         for landing in landings:
             landing.close()
         # Only now, so that whoever else fences meanwhile finds the landings and waits as well.
@@ -277,9 +247,11 @@ class WindowTable:
 
     def begin(self, peer: str, key: int, generation: int, tag: int, slices: Slices) -> Landing:
         """Accept a write of `peer`, or raise Refused. It ends by `land` or `abandon`."""
-        landing = self.begin_table(peer, key, generation, tag, SliceTable.of(slices))[0]
-        if isinstance(landing, str):
-            raise Refused(landing)
+        landing = self.begin_table(peer, key, generation, tag, SliceTable.of(slices))
+        if landing is None:
+            raise Refused("no_window")
+        if landing.refused:
+            raise Refused(landing.refused[0])
         return landing
 
     def begin_table(
@@ -290,111 +262,109 @@ class WindowTable:
         first_tag: int,
         targets: SliceTable,
         lock: LandingLock | None = None,
-    ) -> list[Landing | str]:
-        """Accept the writes of a batch: a landing each, or the reason of its refusal. They share
-        `lock`, a plain one by default."""
+    ) -> Landing | None:
+        """Accept the writes of a batch, each for itself; None if there is no such window. Their
+        lock is `lock`, a plain one by default. Each part ends by `land_parts` or `abandon`."""
         lock = lock or LandingLock()
+        tags = range(first_tag, first_tag + len(targets))
+        refused: dict[int, str] = {}
         with self._lock:
             record = self._record(key, generation)
             if record is None:
-                return ["no_window"] * len(targets)
-            armed, landings = record.armed, record.landings
-            begun: list[Landing | str] = []
-            tags, fields_of = range(first_tag, first_tag + len(targets)), list(targets.fields())
-            if list(map(armed.get, tags)) == fields_of:  # the usual case: all as armed
-                for tag in tags:
-                    del armed[tag]
-                opened = map(Landing, repeat(record), repeat(peer), tags, fields_of, repeat(lock))
-                fresh = dict(zip(tags, opened, strict=False))
-                landings.update(fresh)
-                return list(fresh.values())
-            for tag, fields in zip(tags, fields_of, strict=True):
-                if armed.get(tag) == fields:
-                    del armed[tag]
-                    landing = landings[tag] = Landing(record, peer, tag, fields, lock)
-                    begun.append(landing)
-                else:
-                    begun.append("other_slices" if tag in armed else "not_armed")
-            return begun
+                return None
+            armed = record.armed
+            found = list(map(armed.get, tags))
+            first = found[0]
+            together = first is not None and found.count(first) == len(found)
+            if not (first is not None and together and first.allows(first_tag, targets)):
+                for part, (tag, each) in enumerate(zip(tags, found, strict=True)):
+                    if each is None:
+                        refused[part] = "not_armed"
+                    elif each.table.fields_of(tag - each.first_tag) != targets.fields_of(part):
+                        refused[part] = "other_slices"
+            landing = Landing(record, peer, first_tag, targets, lock, refused)
+            accepted = tags if not refused else [t for t in tags if t - first_tag not in refused]
+            for tag in accepted:
+                del armed[tag]
+            if landing.left:
+                record.landings[landing] = None
+            return landing
 
-    def _record(self, key: int, generation: int) -> _Window | None:
+    def _record(self, key: int, generation: int) -> OpenWindow | None:
         record = self._windows.get(key)
         if record is None or record.revoked or record.descriptor.generation != generation:
             return None
         return record
 
     def land(self, landing: Landing) -> None:
-        """All bytes are in place: count the tag as landed and tell the window's owner.
+        """All bytes of a single write are in place: count its tag as landed and tell the window's
+        owner. Raises Refused if it was fenced before, or if the owner rejects the bytes."""
+        refused = self.land_parts(landing, 0, 1)
+        if refused:
+            raise Refused(refused[0])
 
-        Raises Refused if it was fenced before, or if the owner rejects the bytes.
-        """
-        reason = self.land_all([landing])[0]
-        if reason:
-            raise Refused(reason)
-
-    def land_all(self, landings: Sequence[Landing], digests: Sequence[int] = ()) -> list[str]:
-        """As `land`, for landings of one batch, at least one: the reason of each refusal, or "".
-        `digests`: of each its bytes' xxh3-64, 0 if it is not known; or nothing."""
-        fenced = False
-        with landings[0].lock:
-            for each in landings:
-                if each.open:
-                    each.open, each.landed = False, True
-                else:
-                    fenced = True
-        reasons = [""] * len(landings)
-        landed: Sequence[Landing] = landings
-        if fenced:
-            reasons = ["" if each.landed else "fenced" for each in landings]
-            landed = [each for each in landings if each.landed]
-            digests = [
-                digest for each, digest in zip(landings, digests, strict=False) if each.landed
-            ]
+    def land_parts(
+        self, landing: Landing, first: int, last: int, digests: Sequence[int] = ()
+    ) -> Mapping[int, str]:
+        """As `land`, for parts [first, last): the reasons why of those that were accepted some are
+        refused after all. `digests`: the xxh3-64 of each part, 0 if not known; or nothing."""
+        states, count = landing.states, last - first
+        refused: dict[int, str] = {}
+        landed: Sequence[int] = range(first, last)
+        with landing.lock:
+            if states.count(OPEN, first, last) == count:
+                states[first:last] = bytes((LANDED,)) * count
+            else:
+                landed = [part for part in landed if states[part] == OPEN]
+                fenced = set(range(first, last)).difference(landed, landing.refused)
+                refused = dict.fromkeys(sorted(fenced), "fenced")
+                for part in landed:
+                    states[part] = LANDED
         if landed:
-            record = landings[0]._window
             with self._lock:
-                known = record.landings
-                for each in landed:
-                    if known.get(each.tag) is each:
-                        del known[each.tag]
-            verdicts = _told(record, landed, digests)
-            if not all(verdicts):
-                taken = iter(verdicts)
-                for index, reason in enumerate(reasons):
-                    if not reason and not next(taken):
-                        reasons[index] = "rejected"
-        return reasons
+                landing.window.leave(landing, len(landed))
+            if digests and len(landed) < count:
+                digests = [digests[part - first] for part in landed]
+            taken = _told(landing, landed, digests)
+            if not all(taken):
+                for part, good in zip(landed, taken, strict=True):
+                    if not good:
+                        refused[part] = "rejected"
+        return refused
 
     def place(self, window: RegionDescriptor, tag: int, slices: Slices, source: memoryview) -> str:
         """Land bytes of this process under a tag; "" once they are in, or why not."""
         try:
             landing = self.begin(LOCAL_PEER, window.key, window.generation, tag, slices)
-            if not landing.region.on_host:
+            if not landing.window.region.on_host:
                 self.abandon(landing)
                 return "rejected"
             with landing.lock:
                 if landing.open:
                     whole = Slices.contiguous(0, slices.nbytes)
-                    copy_slices(landing.region.view, slices, source, whole)
+                    copy_slices(landing.view, slices, source, whole)
             self.land(landing)
         except Refused as refusal:
             return refusal.reason
         return ""
 
-    def abandon(self, landing: Landing) -> None:
-        """The rest of the bytes will not come: the tag is spent until it is disarmed."""
-        landing.close()
+    def abandon(self, landing: Landing, first: int = 0) -> None:
+        """The rest of the bytes of the parts from `first` on will not come: their tags are spent
+        until they are disarmed."""
+        parts = range(first, len(landing.states))
+        landing.lock.close(landing, parts)
         with self._lock:
-            if landing._window.remove(landing):
-                landing._window.spent.add(landing.tag)
+            landing.window.spent.update(landing.window.take_fenced(landing, parts))
 
     def __repr__(self) -> str:
         with self._lock:
             armed = sum(len(record.armed) for record in self._windows.values())
-            landing = sum(len(record.landings) for record in self._windows.values())
+            landing = sum(
+                each.left for record in self._windows.values() for each in record.landings
+            )
             return f"<WindowTable windows={len(self._windows)} armed={armed} landing={landing}>"
 
-    def _live(self, window: RegionDescriptor) -> _Window:
+    def _live(self, window: RegionDescriptor) -> OpenWindow:
         record = self._windows.get(window.key)
         if record is None or record.revoked or record.descriptor != window:
             raise InvalidRequest(
@@ -421,19 +391,32 @@ def _wrong_size(nbytes: int) -> InvalidRequest:
     return InvalidRequest(f"a write has 1 to {WRITE_BYTES_MAX} bytes, not {nbytes}; split it")
 
 
-def _told(record: _Window, landed: Sequence[Landing], digests: Sequence[int]) -> Sequence[bool]:
-    """Tell the owner of a window what has landed; whether it takes each."""
-    if record.on_hashed is not None and len(digests) == len(landed) and all(digests):
+def _known(tag: int) -> InvalidRequest:
+    return InvalidRequest(f"tag {tag} is armed already; disarm it first")
+
+
+def _told(landing: Landing, landed: Sequence[int], digests: Sequence[int]) -> Sequence[bool]:
+    """Tell the owner of a window which parts have landed; whether it takes each."""
+    window, first_tag = landing.window, landing.first_tag
+    if window.on_hashed is not None and len(digests) == len(landed) and all(digests):
+        first, last = first_tag + landed[0], first_tag + landed[-1] + 1
+        tags: Sequence[int] = range(first, last)
+        if len(tags) != len(landed):
+            tags = [first_tag + part for part in landed]
         try:
-            taken = record.on_hashed([each.tag for each in landed], digests)
+            taken = window.on_hashed(tags, digests)
             assert len(taken) == len(landed), "an answer for each"
         except Exception:  # noqa: BLE001 - a callback of others
-            _log.exception("on_hashed of tag %d and more raised; rejected", landed[0].tag)
+            _log.exception("on_hashed of tag %d and more raised; rejected", first)
             return [False] * len(landed)
         return taken
-    key = record.descriptor.key
+    key, table = window.descriptor.key, landing.table
     return [
-        _tell(record.on_arrival, Arrival(each.peer, key, each.tag, each.fields)) for each in landed
+        _tell(
+            window.on_arrival,
+            Arrival(landing.peer, key, first_tag + part, table.fields_of(part)),
+        )
+        for part in landed
     ]
 
 

@@ -15,6 +15,7 @@ from itertools import count
 from dualpath.bench.explore.agenda import Agenda
 from dualpath.bench.explore.stage_loop import StageLoop
 from dualpath.transfer.errors import PeerLost
+from dualpath.transfer.landing import Landing
 from dualpath.transfer.outbox import check_write
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_copy import copy_slices
@@ -31,7 +32,7 @@ from dualpath.transfer.transport import (
     WriteBatch,
     WriteStatus,
 )
-from dualpath.transfer.window import Landing, Refused, WindowTable
+from dualpath.transfer.window import Refused, WindowTable
 from dualpath.transfer.write_split import write_split
 
 
@@ -152,7 +153,7 @@ class Wire:
             if other is flying or landing is None or not landing.open:
                 continue
             low, high = SliceTable.of(landing.slices).span()
-            if landing.region is flying.landing.region and low < end and start < high:
+            if landing.view is flying.landing.view and low < end and start < high:
                 raise Violation(f"{self._say(flying)} and {self._say(other)} write the same bytes")
 
     def _copy(self, flying: FlyingWrite, offset: int, end: int) -> None:
@@ -168,7 +169,7 @@ class Wire:
         with landing.lock:
             if landing.open:
                 copy_slices(
-                    landing.region.view,
+                    landing.view,
                     landing.slices.part(offset, end - offset),
                     memoryview(data),
                     Slices.contiguous(offset, end - offset),

@@ -9,30 +9,30 @@ withdrawn, or with the queue pair: whichever comes first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
+from dualpath.transfer.landing import Landing, LandingLock
 from dualpath.transfer.rdma.channel import Channel
 from dualpath.transfer.rdma.registration_cache import Registered
 from dualpath.transfer.rdma.verbs import Window
-from dualpath.transfer.window import Landing, LandingLock
 
 
 class Leave:
-    """Leave for the next `nbytes` bytes of a write. `window` is bound under `rkey`, if there are
+    """Leave to write bytes of these parts of a write. `window` is bound under `rkey`, if there are
     memory windows; `memory` is what it is bound to."""
 
-    __slots__ = ("channel", "ended", "landings", "memory", "rkey", "window", "withdrawing")
+    __slots__ = ("channel", "ended", "memory", "parts", "rkey", "window", "withdrawing")
 
     def __init__(
         self,
         channel: Channel,
-        landings: Collection[Landing],
+        parts: Collection[int],
         memory: Registered,
         window: Window | None,
         rkey: int,
     ) -> None:
         self.channel = channel
-        self.landings = frozenset(landings)
+        self.parts = frozenset(parts)
         self.memory = memory
         self.window = window
         self.rkey = rkey
@@ -41,7 +41,7 @@ class Leave:
 
 
 class LeaveLock(LandingLock):
-    """The lock of a batch's landings. `leaves` are those under way; change it holding the lock."""
+    """The lock of a batch's landing. `leaves` are those under way; change it holding the lock."""
 
     __slots__ = ("_fence", "leaves")
 
@@ -50,11 +50,11 @@ class LeaveLock(LandingLock):
         self.leaves: list[Leave] = []
         self._fence = fence
 
-    def close(self, landing: Landing) -> bool:
+    def close(self, landing: Landing, parts: Iterable[int]) -> None:
         """See LandingLock.close; waits, for a bounded time, until no byte follows."""
+        closing = frozenset(parts)
         with self.fencing():
-            was_open, landing.open = landing.open, False
-            leaves = [each for each in self.leaves if landing in each.landings]
+            landing.fence(closing)
+            leaves = [each for each in self.leaves if not closing.isdisjoint(each.parts)]
         for leave in leaves:
             self._fence(leave)
-        return was_open

@@ -15,10 +15,11 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import xxhash
+from dualpath.transfer.landing import Landing
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.rdma.channel import Channel
 from dualpath.transfer.rdma.grant import Leave, LeaveLock
@@ -27,32 +28,35 @@ from dualpath.transfer.rdma.registration_cache import Registered, RegistrationCa
 from dualpath.transfer.rdma.verbs import Device, Opcode, Window, WorkRequest
 from dualpath.transfer.slice_table import SliceTable, TableReader
 from dualpath.transfer.stream_frame import REFUSALS, MalformedFrame
-from dualpath.transfer.window import Landing, WindowTable
+from dualpath.transfer.window import WindowTable
 
 _CODES = {reason: code for code, reason in enumerate(REFUSALS)}
 PIECES_HASHED_MAX = 1 << 20
 
 
 class OpenWrite:
-    """A write, or a batch of them, whose bytes are arriving. `landings[i]` is None where part i is
-    refused; `codes[i]` then says why. `asked` bytes were asked for, `received` have come, and
-    parts [0, settled) have come to their end. `fragments` are under way, in their order; once one
-    of them was given up, the write is `broken` and nothing more of it lands."""
+    """A write, or a batch of them, whose bytes are arriving. Part i is refused where `landing` is
+    None or has refused it; `codes[i]` then says why. `asked` bytes were asked for, `received` have
+    come, and parts [0, settled) have come to their end. `fragments` are under way, in their order;
+    once one of them was given up, the write is `broken` and nothing more of it lands."""
 
-    def __init__(self, ident: int, table: SliceTable, begun: list[Landing | str], lock: LeaveLock):
+    def __init__(self, ident: int, table: SliceTable, landing: Landing | None, lock: LeaveLock):
         self.ident = ident
         self.table = table
-        self.ends = table.ends()
         self.reader = TableReader(table)
-        self.codes = bytearray(0 if isinstance(each, Landing) else _CODES[each] for each in begun)
-        self.landings = [each if isinstance(each, Landing) else None for each in begun]
+        self.ends = self.reader.ends
+        refused = {} if landing is None else landing.refused
+        self.codes = bytearray((0 if landing is not None else _CODES["no_window"],)) * len(table)
+        for part, reason in refused.items():
+            self.codes[part] = _CODES[reason]
+        self.landing = landing
         self.lock = lock
         self.fragments: deque[_Fragment] = deque()
         self.broken = False
         self.asked = 0
         self.received = 0
         self.settled = 0
-        self.hashed = any(each is not None and each.hashed for each in self.landings)
+        self.hashed = landing is not None and landing.hashed and landing.open
         self.hasher = xxhash.xxh3_64()
 
     @property
@@ -69,7 +73,7 @@ class OpenWrite:
     def digest_of(self, index: int, offset: int, end: int) -> int:
         """Hash those bytes of part `index` in [offset, end) of all; its digest, once it is whole
         and was open all the while, else 0."""
-        landing = self.landings[index]
+        landing = self.landing
         start = self.ends[index] - self.table.sizes[index]
         first, last = max(offset, start), min(end, self.ends[index])
         if first == start:
@@ -77,10 +81,9 @@ class OpenWrite:
         if landing is None:
             return 0
         with self.lock:
-            if not landing.open:
+            if not landing.is_open(index):
                 return 0
-            view = landing.region.view
-            for piece in self.reader.buffers(view, first, last - first, PIECES_HASHED_MAX):
+            for piece in self.reader.buffers(landing.view, first, last - first, PIECES_HASHED_MAX):
                 self.hasher.update(piece)
         return self.hasher.intdigest() if last == self.ends[index] else 0
 
@@ -165,23 +168,20 @@ class RdmaLander:
         if write.asked > write.nbytes:
             raise MalformedFrame(f"asked for more than write {ask.ident} has")
         wanted = write.range_of(offset, ask.nbytes)
+        landing = write.landing
         with write.lock:
-            landings = {
-                index: landing
-                for index in wanted
-                if (landing := write.landings[index]) is not None and landing.open
-            }
-            if landings:
+            parts = [index for index in wanted if landing is not None and landing.is_open(index)]
+            if parts and landing is not None:
                 # Held under the lock: a region is closed only after its landings were.
-                memory = self._registrations.hold(next(iter(landings.values())).region)
-                leave, bind = self._leave(channel, write, landings, offset, ask.nbytes, memory)
+                memory = self._registrations.hold(landing.window.region)
+                leave, bind = self._leave(channel, write, parts, offset, ask.nbytes, memory)
                 write.lock.leaves.append(leave)
         write.fragments.append(fragment)
-        if not landings:
+        if not parts:
             self._pass_on(write, fragment, came=True)
             return
         self._leaves[ask.slot] = leave, write, fragment
-        channel.say(Grant(ask.slot, memory.address, leave.rkey, _skipping(wanted, landings)), bind)
+        channel.say(Grant(ask.slot, memory.address, leave.rkey, _skipping(wanted, parts)), bind)
 
     def written(self, slot: int) -> None:
         """The writer says by an immediate that it has written all of what it was granted."""
@@ -211,28 +211,28 @@ class RdmaLander:
         if ask.ident in self._open or len(self._open) > 2 * self._slots:
             raise MalformedFrame(f"write {ask.ident} opened twice or too many open")
         lock = LeaveLock(self._fence)
-        begun = self._windows.begin_table(
+        landing = self._windows.begin_table(
             self._peer, opening.key, opening.generation, opening.first_tag, opening.table, lock
         )
-        write = self._open[ask.ident] = OpenWrite(ask.ident, opening.table, begun, lock)
+        write = self._open[ask.ident] = OpenWrite(ask.ident, opening.table, landing, lock)
         return write
 
     def _leave(
         self,
         channel: Channel,
         write: OpenWrite,
-        landings: dict[int, Landing],
+        parts: Sequence[int],
         offset: int,
         nbytes: int,
         memory: Registered,
     ) -> tuple[Leave, list[WorkRequest]]:
         if not self._all_windows:
-            return Leave(channel, landings.values(), memory, None, memory.keys.rkey), []
+            return Leave(channel, parts, memory, None, memory.keys.rkey), []
         # One for each slot: that of a slot's last exchange was withdrawn before its Done was sent.
         window = self._idle_windows.popleft()
         rkey = window.next_key()
-        start, end = _span(write, landings, offset, nbytes)
-        leave = Leave(channel, landings.values(), memory, window, rkey)
+        start, end = _span(write, parts, offset, nbytes)
+        leave = Leave(channel, parts, memory, window, rkey)
         self._bound[rkey] = leave
         bind = WorkRequest(
             0,
@@ -335,15 +335,12 @@ class RdmaLander:
             for index in write.range_of(offset, nbytes):
                 digests[index] = write.digest_of(index, offset, write.received)
         first, last = write.settled, bisect_right(write.ends, write.received)
-        indices = [index for index in range(first, last) if write.landings[index] is not None]
-        if indices:
-            landings = [each for each in write.landings[first:last] if each is not None]
-            reasons = self._windows.land_all(
-                landings, [digests.get(index, 0) for index in indices] if write.hashed else ()
-            )
-            for index, reason in zip(indices, reasons, strict=True):
+        if write.landing is not None and last > first:
+            known = [digests.get(index, 0) for index in range(first, last)] if write.hashed else ()
+            refused = self._windows.land_parts(write.landing, first, last, known)
+            for index, reason in refused.items():
                 write.codes[index] = _CODES[reason]
-        landed = [index for index in indices if not write.codes[index]]
+        landed = [index for index in range(first, last) if not write.codes[index]]
         self._counters.received_writes += len(landed)
         self._counters.received_bytes += sum(write.table.sizes[index] for index in landed)
         write.settled = last
@@ -354,9 +351,8 @@ class RdmaLander:
         return bytes(write.codes) if any(write.codes) else b"\0"
 
     def _abandon(self, write: OpenWrite) -> None:
-        for landing in write.landings[write.settled :]:
-            if landing is not None:
-                self._windows.abandon(landing)
+        if write.landing is not None:
+            self._windows.abandon(write.landing, write.settled)
 
     # The end.
 
@@ -382,12 +378,10 @@ def _unheard(*_: object) -> None:
     raise AssertionError("the connection has not begun")
 
 
-def _span(
-    write: OpenWrite, landings: dict[int, Landing], offset: int, nbytes: int
-) -> tuple[int, int]:
+def _span(write: OpenWrite, parts: Sequence[int], offset: int, nbytes: int) -> tuple[int, int]:
     """From the first byte of the region that these bytes of these parts touch to the last."""
     starts, ends = [], []
-    for index in landings:
+    for index in parts:
         part = write.table.part(index)
         begin = write.ends[index] - write.table.sizes[index]
         first = max(offset, begin)
@@ -398,9 +392,9 @@ def _span(
     return min(starts), max(ends)
 
 
-def _skipping(parts: range, landings: dict[int, Landing]) -> bytes:
+def _skipping(wanted: range, parts: Sequence[int]) -> bytes:
     skip = bytearray(SKIP_BYTES)
-    for index in parts:
-        if index not in landings:
+    if len(parts) < len(wanted):
+        for index in sorted(set(wanted).difference(parts)):
             skip[index >> 3] |= 1 << (index & 7)
     return bytes(skip)

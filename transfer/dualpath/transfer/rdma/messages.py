@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from dualpath.transfer.errors import InvalidRequest
-from dualpath.transfer.slice_table import SliceTable
+from dualpath.transfer.slice_table import PART_BYTES, SliceTable
 from dualpath.transfer.stream_frame import REFUSALS, MalformedFrame
 from dualpath.transfer.transport import BATCH_WRITES_MAX, WRITE_BYTES_MAX
 
@@ -25,8 +25,7 @@ _ASK, _CANCEL, _GRANT, _RELEASE, _DONE = range(1, 6)
 _HEAD = struct.Struct("<BBHIQ")  # kind, flag, slot, nbytes, ident
 _OPENING = struct.Struct("<QIQQQQH")  # key, generation, first tag, stride, count, length, parts
 _GRANTED = struct.Struct(f"<QI{SKIP_BYTES}s")
-_PART_BYTES = 8 + 8 + 4
-assert _HEAD.size + _OPENING.size + BATCH_WRITES_MAX * _PART_BYTES <= MESSAGE_BYTES_MAX
+assert _HEAD.size + _OPENING.size + BATCH_WRITES_MAX * PART_BYTES <= MESSAGE_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,6 @@ def _expect_no_more(rest: bytes) -> None:
 
 def _pack_opening(opening: Opening) -> bytes:
     table = opening.table
-    count = len(table)
     head = _OPENING.pack(
         opening.key,
         opening.generation,
@@ -146,31 +144,22 @@ def _pack_opening(opening: Opening) -> bytes:
         table.stride,
         table.count,
         table.length,
-        count,
+        len(table),
     )
-    form = f"<{count}Q{count}Q{count}I"
-    return head + struct.pack(form, *table.bases, *table.skips, *table.sizes)
+    return head + table.to_bytes()
 
 
 def _parse_opening(rest: bytes) -> Opening:
     if len(rest) < _OPENING.size:
         raise MalformedFrame(f"an opening of {len(rest)} bytes")
     key, generation, first_tag, stride, count, length, parts = _OPENING.unpack_from(rest)
-    if not 1 <= parts <= BATCH_WRITES_MAX or len(rest) != _OPENING.size + parts * _PART_BYTES:
+    if not 1 <= parts <= BATCH_WRITES_MAX or len(rest) != _OPENING.size + parts * PART_BYTES:
         raise MalformedFrame(f"a batch of {parts} writes in {len(rest)} bytes")
-    fields = struct.unpack_from(f"<{parts}Q{parts}Q{parts}I", rest, _OPENING.size)
     try:
-        table = SliceTable(
-            stride,
-            count,
-            length,
-            fields[:parts],
-            fields[parts : 2 * parts],
-            fields[2 * parts :],
-        )
+        table = SliceTable.from_bytes(stride, count, length, rest[_OPENING.size :])
     except InvalidRequest as error:
         raise MalformedFrame(str(error)) from error
-    if min(table.sizes) < 1 or table.nbytes > WRITE_BYTES_MAX:
+    if table.size_min < 1 or table.nbytes > WRITE_BYTES_MAX:
         raise MalformedFrame(f"a batch of {table.nbytes} bytes, or with an empty part")
     if first_tag + parts > 1 << 64:
         raise MalformedFrame(f"tags from {first_tag} on")
