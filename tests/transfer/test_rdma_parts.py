@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from dualpath.transfer.errors import InvalidRequest, Overloaded, Unavailable
 from dualpath.transfer.lane import Lane
 from dualpath.transfer.lane_marks import LaneMarks
 from dualpath.transfer.outbox import Outbox
+from dualpath.transfer.rdma import write_requests, write_requests_twin
 from dualpath.transfer.rdma.config import RdmaConfig
 from dualpath.transfer.rdma.messages import (
     MESSAGE_BYTES_MAX,
@@ -29,9 +34,17 @@ from dualpath.transfer.rdma.port_choice import choose_port
 from dualpath.transfer.rdma.registration_cache import RegistrationCache
 from dualpath.transfer.rdma.simulated_device import SimulatedDevice
 from dualpath.transfer.rdma.simulated_fabric import SimulatedFabric
-from dualpath.transfer.rdma.verbs import DeviceInfo, GidEntry, LinkLayer, Opcode, Piece, PortInfo
-from dualpath.transfer.rdma.work_rows import requests_in
-from dualpath.transfer.rdma.write_requests import requests_of
+from dualpath.transfer.rdma.verbs import (
+    DeviceInfo,
+    GidEntry,
+    LinkLayer,
+    Opcode,
+    Piece,
+    PortInfo,
+    WorkRequest,
+)
+from dualpath.transfer.rdma.work_rows import requests_in, signal
+from dualpath.transfer.rdma.write_requests import WriteRequests
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
@@ -39,6 +52,18 @@ from dualpath.transfer.stream_frame import MalformedFrame
 from dualpath.transfer.tcp_transport import TcpConfig
 from dualpath.transfer.transport import BATCH_WRITES_MAX, Write, WriteBatch
 
+RowsOf = Callable[..., tuple[bytearray, int, int, int]]
+ROWS_OF = [
+    pytest.param(write_requests_twin.rows_of, id="python"),
+    pytest.param(
+        write_requests.rows_of,
+        id="native",
+        marks=pytest.mark.skipif(
+            write_requests.rows_of is write_requests_twin.rows_of,
+            reason="the native extension is not built",
+        ),
+    ),
+]
 WIDEST = SliceTable(
     1 << 40,
     1 << 20,
@@ -158,10 +183,35 @@ def test_a_region_that_is_registered_again_and_again_is_watched_once() -> None:
         assert [len(region.before_close) for region in regions] == [1, 1]
 
 
-def test_requests_write_each_byte_of_a_fragment_to_its_place() -> None:
+def _requests(
+    rows_of: RowsOf, monkeypatch: pytest.MonkeyPatch, *of: Any, most: int
+) -> list[WorkRequest]:
+    """All requests of a write, taken at most `most` a post; and where each post ended."""
+    monkeypatch.setattr(write_requests, "rows_of", rows_of)
+    left = WriteRequests(*of)
+    requests: list[WorkRequest] = []
+    for number in range(1 << 20):
+        if left.exhausted:
+            return requests
+        rows, count, last_at = left.take(most)
+        made = requests_in(rows)
+        assert len(made) == count <= most
+        assert left.exhausted or count == most
+        if made:
+            signal(rows, last_at, number)
+            *others, last = requests_in(rows)
+            assert (others, last) == (made[:-1], replace(made[-1], ident=number, signaled=True))
+        requests += made
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("rows_of", ROWS_OF)
+def test_requests_write_each_byte_of_a_fragment_to_its_place(
+    rows_of: RowsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = random.Random(11)
     for _ in range(200):
-        sizes = [draw.randint(1, 900) for _ in range(draw.randint(1, 6))]
+        sizes = [draw.randint(1, 900) for _ in range(draw.randint(1, 9))]
         length = draw.randint(1, 300)
         count = max(sizes) // length + 2
         source_table = SliceTable(
@@ -181,22 +231,22 @@ def test_requests_write_each_byte_of_a_fragment_to_its_place() -> None:
         pending = Outbox("p", 1 << 20).add_batch(batch, lambda _: None, 0.0)
         offset = draw.randrange(sum(sizes))
         nbytes = draw.randint(1, sum(sizes) - offset)
-        skipped = draw.randrange(8)
+        skipped = {index for index in range(len(sizes)) if draw.random() < 0.2}
         skip = bytearray(SKIP_BYTES)
-        skip[0] |= 1 << skipped
+        for index in skipped:
+            skip[index >> 3] |= 1 << (index & 7)
         grant = Grant(9, 1 << 32, 77, bytes(skip))
-        requests = [
-            request
-            for rows in requests_of(pending, offset, nbytes, grant, Piece(1 << 40, 0, 5), 3)
-            for request in requests_in(rows)
-        ]
+        source, pieces_max = Piece(1 << 40, 0, 5), draw.randint(1, 4)
+        of = (pending, offset, nbytes, grant, source, pieces_max)
+        requests = _requests(rows_of, monkeypatch, *of, most=draw.randint(1, 64))
         written: list[tuple[int, int]] = []
         for request in requests:
-            assert len(request.pieces) <= 3
+            assert len(request.pieces) <= pieces_max
             assert request.rkey == 77
             at = request.remote_address - (1 << 32)
             for piece in request.pieces:
                 start = piece.address - (1 << 40)
+                assert piece.lkey == 5
                 written += zip(
                     range(start, start + piece.nbytes), range(at, at + piece.nbytes), strict=True
                 )
@@ -208,7 +258,7 @@ def test_requests_write_each_byte_of_a_fragment_to_its_place() -> None:
                 [at + i for at, n in slices.pieces() for i in range(n)] for slices in (from_, to)
             ]
             pairs += [(index, *pair) for pair in zip(*bytes_of, strict=True)]
-        wanted = [pair[1:] for pair in pairs[offset : offset + nbytes] if pair[0] != skipped]
+        wanted = [pair[1:] for pair in pairs[offset : offset + nbytes] if pair[0] not in skipped]
         assert written == wanted
         assert [request.opcode for request in requests[:-1]] == [Opcode.WRITE] * (len(requests) - 1)
         assert not requests or (requests[-1].opcode, requests[-1].immediate) == (
@@ -217,7 +267,11 @@ def test_requests_write_each_byte_of_a_fragment_to_its_place() -> None:
         )
 
 
-def test_a_single_write_is_gathered_as_well() -> None:
+@pytest.mark.parametrize("rows_of", ROWS_OF)
+def test_a_single_write_is_gathered_as_well_and_need_not_tell(
+    rows_of: RowsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_requests, "rows_of", rows_of)
     region = Region.anonymous(1 << 16)
     window = RegionDescriptor(1, 1, 0, 1 << 16)
     write = Write(
@@ -231,8 +285,38 @@ def test_a_single_write_is_gathered_as_well() -> None:
     )
     pending = Outbox("p", 1 << 20).add(write, lambda _: None, 0.0)
     grant = Grant(1, 0, 7, bytes(SKIP_BYTES))
-    (rows,) = requests_of(pending, 0, 1000, grant, Piece(0, 0, 5), 16)
-    assert [len(each.pieces) for each in requests_in(rows)] == [10]
+    rows, count, last_at = WriteRequests(
+        pending, 0, 1000, grant, Piece(0, 0, 5), 16, tell=False
+    ).take(64)
+    assert (count, last_at) == (1, 0)
+    (request,) = requests_in(rows)
+    assert len(request.pieces) == 10
+    assert request.opcode is Opcode.WRITE
+
+
+@pytest.mark.parametrize("rows_of", ROWS_OF)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {3: 11},  # an offset behind the end
+        {4: 21},  # an end behind all bytes
+        {5: b""},
+        {8: 0},
+        {8: 17},
+        {9: 0},
+        {9: 65},
+        {1: (5, 10, array("Q", [0, 0]), array("Q", [0, 0]))},
+        {2: (1, 1, array("Q", [0]), array("Q", [0, 0]))},
+    ],
+)
+def test_rows_of_bytes_that_are_not_there_are_refused(
+    rows_of: RowsOf, wrong: dict[int, object]
+) -> None:
+    places = (1, 1, array("Q", [0, 10]), array("Q", [0, 0]))
+    good = [array("Q", [10, 10]), places, places, 5, 10, b"\0", (0, 1), (0, 1), 16, 64, 1]
+    assert rows_of(*good)[1:] == (1, 0, 10)
+    with pytest.raises(ValueError, match=r"bytes|too many|slices|as many"):
+        rows_of(*(wrong.get(at, value) for at, value in enumerate(good)))
 
 
 @pytest.mark.parametrize(

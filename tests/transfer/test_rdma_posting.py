@@ -31,12 +31,9 @@ from dualpath.transfer.rdma.verbs import (
 from dualpath.transfer.rdma.work_rows import (
     OPCODES,
     ROW,
-    has_immediate,
     requests_in,
     rows_of,
-    signaled,
-    with_immediate,
-    without_immediate,
+    signal,
     write_rows,
 )
 
@@ -126,14 +123,14 @@ def test_each_request_of_random_batches_arrives_as_specified(posts: Posts) -> No
         assert {each.queue_pair for each in told} <= {posts.pair.number}
 
 
-def test_rows_of_a_write_say_what_is_done_to_them() -> None:
+def test_only_the_request_that_is_to_be_signaled_is() -> None:
     plain = write_rows([(1 << 40, 100), (1 << 41, 28)], 5, 1 << 50, 9)
-    assert not has_immediate(plain)
-    (told,) = requests_in(signaled(with_immediate(plain, 77), 1 << 63))
+    rows = bytearray(plain * 2)
+    signal(rows, len(plain), 1 << 63)
+    first, second = requests_in(rows)
     pieces = (Piece(1 << 40, 100, 5), Piece(1 << 41, 28, 5))
-    assert told == WorkRequest(1 << 63, Opcode.WRITE_IMM, True, pieces, 1 << 50, 9, 77)
-    assert has_immediate(with_immediate(plain, 77))
-    assert without_immediate(with_immediate(plain, 77)) == plain
+    assert first == WorkRequest(0, Opcode.WRITE, False, pieces, 1 << 50, 9, 0)
+    assert second == WorkRequest(1 << 63, Opcode.WRITE, True, pieces, 1 << 50, 9, 0)
 
 
 @pytest.mark.parametrize("at", [0, 1, 17, 63])
@@ -215,7 +212,9 @@ def test_a_halted_queue_pair_posts_nothing(posts: Posts) -> None:
 def test_an_armed_queue_wakes_its_descriptor_once(posts: Posts) -> None:
     posts.queue.arm()
     for ident in range(2):
-        posts.pair.post_rows(signaled(write_rows([(0, 1)], 1, 0, 1), ident))
+        rows = bytearray(write_rows([(0, 1)], 1, 0, 1))
+        signal(rows, 0, ident)
+        posts.pair.post_rows(rows)
     posts.queue.acknowledge()
     with pytest.raises(Unavailable, match="ibv_get_cq_event"):
         posts.queue.acknowledge()

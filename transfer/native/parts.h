@@ -17,4 +17,7 @@ PyObject *dualpath_extent_of(PyObject *module, PyObject *args);
 /* Whether a buffer is that of `count` aligned numbers of 64 bits; raises ValueError. */
 int dualpath_numbers(const Py_buffer *buffer, Py_ssize_t count);
 
+/* rows.c: see write_requests.py. */
+PyObject *dualpath_rows_of(PyObject *module, PyObject *args);
+
 #endif

@@ -330,6 +330,9 @@ static PyMethodDef methods[] = {
      "copy_parts(sizes, target, target_at, source, source_at, interrupt, hashed)"},
     {"extent_of", dualpath_extent_of, METH_VARARGS,
      "extent_of(stride, count, length, bases, skips, sizes)"},
+    {"rows_of", dualpath_rows_of, METH_VARARGS,
+     "rows_of(sizes, source_at, target_at, offset, end, skip, source, target, pieces_max, most, "
+     "immediate)"},
     {"send", send_parts, METH_VARARGS, "send(fd, parts, interrupt, wait_ms)"},
     {NULL, NULL, 0, NULL},
 };

@@ -10,10 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "rows.h"
 #include "verbs_abi.h"
-
-#define REQUESTS_MAX 64 /* of one post */
-#define PIECES_MAX 16   /* of one request */
 
 /* The functions of libibverbs that are called by name; the rest are in a context's table. */
 typedef struct {

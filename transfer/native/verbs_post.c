@@ -8,16 +8,6 @@
 #include <time.h>
 
 typedef struct {
-    uint64_t ident, address, remote;
-    uint32_t nbytes, lkey, rkey, immediate, opcode, flags;
-} Row;
-
-_Static_assert(sizeof(Row) == 48, "as work_rows.py packs it");
-
-enum { ROW_SIGNALED = 1, ROW_MORE = 2 /* the next row is another piece of this request */ };
-#define ROWS_MAX (REQUESTS_MAX * PIECES_MAX)
-
-typedef struct {
     VerbsSend requests[REQUESTS_MAX];
     VerbsPiece pieces[ROWS_MAX];
     int count;

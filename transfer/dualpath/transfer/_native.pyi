@@ -38,3 +38,17 @@ def extent_of(
     sizes: array[int],
     /,
 ) -> tuple[int, int, int, int, int]: ...
+def rows_of(
+    sizes: array[int],
+    source_at: tuple[int, int, array[int], array[int]],
+    target_at: tuple[int, int, array[int], array[int]],
+    offset: int,
+    end: int,
+    skip: bytes,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    pieces_max: int,
+    most: int,
+    immediate: int,
+    /,
+) -> tuple[bytearray, int, int, int]: ...

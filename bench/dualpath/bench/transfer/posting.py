@@ -23,7 +23,7 @@ from dualpath.transfer.outbox import Outbox
 from dualpath.transfer.rdma.messages import SKIP_BYTES, Grant
 from dualpath.transfer.rdma.native_device import MISSING, NativeQueuePair, NativeVerbs
 from dualpath.transfer.rdma.verbs import Piece, QueueLimits
-from dualpath.transfer.rdma.write_requests import requests_of
+from dualpath.transfer.rdma.write_requests import WriteRequests
 from dualpath.transfer.region import Region, RegionDescriptor
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import Write
@@ -41,17 +41,19 @@ HEADINGS = (
     "one call from Python, ns",
     "ns a request of it",
     "making the rows, ns a request",
+    "both from Python, ns a request",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCost:
-    """Nanoseconds, medians: of a request natively; of the whole call from Python; and of a request
-    in turning slices into rows before that."""
+    """Nanoseconds, medians: of a request natively; of the whole call from Python; of a request in
+    turning slices into rows before that; and of a request in both together."""
 
     native_ns: float
     call_ns: float
     rows_ns: float
+    whole_ns: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Posting:
                     "call_ns": cost.call_ns,
                     "call_ns_a_request": cost.call_ns / count,
                     "rows_ns_a_request": cost.rows_ns,
+                    "whole_ns_a_request": cost.whole_ns,
                     "call_ratio_to_single_posts": cost.call_ns / count / one.call_ns,
                 }
                 for count, cost in self.batches.items()
@@ -108,29 +111,29 @@ def measure_posting(rounds: int, machine: Mapping[str, object]) -> Posting:
     pair = device.queue_pair(queue, QueueLimits(1024, 1, 16), 1)
     assert isinstance(pair, NativeQueuePair)
     try:
-        found: dict[int, list[tuple[float, float, float]]] = {count: [] for count in BATCHES}
+        found: dict[int, list[tuple[float, ...]]] = {count: [] for count in BATCHES}
         for _ in range(rounds):
             for count in BATCHES:
                 make = scattered(count)
-                rows = b"".join(make())
+                rows = make()
                 native = _verbs.time_posts(pair.pair, rows, NATIVE_CALLS) / NATIVE_CALLS
                 call = _ns(partial(pair.post_rows, rows), CALLS)
-                made = _ns(make, max(1, CALLS // count))
-                found[count].append((native / count, call, made / count))
+                made = _ns(make, CALLS)
+                whole = _ns(partial(_make_and_post, make, pair), CALLS)
+                found[count].append((native / count, call, made / count, whole / count))
     finally:
         pair.close()
         queue.close()
         device.close()
     batches = {
-        count: BatchCost(*(median(each[at] for each in samples) for at in range(3)))
+        count: BatchCost(*(median(each[at] for each in samples) for at in range(4)))
         for count, samples in found.items()
     }
     return Posting(batches, rounds, machine, time.strftime("%Y-%m-%d"))
 
 
-def scattered(count: int) -> Callable[[], list[bytes]]:
-    """What makes the requests of a write of `count` slices of 40 KiB that lie apart in the
-    target."""
+def scattered(count: int) -> Callable[[], bytearray]:
+    """What makes the rows of a write of `count` slices of 40 KiB that lie apart in the target."""
     nbytes = count * SLICE_BYTES
     write = Write(
         _REGION,
@@ -144,7 +147,11 @@ def scattered(count: int) -> Callable[[], list[bytes]]:
     pending = Outbox("peer", nbytes).add(write, lambda _: None, 0.0)
     grant = Grant(1, 1 << 40, 7, bytes(SKIP_BYTES))
     source = Piece(1 << 32, 0, 5)
-    return lambda: list(requests_of(pending, 0, nbytes, grant, source, 16))
+    return lambda: WriteRequests(pending, 0, nbytes, grant, source, 16).take(count)[0]
+
+
+def _make_and_post(make: Callable[[], bytearray], pair: NativeQueuePair) -> None:
+    pair.post_rows(make())
 
 
 _REGION = Region.of(bytearray(1))  # its bytes are never looked at
@@ -166,6 +173,7 @@ def rows(posting: Posting) -> list[Row]:
             f"{cost.call_ns:.0f}",
             f"{cost.call_ns / count:.0f}",
             f"{cost.rows_ns:.0f}",
+            f"{cost.whole_ns:.0f}",
         )
         for count, cost in posting.batches.items()
     ]

@@ -11,9 +11,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Protocol
 
 from dualpath.transfer.rdma import messages
@@ -31,7 +30,8 @@ from dualpath.transfer.rdma.verbs import (
     QueuePairAddress,
     WorkRequest,
 )
-from dualpath.transfer.rdma.work_rows import has_immediate, signaled
+from dualpath.transfer.rdma.work_rows import signal
+from dualpath.transfer.rdma.write_requests import WriteRequests
 from dualpath.transfer.region import Region
 
 SENDS_MAX = 1024
@@ -48,8 +48,8 @@ assert MESSAGE_SENDS > POST_MAX
 class WriteStream(Protocol):
     """Writes that follow one another; the channel takes as many as fit."""
 
-    def requests(self) -> Iterator[bytes]:
-        """The writes that are left, each as its rows; the last that is taken is signaled."""
+    def requests(self) -> WriteRequests:
+        """The writes that are left; the last of each post is signaled."""
 
     def posted(self, count: int, exhausted: bool) -> None:
         """So many were posted; `exhausted`: there are no more."""
@@ -91,7 +91,7 @@ class Channel:
         self._memory = device.register(self._address, self._buffers.nbytes, writable=True)
         self._idle_buffers = list(range(receives, receives + MESSAGE_SENDS // 2))
         self._messages: deque[_Waiting] = deque()
-        self._writes: deque[tuple[WriteStream, Iterator[bytes]]] = deque()
+        self._writes: deque[tuple[WriteStream, WriteRequests]] = deque()
         self._posted: dict[int, tuple[int, Callable[[], None]]] = {}
         self._next_ident = 1
         self._progress_at = 0.0  # when something completed last, or was posted after a pause
@@ -173,20 +173,18 @@ class Channel:
         room = min(POST_MAX, self._free - MESSAGE_SENDS)
         if room < 1:
             return False
-        stream, iterator = self._writes[0]
-        requests = list(islice(iterator, room))
-        exhausted = len(requests) < room or has_immediate(requests[-1])
+        stream, left = self._writes[0]
+        rows, count, last_at = left.take(room)
+        exhausted = left.exhausted
         if exhausted:
             self._writes.popleft()
-        if requests:
-            count = len(requests)
-            ident = self._remember(count, lambda: stream.completed(count))
-            requests[-1] = signaled(requests[-1], ident)
+        if count:
+            signal(rows, last_at, self._remember(count, lambda: stream.completed(count)))
             self._free -= count
-        stream.posted(len(requests), exhausted)
-        if requests:
-            self._pair.post_rows(b"".join(requests))
-        return bool(requests) or exhausted
+        stream.posted(count, exhausted)
+        if count:
+            self._pair.post_rows(rows)
+        return bool(count) or exhausted
 
     def _remember(self, count: int, completed: Callable[[], None]) -> int:
         ident = self._next_ident

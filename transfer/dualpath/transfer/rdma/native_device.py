@@ -276,11 +276,11 @@ class NativeQueuePair:
         rows, objects = rows_of(requests)
         self._post(rows, [_capsule(each) for each in objects])
 
-    def post_rows(self, rows: bytes) -> None:
+    def post_rows(self, rows: bytes | bytearray) -> None:
         """See the port."""
         self._post(rows, ())
 
-    def _post(self, rows: bytes, objects: Sequence[object]) -> None:
+    def _post(self, rows: bytes | bytearray, objects: Sequence[object]) -> None:
         with self._posting:
             self._check_running()
             try:

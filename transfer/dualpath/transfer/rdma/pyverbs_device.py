@@ -433,7 +433,7 @@ class _QueuePair:
                 for each in made:
                     each.close()
 
-    def post_rows(self, rows: bytes) -> None:
+    def post_rows(self, rows: bytes | bytearray) -> None:
         self.post_send(requests_in(rows))
 
     def _request(self, request: WorkRequest) -> Any:

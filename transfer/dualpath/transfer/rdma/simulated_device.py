@@ -295,7 +295,7 @@ class SimulatedQueuePair:
                 self._flush()
             self.device.fabric.enqueue(self)
 
-    def post_rows(self, rows: bytes) -> None:
+    def post_rows(self, rows: bytes | bytearray) -> None:
         """See the port."""
         self.post_send(requests_in(rows))
 

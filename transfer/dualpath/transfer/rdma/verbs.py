@@ -239,7 +239,7 @@ class QueuePair(Protocol):
         """Post up to POST_MAX requests with one call. What the device refuses half way raises: it
         then has those in front of the refused one, and the queue pair is to be halted."""
 
-    def post_rows(self, rows: bytes) -> None:
+    def post_rows(self, rows: bytes | bytearray) -> None:
         """The same with WRITEs as rows of bytes (`work_rows`), which cost no object each."""
 
     def halt(self) -> None:

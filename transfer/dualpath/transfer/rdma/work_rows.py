@@ -9,6 +9,7 @@ Pure.
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 
 from dualpath.transfer.rdma.verbs import Opcode, Piece, WorkRequest
@@ -28,10 +29,7 @@ WRITE, WRITE_IMM = OPCODES[Opcode.WRITE], OPCODES[Opcode.WRITE_IMM]
 
 _OPCODE_OF = {number: opcode for opcode, number in OPCODES.items()}
 _IDENT = struct.Struct("=Q")
-_IMMEDIATE = struct.Struct("=II")  # with the opcode, which follows it
-_IMMEDIATE_AT = 36
-_OPCODE_AT = 40
-_FLAGS_AT = 44
+_FLAGS_AT = 44 if sys.byteorder == "little" else 47  # the byte of the flags that has SIGNALED
 
 assert ROW.size == 48
 
@@ -48,31 +46,10 @@ def write_rows(pieces: Sequence[tuple[int, int]], lkey: int, remote: int, rkey: 
     )
 
 
-def with_immediate(request: bytes, immediate: int) -> bytes:
-    """The same WRITE, as one that tells the peer."""
-    changed = bytearray(request)
-    _IMMEDIATE.pack_into(changed, _IMMEDIATE_AT, immediate, WRITE_IMM)
-    return bytes(changed)
-
-
-def without_immediate(request: bytes) -> bytes:
-    """The same WRITE, as one that does not tell the peer."""
-    changed = bytearray(request)
-    _IMMEDIATE.pack_into(changed, _IMMEDIATE_AT, 0, WRITE)
-    return bytes(changed)
-
-
-def signaled(request: bytes, ident: int) -> bytes:
-    """The same request, as one that completes as `ident`."""
-    changed = bytearray(request)
-    _IDENT.pack_into(changed, 0, ident)
-    changed[_FLAGS_AT] |= SIGNALED
-    return bytes(changed)
-
-
-def has_immediate(request: bytes) -> bool:
-    """Whether a WRITE tells the peer."""
-    return request[_OPCODE_AT] == WRITE_IMM
+def signal(rows: bytearray, at: int, ident: int) -> None:
+    """Let the request whose rows begin at `at` complete as `ident`."""
+    _IDENT.pack_into(rows, at, ident)
+    rows[at + _FLAGS_AT] |= SIGNALED
 
 
 def rows_of(requests: Iterable[WorkRequest]) -> tuple[bytes, list[object]]:
@@ -103,7 +80,7 @@ def rows_of(requests: Iterable[WorkRequest]) -> tuple[bytes, list[object]]:
     return bytes(rows), objects
 
 
-def requests_in(rows: bytes) -> list[WorkRequest]:
+def requests_in(rows: bytes | bytearray) -> list[WorkRequest]:
     """WRITEs and SENDs as objects."""
     found: list[WorkRequest] = []
     pieces: list[Piece] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dualpath.transfer.lane import Lane
@@ -19,8 +19,7 @@ from dualpath.transfer.rdma.channel import Channel
 from dualpath.transfer.rdma.messages import Ask, Cancel, Done, Grant, Opening, Release
 from dualpath.transfer.rdma.registration_cache import Registered, RegistrationCache
 from dualpath.transfer.rdma.verbs import Piece
-from dualpath.transfer.rdma.work_rows import without_immediate
-from dualpath.transfer.rdma.write_requests import requests_of
+from dualpath.transfer.rdma.write_requests import WriteRequests
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.stream_frame import REFUSALS, MalformedFrame
 from dualpath.transfer.stream_sender import Truncated
@@ -88,7 +87,7 @@ class Exchange:
         pending = self.pending
         return pending is not None and 0 <= pending.truncate_at < self._offset + self.nbytes
 
-    def requests(self) -> Iterator[bytes]:
+    def requests(self) -> WriteRequests:
         """See WriteStream."""
         assert self._grant is not None
         assert self.memory is not None
@@ -97,12 +96,16 @@ class Exchange:
         if self.cut:
             nbytes = max(0, self.pending.truncate_at - self._offset)
         source = Piece(self.memory.address, 0, self.memory.keys.lkey)
-        found = requests_of(
-            self.pending, self._offset, nbytes, self._grant, source, self.channel.pieces_max
+        # Of a write that is cut the peer must not hear that it has all of it.
+        return WriteRequests(
+            self.pending,
+            self._offset,
+            nbytes,
+            self._grant,
+            source,
+            self.channel.pieces_max,
+            tell=not self.cut,
         )
-        if self.cut:  # the peer must not hear that it has all of it
-            return map(without_immediate, found)
-        return found
 
     def posted(self, count: int, exhausted: bool) -> None:
         """See WriteStream."""
