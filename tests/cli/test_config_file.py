@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from dualpath.agent.config import AgentConfig
-from dualpath.cli import agent, block_identity, connection, serve
+from dualpath.cli import agent, block_identity, connection, scheduler, serve
 from dualpath.cli.config_file import (
     TABLES,
     add_config_arguments,
@@ -108,7 +108,7 @@ def test_an_unknown_variable_of_our_prefix_is_refused() -> None:
         ("DUALPATH_AGNET_NAME", "did you mean 'agent'"),
         ("DUALPATH_LISTEN", "DUALPATH_<TABLE>_<SETTING>"),
         ("DUALPATH_SERVE", "did you mean 'serve'"),
-        ("DUALPATH_XYZ_QQ", "known: agent, client, layout, sample, serve"),
+        ("DUALPATH_XYZ_QQ", "known: agent, client, layout, sample, scheduler, serve"),
     ],
 )
 def test_a_variable_of_an_unknown_table_is_refused_by_name(variable: str, hint: str) -> None:
@@ -124,7 +124,8 @@ def test_variables_of_other_commands_and_programs_are_let_be() -> None:
 
 
 def test_the_known_tables_are_those_of_the_commands() -> None:
-    assert set(TABLES) == {agent.TABLE, block_identity.TABLE, connection.TABLE, serve.TABLE}
+    commands = (agent, block_identity, connection, scheduler, serve)
+    assert set(TABLES) == {command.TABLE for command in commands}
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ from dualpath.kvstore.service.config import DaemonConfig
 from dualpath.kvstore.store_api import ReserveStatus, SealStatus
 from dualpath.proto.status import code_of
 from dualpath.proto.v1 import common_pb2, store_pb2
+from dualpath.scheduler.config import SchedulerConfig
 from dualpath.transfer.errors import DualPathError, Overloaded
 
 COMPONENTS = ("bench", "clients", "kvstore", "proto", "transfer")
 SETTINGS = {
     "serve": DaemonConfig,
     "agent": AgentConfig,
+    "scheduler": SchedulerConfig,
     "client": ClientConfig,
     "layout": LayoutSettings,
 }

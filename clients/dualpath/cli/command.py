@@ -63,6 +63,11 @@ class CommandSource:
 BUILT_IN = (
     CommandSource("serve", "run the storage daemon of a node", "dualpath.cli.serve"),
     CommandSource("agent", "run the agent of a node: loads and relays", "dualpath.cli.agent"),
+    CommandSource(
+        "scheduler",
+        "run the scheduler: which engines a request gets, and who reads",
+        "dualpath.cli.scheduler",
+    ),
     CommandSource("put", "store a file as blocks", "dualpath.cli.put"),
     CommandSource("get", "bring a stored file back", "dualpath.cli.get"),
     CommandSource("lookup", "show how much of a prefix is stored", "dualpath.cli.lookup"),

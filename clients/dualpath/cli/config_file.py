@@ -35,7 +35,7 @@ from dualpath.transfer.errors import InvalidRequest
 
 T = TypeVar("T")
 ENVIRONMENT_PREFIX = "DUALPATH_"
-TABLES = ("agent", "client", "layout", "serve")
+TABLES = ("agent", "client", "layout", "scheduler", "serve")
 """Tables of all commands: one command's settings may stand in the environment of another."""
 TRUE_TEXTS = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")

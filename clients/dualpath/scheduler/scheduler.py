@@ -152,8 +152,7 @@ class Scheduler:
         the group is not registered.
         """
         index = self.table.group(group)
-        if self._limits.queue_s and now >= self._next_expiry:
-            self._expire(now)
+        self.expire(now)
         if not self.table.members[index]:
             return ()
         if self.table.role[index] is Role.PREFILL:
@@ -215,6 +214,27 @@ class Scheduler:
         self._queues.wait_for_prefill(no_prefill)
         self._queues.wait_for_decode(no_decode)
         return Loss(tuple(entry.request for entry in again), tuple(failed), tuple(withdrawn))
+
+    def renumber_reports(self, group: str) -> None:
+        """A group's reports begin at 1 again, since its leader did."""
+        self._report_numbers.pop(group, None)
+
+    def running(self, group: str) -> tuple[Assignment, ...]:
+        """The assignments of a group's engines, in order, whose requests are not prefilled yet."""
+        index = self.table.group_index.get(group)
+        found = {
+            entry.told.number: entry.told
+            for engine, held in self._held.items()
+            if self.table.group_of[engine] == index
+            for entry in held.values()
+            if entry.told is not None and not entry.prefilled
+        }
+        return tuple(found[number] for number in sorted(found))
+
+    def expire(self, now: float) -> None:
+        """Give up what has waited longer than `queue_s`; `failures` tells. A fetch does it too."""
+        if self._limits.queue_s and now >= self._next_expiry:
+            self._expire(now)
 
     def failures(self) -> tuple[Failure, ...]:
         """Requests that were given up for their time in the queue, each told once."""

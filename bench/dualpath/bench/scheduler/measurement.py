@@ -6,8 +6,9 @@ reports included. Not counted: what the cluster does, and how messages travel.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -15,7 +16,7 @@ from dualpath.bench.scheduler.shape import Shape
 from dualpath.bench.scheduler.virtual_cluster import VirtualCluster
 from dualpath.scheduler.policies import named_policies
 from dualpath.scheduler.scheduler import Scheduler
-from dualpath.scheduler.settings import PolicySettings, SchedulerLimits
+from dualpath.scheduler.settings import COLLECT_AFTER, PolicySettings, SchedulerLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,8 @@ def measure(shape: Shape, policy: str, said: Callable[[str], None]) -> Figures:
     steps_warm = int(warm_s / shape.interval_s) + 2
     steps = max(1, int(shape.seconds / shape.interval_s))
     said(f"{policy}: {shape.engines} engines, {len(cluster.groups)} groups: warming up")
-    watch, assigned, owed = Stopwatch(), 0, 0.0
-    gc.collect()
-    for step in range(steps_warm + steps):
-        if step == steps_warm:
-            said(f"{policy}: measuring {steps} rounds of fetches")
-            watch, assigned = Stopwatch(), 0
-        owed += shape.rate * shape.interval_s
-        count = int(owed)
-        owed -= count
-        assigned += _step(scheduler, cluster, watch, step * shape.interval_s, count)
+    with _collecting_as_the_service():
+        watch, assigned = _run(scheduler, cluster, shape, steps_warm, steps, said)
     fetches = sorted(watch.fetches)
     spent = sum(watch.seconds.values())
     return Figures(
@@ -98,6 +91,38 @@ def measure(shape: Shape, policy: str, said: Callable[[str], None]) -> Figures:
         waiting_at_end=scheduler.counts().waiting,
         seconds_by_call=watch.seconds,
     )
+
+
+def _run(
+    scheduler: Scheduler,
+    cluster: VirtualCluster,
+    shape: Shape,
+    steps_warm: int,
+    steps: int,
+    said: Callable[[str], None],
+) -> tuple[Stopwatch, int]:
+    """All intervals; the times and the assignments of those after the warm ones."""
+    watch, assigned, owed = Stopwatch(), 0, 0.0
+    for step in range(steps_warm + steps):
+        if step == steps_warm:
+            said(f"measuring {steps} rounds of fetches")
+            watch, assigned = Stopwatch(), 0
+        owed += shape.rate * shape.interval_s
+        count = int(owed)
+        owed -= count
+        assigned += _step(scheduler, cluster, watch, step * shape.interval_s, count)
+    return watch, assigned
+
+
+@contextlib.contextmanager
+def _collecting_as_the_service() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(COLLECT_AFTER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _step(

@@ -28,7 +28,7 @@ class Shape:
     prefill_group: int = 2
     decode_group: int = 4
     rate: float = 50_000
-    seconds: float = 4.0
+    seconds: float = 2.0
     interval_s: float = 0.02
     mean_tokens: int = 32_721
     append: int = 429
