@@ -195,10 +195,11 @@ class _Simulation:
         for place in places:
             self._scheduler.register(
                 EngineSpec(place.name, role, place.group, place.node.name, hbm_tokens),
+                # Without its bound on host memory: the paper's rules do not know it, and here turns
+                # wait for that memory once they are assigned.
                 NodeSpec(
                     place.node.name,
                     read_tokens_per_s=spec.snic_bytes_per_s / model.kv_bytes_per_token,
-                    staging_tokens=int(spec.staging_bytes / model.kv_bytes_per_token),
                 ),
             )
 
