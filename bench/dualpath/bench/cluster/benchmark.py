@@ -148,7 +148,8 @@ class ClusterBenchmark:
             ]
             rate = loads[-1].nbytes / loads[-1].seconds * LONE_FITTING_SHARE / FITTING_SHARE
         else:
-            rate = await cluster.baseline()
+            # The better of two: what else the machine had to do is not what binds the cluster.
+            rate = max([await cluster.baseline() for _ in range(2)])
         self._progress.done(f"{rate / 1e6:.0f} MB/s")
         return rate
 

@@ -172,7 +172,7 @@ class FaultRound:
             if outcome.failure or (handed is not None and handed.failure):
                 what = f"load: {outcome.failure} {outcome.detail}"
                 if handed is not None:
-                    what = f"hand-off to {record.peer}: {handed.failure} {handed.detail}"
+                    what = f"hand-off to {record.decode}: {handed.failure} {handed.detail}"
                 result.wrong.append(f"after all was restored, {record.node}: {what}")
         unrest, result.rest_s = await self._watch.unrest()
         result.wrong += unrest
