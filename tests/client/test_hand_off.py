@@ -324,7 +324,17 @@ def test_a_receive_that_is_given_up_ends_the_hand_off(run_cluster: Run) -> None:
     run_cluster(body)
 
 
-def test_a_chunk_that_lost_its_bytes_never_reaches_the_engine(run_cluster: Run) -> None:
+def _spoil(made: Prompt, block: int) -> None:
+    """Change a byte of what is held of the request."""
+    place = (made.namespace_id, made.hashes[block], 1)
+    chunk, _ = made.agent.handed.of(made.namespace_id, "r17").final[place]
+    made.agent.holdings.region.view[chunk.slot.offset + 7] ^= 1
+
+
+@pytest.mark.parametrize(("block", "blocks"), [(3, BLOCKS), (HITS, HITS)])
+def test_a_chunk_that_lost_its_bytes_comes_from_storage_or_not_at_all(
+    run_cluster: Run, block: int, blocks: int
+) -> None:
     async def body(cluster: LoopbackCluster) -> None:
         made = await prompt(cluster)
         source = await made.computed()
@@ -333,18 +343,54 @@ def test_a_chunk_that_lost_its_bytes_never_reaches_the_engine(run_cluster: Run) 
         )
         hand_off.layer_done(ALL_LAYERS)
         assert (await hand_off.result()).reason == ""
-        chunk = made.agent.handed.of(made.namespace_id, "r17").final[
-            (made.namespace_id, made.hashes[3], 1)
-        ][0]
-        made.agent.holdings.region.view[chunk.slot.offset + 7] ^= 1
+        _spoil(made, block)
         target = await made.decode.allocate(BYTES)
         receive = await made.decode.receive(
             "r17", made.namespace_id, made.hashes, target, PLACES, deadline_s=WAIT_S
         )
         result = await receive.result()
-        assert (result.blocks <= 3, result.miss) == (True, MissReason.CORRUPT)
-        assert wrong_blocks(target, PLACES, made.hashes[: result.blocks]) == []
+        assert result.blocks == blocks, result
+        assert result.miss is (MissReason.NONE if blocks == BLOCKS else MissReason.CORRUPT), result
+        assert result.events["corrupt"] >= 1
+        # All the rest came from the holdings.
+        lacking = LAYOUT.chunk_extent(1)[1]
+        shares = dict(result.shares)
+        assert shares.pop("direct", 0) == (lacking if block < HITS else 0)
+        assert sum(shares.values()) == BYTES - lacking
+        assert wrong_blocks(target, PLACES, made.hashes[:blocks]) == []
         assert made.agent.events()["hold_corrupt"] == 1
+        await made.idle()
+
+    run_cluster(body)
+
+
+def test_a_chunk_that_lost_its_bytes_comes_again_while_its_hand_off_goes_on(
+    run_cluster: Run,
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        made = await prompt(cluster)
+        source = await made.computed()
+        hand_off = await made.prefill.hand_off(
+            "r17", "decode-1", made.namespace_id, made.hashes, source, PLACES, deadline_s=WAIT_S
+        )
+        hand_off.layer_done(ALL_LAYERS - 1)
+        record = made.agent.handed.of(made.namespace_id, "r17")
+        final = (LAYOUT.chunk_count - 1) * BLOCKS
+        await until(lambda: len(record.final) == final, "all but the last layer is held")
+        _spoil(made, HITS)
+        target = await made.decode.allocate(BYTES)
+        receive = await made.decode.receive(
+            "r17", made.namespace_id, made.hashes, target, PLACES, deadline_s=WAIT_S
+        )
+        await until(lambda: len(record.copied) == final, "all of it is with the engine")
+        hand_off.layer_done(ALL_LAYERS)
+        result = await receive.result()
+        assert (result.blocks, result.miss) == (BLOCKS, MissReason.NONE), result
+        assert set(result.shares) == {"handed_off"}
+        assert wrong_blocks(target, PLACES, made.hashes) == []
+        given = await hand_off.result()
+        assert given.reason == ""
+        assert given.sent_bytes == BYTES + LAYOUT.chunk_extent(1)[1]
         await made.idle()
 
     run_cluster(body)

@@ -96,6 +96,33 @@ def test_the_prefill_node_dies_in_the_middle(run_cluster: Run) -> None:
     run_cluster(body)
 
 
+def test_what_is_stored_completes_a_receive_whose_prefill_node_died(run_cluster: Run) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        agent = (await cluster.relay("decode-1", hold_s=1.0)).agent
+        decode = KVClient(EmbeddedSession(agent))
+        namespace_id = await decode.open_namespace(NAMESPACE)
+        await stored(await cluster.embedded("filler"), BLOCKS, seed="prompt")
+        target = await decode.allocate(BYTES)
+        prefill = await cluster.remote(compute_limit_bytes_per_s=SLOW)
+        hand_off = await given(prefill)
+        hand_off.layer_done(ALL_LAYERS)
+        receive = await decode.receive("r", namespace_id, HASHES, target, PLACES, deadline_s=WAIT_S)
+        await until(lambda: agent.compute.received_bytes > BYTES // 4, "the middle")
+        kill(cluster.processes["prefill-1"])
+        result = await receive.result()
+        assert (result.blocks, result.miss) == (BLOCKS, MissReason.NONE), result
+        assert result.events["peer_lost"] == 1
+        # What had come is not loaded again.
+        assert result.shares.keys() == {"handed_off", "direct"}
+        assert sum(result.shares.values()) == BYTES
+        assert await receive.wait_layer(ALL_LAYERS) == BLOCKS
+        assert wrong_blocks(target, PLACES, HASHES) == []
+        assert (await hand_off.result()).reason
+        await clean(agent)
+
+    run_cluster(body)
+
+
 def test_the_decode_node_dies_in_the_middle_and_loads_go_on(run_cluster: Run) -> None:
     async def body(cluster: LoopbackCluster) -> None:
         process = await cluster.relay_process("decode-1", compute_limit_bytes_per_s=SLOW)

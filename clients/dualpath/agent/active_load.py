@@ -52,6 +52,8 @@ class ActiveLoad:
         self.tiers = b""
         """Where each block of the hit lay at the lookup: a code of store_api.TIERS each."""
         self.progress = LoadProgress(layout, 0)
+        self.had: Collection[tuple[int, int]] = ()
+        """(block, chunk of the block) of what is in place and verified before it begins."""
         self.windows: dict[str, LoadWindow] = {}
         self.tickets: dict[str, tuple[str, bytes]] = {}
         """By path: the relay's attachment at the daemon, and the ticket made out to it."""

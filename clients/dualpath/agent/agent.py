@@ -201,6 +201,7 @@ class Agent:
             holdings,
             self.regions,
             self.loader,
+            self.loader,
             self.compute,
             self.self_relay,
             loop,

@@ -201,6 +201,7 @@ class DaemonLoads:
             allowed=spec.paths,
         )
         self.loads[spec.load_id] = load
+        self._skip_had(load)
         load.deadline_timer = self._loop.call_at(
             load.deadline_at, self.end, load, MissReason.DEADLINE, "the deadline passed"
         )
@@ -209,6 +210,16 @@ class DaemonLoads:
         placed = self.dispatcher.paths_of(spec.load_id)
         self._refresh.delegate(load, placed, self.sendable, self._refused)
         self.pump()
+        if load.had:
+            self._check_done(load)  # there may be nothing left
+
+    def _skip_had(self, load: ActiveLoad) -> None:
+        """What is there already is not fetched."""
+        blocks = load.progress.blocks
+        had = [chunk * blocks + block for block, chunk in load.had if block < blocks]
+        if had:
+            load.progress.verified(had)
+            self.dispatcher.drop(load.spec.load_id, had)
 
     def end(
         self, load: ActiveLoad, miss: MissReason, detail: str, event: str = ""

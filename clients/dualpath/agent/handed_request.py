@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from dualpath.agent.hand_off_spec import check_request
-from dualpath.agent.holdings import REQUESTS_MAX, HeldChunk, Holdings, RequestKey
+from dualpath.agent.holdings import REQUESTS_MAX, ChunkName, HeldChunk, Holdings, RequestKey
 from dualpath.kvstore.service.shares import Shares
 from dualpath.transfer.errors import Overloaded
 
@@ -30,6 +30,9 @@ class Intake(Protocol):
 
     def finish(self, reason: str, detail: str) -> None:
         """End it now."""
+
+    def again(self, name: ChunkName) -> bool:
+        """A final chunk has lost its bytes here: have it come once more. False if it will not."""
 
 
 class Receive(Protocol):

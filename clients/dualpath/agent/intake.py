@@ -226,6 +226,26 @@ class Intake:
         moved_at = since if chunk.filler is None else chunk.filler.moved_at
         return now - moved_at >= self._stall_s
 
+    def again(self, name: ChunkName) -> bool:
+        """A chunk that counted has lost its bytes where it was held: have it come once more. False
+        if it will not: it was not of this hand-off, or that is over."""
+        if self.over is not None or name[1] not in self._hashes:
+            return False
+        blocks = len(self._hashes)
+        number = name[2] * blocks + self._hashes.index(name[1])
+        if number >= len(self._names) or self._names[number] != name or not self._counted[number]:
+            return False
+        self._counted[number] = 0
+        self._final -= 1
+        self._by_block[number % blocks] -= 1
+        self._attempts[number] += 1
+        if self._attempts[number] >= ATTEMPTS_MAX:
+            self.finish("corrupt", f"chunk {name[2]} of {name[1].hex()} lost its bytes here")
+            return False
+        self._roomless.append(number)
+        self._holdings.on_room()
+        return True
+
     def lost(self, detail: str) -> None:
         """The prefill side ended its stream: gone, or because its deadline came first."""
         if self._roomless:

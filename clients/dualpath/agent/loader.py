@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 
 import numpy as np
 from dualpath.agent.active_load import ActiveLoad, check_found
@@ -113,12 +113,16 @@ class Loader:
             )
         return namespace.layout
 
-    async def load(self, spec: LoadSpec) -> AsyncGenerator[LoadUpdate, None]:
-        """Run a load. Raises InvalidRequest before the first update, nothing later.
+    async def load(
+        self, spec: LoadSpec, had: Collection[tuple[int, int]] = ()
+    ) -> AsyncGenerator[LoadUpdate, None]:
+        """Run a load. Raises InvalidRequest before the first update, nothing later. `had`, as
+        (block, chunk of the block), is in place and verified already.
 
         Closing the iterator early aborts the load.
         """
         load = self._accept(spec)
+        load.had = had
         loads: DaemonLoads | None = None
         try:
             try:
@@ -228,7 +232,7 @@ class Loader:
         spec = load.spec
         address = daemon_for(spec.namespace_id, spec.hashes[0], tuple(self._daemons))
         loads = self._loads[address]
-        if not loads.first_looks.may_begin(load):
+        if load.had or not loads.first_looks.may_begin(load):
             return None, load
         answered = loads.first_looks.begin(load, spec.policy or self._config.policy)
         if answered is None:

@@ -10,7 +10,7 @@ itself. Guarantees that nothing is written into the memory after the end. Belong
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -32,6 +32,8 @@ HANDED_OFF = "handed_off"
 """and of what came from the prefill node."""
 GRACE_S = 0.5
 """How long a hand-off that failed before the receive began may be followed by another."""
+ATTEMPTS_MAX = 3
+"""How often a chunk may be copied whose bytes did not come right."""
 COPY_BYTES_MAX = 16 << 20
 """Most bytes on their way into the engine's memory."""
 
@@ -83,6 +85,12 @@ class Receive:
         self._moving: dict[int, tuple[HeldChunk, bool]] = {}
         """By index: on its way; whether it was held before it was offered."""
         self._moving_bytes = 0
+        self._attempts: Counter[int] = Counter()
+        """Copies that did not come right, by index."""
+        self._again: set[int] = set()
+        """To be copied once more, when the last copy has ended."""
+        self._missing = ""
+        """Why something will not come, while the rest still does."""
         self._known: dict[int, ChunkName] = {}
         """What was declared final, by index."""
         self._arrivals: Mailbox[LoadWindow] = Mailbox(loop, self._on_arrivals)
@@ -127,6 +135,11 @@ class Receive:
         load.finish(self._loop.time(), {})
         self._on_end(self)
 
+    def copied(self) -> list[tuple[int, int]]:
+        """(block, chunk of the block) of what is in place and verified."""
+        places = (self._index.get(place) for place in self._record.copied)
+        return [self.load.progress.chunk_ref(index) for index in places if index is not None]
+
     # News of the request.
 
     def on_final(self, place: ChunkPlace) -> None:
@@ -152,6 +165,8 @@ class Receive:
         if outcome is self._stale:
             return  # again when the grace is over
         reason, detail = outcome
+        if self._missing:
+            reason, detail = "corrupt", self._missing
         self.finish(reason or "absent", detail or "not all of these blocks were handed off")
 
     def _on_grace(self) -> None:
@@ -168,9 +183,12 @@ class Receive:
             index = self._waiting.popleft()
             chunk, had = self._record.final[self._places[index]]
             nbytes = load.progress.chunk_nbytes[index]
-            if chunk.gone or chunk.nbytes != nbytes:
+            if chunk.gone:
+                self._lost(index)
+                continue
+            if chunk.nbytes != nbytes:
                 detail = f"a chunk of {chunk.nbytes} bytes came where {nbytes} belong"
-                self.finish("corrupt", "a held chunk lost its bytes" if chunk.gone else detail)
+                self.finish("corrupt", detail)
                 return
             self._holdings.use(chunk)
             self._moving[index] = (chunk, had)
@@ -246,6 +264,9 @@ class Receive:
         self._moving_bytes -= chunk.nbytes
         self._holdings.unuse(chunk)
         self._moving.pop(index, None)
+        if index in self._again:
+            self._again.discard(index)
+            self._waiting.append(index)
 
     def _go_on(self) -> None:
         if self.load.result is None:
@@ -261,13 +282,30 @@ class Receive:
             for index in landed.intact:
                 load.verified((index,), RETAINED if self._moving[index][1] else HANDED_OFF)
                 self._requests.copied(self._record, self._places[index])
-            if landed.corrupt:
-                chunk = self._moving[landed.corrupt[0]][0]
-                wrong = self._holdings.doubt(chunk)
-                detail = "a held chunk lost its bytes" if wrong else "a copy was torn"
-                self.finish("corrupt", detail)
-                return
+            for index in landed.corrupt:
+                self._came_wrong(index)
         if load.result is None:
             load.changed()
             if load.progress.complete:
                 self.finish("", "")
+
+    def _came_wrong(self, index: int) -> None:
+        """A copy is not what was declared final: copy it once more, if it is right where it is
+        held."""
+        self._attempts[index] += 1
+        self.load.events["corrupt"] += 1
+        if self._holdings.doubt(self._moving[index][0]):
+            self._lost(index)
+        elif self._attempts[index] < ATTEMPTS_MAX:
+            self._again.add(index)
+        else:
+            self.finish("corrupt", f"a copy was torn {ATTEMPTS_MAX} times")
+
+    def _lost(self, index: int) -> None:
+        """It is not held any more: the prefill side may still send it, or it is missing at last."""
+        place = self._places[index]
+        self._record.final.pop(place, None)
+        name = self._known.pop(index)
+        intake = self._record.intake
+        if intake is None or not intake.again(name):
+            self._missing = f"chunk {place[2]} of {place[1].hex()} lost its bytes where it was held"

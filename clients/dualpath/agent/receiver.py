@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 from dualpath.agent.active_load import ActiveLoad
 from dualpath.agent.config import AgentConfig
@@ -17,8 +18,9 @@ from dualpath.agent.hand_offs import Layouts
 from dualpath.agent.handed_request import HandedRequests
 from dualpath.agent.holdings import Holdings
 from dualpath.agent.load_spec import LoadSpec, LoadUpdate
+from dualpath.agent.loader import Loader
 from dualpath.agent.network import Network
-from dualpath.agent.outcome import LoadStarted, MissReason
+from dualpath.agent.outcome import LoadResult, LoadStarted, MissReason
 from dualpath.agent.receive import Receive
 from dualpath.agent.regions import Regions
 from dualpath.agent.self_relay import SelfRelay
@@ -35,6 +37,7 @@ class Receiver:
         holdings: Holdings,
         regions: Regions,
         layouts: Layouts,
+        loader: Loader,
         compute: Network,
         self_relay: SelfRelay,
         loop: asyncio.AbstractEventLoop,
@@ -48,6 +51,7 @@ class Receiver:
         self._holdings = holdings
         self._regions = regions
         self._layouts = layouts
+        self._loader = loader
         self._compute = compute
         self._self_relay = self_relay
         self._loop = loop
@@ -65,18 +69,72 @@ class Receiver:
         try:
             receive = await self._begin(load)
             while load.result is None:
-                yield await load.next_change()
-            if load.last_told is not load.result:
+                update = await load.next_change()
+                if update.result is None:
+                    yield update
+            rest = None if receive is None else self._rest(receive, load.result)
+            if rest is not None:
+                try:
+                    async for update in rest:
+                        yield update
+                finally:
+                    await rest.aclose()
+            else:
                 yield LoadUpdate(load.layers_ready, load.result.blocks, result=load.result)
         finally:
             if receive is not None:
                 receive.finish("aborted", "nobody waits for it")
             if load.result is not None:
-                self.done += 1
-                self.received_bytes += sum(load.result.shares.values())
-                self.events.update(load.result.events)
-                if load.result.miss is not MissReason.NONE:
-                    self.misses[load.result.miss.value] += 1
+                self._count(load.result)
+
+    def _count(self, result: LoadResult) -> None:
+        """Of what was handed off; what came from storage counts as a load."""
+        self.done += 1
+        self.received_bytes += sum(result.shares.values())
+        self.events.update(result.events)
+        if result.miss is not MissReason.NONE:
+            self.misses[result.miss.value] += 1
+
+    def _rest(
+        self, receive: Receive, result: LoadResult
+    ) -> AsyncGenerator[LoadUpdate, None] | None:
+        """The updates of what is left of a receive that ended short, from storage; None if nobody
+        wants it, or its time is over."""
+        load = receive.load
+        left_s = load.deadline_at - self._loop.time()
+        if result.blocks == result.requested_blocks or result.events.get("aborted"):
+            return None
+        if left_s <= 0 or not self._config.daemons or load.entry.gone:
+            return None
+        return self._completed(receive, result, left_s)
+
+    async def _completed(
+        self, receive: Receive, result: LoadResult, left_s: float
+    ) -> AsyncGenerator[LoadUpdate, None]:
+        load = receive.load
+        spec = replace(load.spec, deadline_s=left_s, decode_peer="", request="")
+        had = receive.copied()
+        updates = self._loader.load(spec, had)
+        whole = False
+        try:
+            async for update in updates:
+                if update.started is not None:
+                    whole = update.started.hit_blocks == result.requested_blocks
+                elif update.result is not None:
+                    blocks = max(result.blocks, update.result.blocks)
+                    chunks = Counter(block for block, _ in had)
+                    while chunks[blocks] == load.layout.chunk_count:
+                        blocks += 1  # not stored, but handed off
+                    elapsed_s = self._loop.time() - load.started_at
+                    nbytes = blocks * load.layout.block_bytes
+                    final = _joined(result, update.result, blocks, nbytes, elapsed_s)
+                    yield LoadUpdate(load.layout.layers, blocks, result=final)
+                elif whole and update.blocks_valid == result.requested_blocks:
+                    yield update  # else it says nothing of what was handed off beyond
+        except InvalidRequest:  # its memory is about to go, or a load has its name
+            yield LoadUpdate(load.layers_ready, result.blocks, result=result)
+        finally:
+            await updates.aclose()
 
     def abort(self, load_ids: Sequence[str]) -> int:
         """End receives; fenced when this returns. Says how many there were."""
@@ -159,3 +217,22 @@ class Receiver:
 
     def _ended(self, receive: Receive) -> None:
         self._running.pop(receive.load.spec.load_id, None)
+
+
+def _joined(
+    received: LoadResult, rest: LoadResult, blocks: int, nbytes: int, elapsed_s: float
+) -> LoadResult:
+    """The result of a receive of which `blocks`, of `nbytes`, are whole with what came from
+    storage."""
+    whole = blocks == received.requested_blocks
+    return replace(
+        received,
+        blocks=blocks,
+        miss=MissReason.NONE if whole else received.miss,
+        detail="" if whole else received.detail,
+        shares=Counter(received.shares) + Counter(rest.shares),
+        events=Counter(received.events) + Counter(rest.events),
+        held_bytes=rest.held_bytes,
+        elapsed_s=elapsed_s,
+        nbytes=nbytes,
+    )
