@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from dualpath.agent.hand_off_spec import HAND_OFF_CHUNKS_MAX, check_distinct
@@ -23,6 +22,7 @@ from dualpath.agent.known_chunks import check_id
 from dualpath.agent.load_spec import check_hashes
 from dualpath.agent.mailbox import Mailbox
 from dualpath.agent.network import Network
+from dualpath.agent.peer_room import PeerRoom
 from dualpath.agent.staging import SLAB_BYTES
 from dualpath.kvstore.checksum import of_fields
 from dualpath.kvstore.layout import CHUNKS_PER_BLOCK_MAX
@@ -35,41 +35,6 @@ from dualpath.transfer.transport import Arrival
 ATTEMPTS_MAX = 3
 """How often a chunk may come with other bytes than were offered."""
 RESPONSE_CHUNKS_MAX = 4096
-
-
-@dataclass(slots=True, eq=False)
-class SharerRoom:
-    """What all peers have coming that count as one: `share_bytes` at most."""
-
-    sharer: str
-    share_bytes: int = 0
-    coming_bytes: int = 0
-    peers: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class PeerRoom:
-    """What one peer has in the holdings: `coming_bytes` of all its hand-offs, and when any of it
-    came last. `share_bytes` is the most that may be coming."""
-
-    moved_at: float
-    sharer: SharerRoom
-    share_bytes: int = 0
-    coming_bytes: int = 0
-    intakes: int = 0
-
-    def takes(self, nbytes: int) -> bool:
-        """Whether so much more may be coming."""
-        sharer = self.sharer
-        return (
-            self.coming_bytes + nbytes <= self.share_bytes
-            and sharer.coming_bytes + nbytes <= sharer.share_bytes
-        )
-
-    def add(self, nbytes: int) -> None:
-        """So much more is coming, or less."""
-        self.coming_bytes += nbytes
-        self.sharer.coming_bytes += nbytes
 
 
 class Intake:

@@ -19,8 +19,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dualpath.agent.attachments import Attachment, Attachments
 from dualpath.agent.handed_request import HandedRequests
 from dualpath.agent.holdings import Holdings
-from dualpath.agent.intake import Intake, PeerRoom, SharerRoom
+from dualpath.agent.intake import Intake
 from dualpath.agent.network import Network
+from dualpath.agent.peer_room import PeerRoom, SharerRoom
 from dualpath.agent.staging import SLAB_BYTES
 from dualpath.agent.unread_call import UnreadCall
 from dualpath.kvstore.service.shares import Shares

@@ -144,8 +144,9 @@ class KVClient:
         """Bring what prefill hands off for `request` into this decode engine's `memory`.
 
         Before, while or after the hand-off runs; to be awaited as a load, layer by layer. Where the
-        prefill side fails the prefix is shorter, with the reason; what of it is stored can be
-        loaded then. Afterwards this node keeps nothing for the request but as a cache.
+        prefill side fails, what is lacking is loaded as far as it is stored; if that is not all,
+        the prefix is shorter, with the reason. Afterwards this node keeps nothing for the request
+        but as a cache.
         """
         spec = receive_spec(request, namespace_id, hashes, memory, places, deadline_s=deadline_s)
         return self.begin_receive(spec)
