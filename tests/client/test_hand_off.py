@@ -24,7 +24,6 @@ from dualpath.client.loopback_cluster import (
 )
 from dualpath.client.memory import EngineMemory
 from dualpath.kvstore.namespace import Namespace
-from dualpath.transfer.errors import InvalidRequest
 
 Run: TypeAlias = Callable[..., None]
 
@@ -482,43 +481,5 @@ def test_a_decode_node_without_holdings_is_unsupported_and_loads_go_on(run_clust
         result = await receive.result()
         assert (result.blocks, result.miss) == (0, MissReason.UNAVAILABLE)
         assert result.events["unsupported"] == 1
-
-    run_cluster(body)
-
-
-def test_bad_input_is_refused_at_once(run_cluster: Run) -> None:
-    async def body(cluster: LoopbackCluster) -> None:
-        made = await prompt(cluster)
-        source = await made.prefill.allocate(BYTES)
-
-        async def refused(match: str, **changed: object) -> None:
-            arguments = {
-                "request": "r17",
-                "decode_peer": "decode-1",
-                "namespace_id": made.namespace_id,
-                "hashes": made.hashes,
-                "memory": source,
-                "places": PLACES,
-                "deadline_s": WAIT_S,
-                **changed,
-            }
-            with pytest.raises(InvalidRequest, match=match):
-                await (await made.prefill.hand_off(**arguments)).result()  # type: ignore[arg-type]
-
-        await refused("characters", request="")
-        await refused("characters", request="x" * 129)
-        await refused("unknown decode peer 'nobody'", decode_peer="nobody")
-        await refused("unknown namespace", namespace_id=b"?" * 16)
-        await refused("same hash", hashes=[made.hashes[0]] * BLOCKS)
-        await refused("places", places=Places.contiguous(LAYOUT, 1))
-        await refused("region of", places=Places.contiguous(LAYOUT, BLOCKS, offset=1))
-        await refused("deadline", deadline_s=0.0)
-        await refused("ask for less", deadline_s=1e6)
-        hand_off = await made.prefill.hand_off(
-            "r17", "decode-1", made.namespace_id, made.hashes, source, PLACES, deadline_s=0.1
-        )
-        with pytest.raises(InvalidRequest, match="from 0 on"):
-            hand_off.layer_done(-1)
-        assert (await hand_off.result()).reason == "deadline"
 
     run_cluster(body)
