@@ -55,6 +55,15 @@ def test_a_file_in_no_folder_is_refused_before_anything_is_measured(
     assert not program.ran
 
 
+@pytest.mark.parametrize("flag", ["--json", "--plot", "--markdown"])
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_measured(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert main(["bench", "store", flag, str(tmp_path)]) == 2
+    assert f"{flag} {tmp_path}: that is a folder" in capsys.readouterr().err
+    assert not program.ran
+
+
 def test_a_program_cleans_up_when_it_is_terminated(program: Program) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert main(["bench", "store"]) == 130

@@ -277,7 +277,7 @@ def test_the_parts_of_a_lone_load_are_prefixes_of_what_is_stored() -> None:
     [
         ({"topologies": ((0, 1),)}, "--prefill must lie in"),
         ({"gpus": 99}, "compute links a node must lie in 1..16, not 99"),
-        ({"converged": True, "gpus": 2}, "compute links a node must lie in 1..1, not 2"),
+        ({"converged": True, "gpus": 2}, "--converged: one NIC a node serves one engine, not 2"),
         ({"policies": ("best",)}, "unknown policy 'best'; there are direct, round-robin, paper"),
         ({"rounds": 0}, "--rounds must lie in"),
         ({"converged": True, "cnic_bytes_per_s": 1e7}, "the one NIC of a node"),
@@ -317,6 +317,30 @@ def test_flags_become_one_config() -> None:
     assert config_of(parsed("--lone")).gpus == 8
     with pytest.raises(InvalidRequest, match="'1P' is not a topology"):
         config_of(parsed("--topology", "1P"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--topology", ""), "--topology is empty"),
+        (("--snic", "0"), "--snic 0: a link has a rate"),
+        (("--snic", "5MB/s,0"), "--snic 0: a link has a rate"),
+        (("--cnic", "0MB/s"), "--cnic 0MB/s: a link has a rate"),
+        (("--gpus", "0"), "compute links a node must lie in"),
+        (("--load-mib", "0"), "--load-mib must lie in"),
+        (("--seed", str(1 << 70)), "--seed must lie in"),
+        (("--seed", "-1"), "--seed must lie in"),
+        (("--faults", ","), "names no fault; write for example"),
+        (("--lone", "--converged"), "--lone counts compute links"),
+        (("--gpus", "3", "--converged"), "--converged: one NIC a node"),
+        (("--cnic", "5MB/s", "--converged"), "--converged: the one NIC"),
+    ],
+)
+def test_wrong_flags_are_refused_by_name_and_none_is_taken_for_a_default(
+    words: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        config_of(parsed(*words))
 
 
 def test_a_wrong_flag_and_a_missed_target_have_their_exit_status(

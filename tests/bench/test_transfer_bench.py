@@ -14,13 +14,14 @@ from dualpath.bench.transfer.contestant import (
     MEMCPY_FINE,
     TLS_SOCKET,
     flow,
+    memcpy,
     tls_limits,
 )
 from dualpath.bench.transfer.far_end import FarEnd
 from dualpath.bench.transfer.grain import GRAINS, SLOTS, Grain
 from dualpath.bench.transfer.report import HEADINGS, LIMITS, Report, draw, markdown, rows
 from dualpath.cli.main import main
-from dualpath.transfer.errors import Unavailable
+from dualpath.transfer.errors import Corrupt, Unavailable
 from dualpath.transfer.transport import BATCH_WRITES_MAX, WRITE_BYTES_MAX
 
 
@@ -59,6 +60,15 @@ def test_a_flow_moves_all_of_its_batches_and_verifies_them(kind: str) -> None:
     grain = GRAINS[1]
     with flow(kind, grain, 20 * grain.batch_bytes) as measure:
         assert [measure().nbytes for _ in range(2)] == [20 * grain.batch_bytes] * 2
+
+
+def test_an_error_in_the_middle_is_not_hidden_by_what_cleans_up() -> None:
+    def broken() -> None:
+        with memcpy(1 << 20):
+            raise Corrupt("other bytes")
+
+    with pytest.raises(Corrupt, match="other bytes"):
+        broken()
 
 
 def test_the_limits_of_tls_move_everything() -> None:

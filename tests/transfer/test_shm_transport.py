@@ -112,6 +112,15 @@ def test_a_peer_that_sends_unsealed_or_short_memory_loses_its_connection(pair: P
     assert "region 1" in pair.heard.losses[0][1]
 
 
+def test_a_pledge_page_that_is_too_short_for_its_slots_ends_the_connection(pair: Pair) -> None:
+    page = Region.memfd("page", PLEDGE.size)
+    with _hostile(pair) as sock:
+        send_with_fds(sock, [frames.region(0, PLEDGE.size)], [page.fd])
+        assert sock.recv(1) == b""
+    pair.heard.wait_losses(1)
+    assert "pledge page of 8 bytes" in pair.heard.losses[0][1]
+
+
 @pytest.mark.parametrize("withdrawn", [False, True])
 def test_bytes_count_only_while_their_source_is_pledged(pair: Pair, withdrawn: bool) -> None:
     target = Region.anonymous(NBYTES)

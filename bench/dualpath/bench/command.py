@@ -113,6 +113,8 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         path = str(getattr(arguments, name, None) or "")
         if path and not Path(path).absolute().parent.is_dir():
             raise InvalidRequest(f"--{name} {path}: there is no folder {Path(path).parent}")
+        if path and Path(path).is_dir():
+            raise InvalidRequest(f"--{name} {path}: that is a folder; name a file in it")
 
 
 @contextlib.contextmanager

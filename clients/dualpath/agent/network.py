@@ -12,6 +12,7 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from dualpath.agent.mailbox import Mailbox
 from dualpath.transfer.affinity import near, node_of, node_towards
@@ -19,6 +20,9 @@ from dualpath.transfer.transport import OnPeerLost, Transport
 
 _SERIAL = re.compile(r"[#@]\d+$")
 """What tells the connections of one peer apart, at the end of the names they have here."""
+DIALS_MAX = 64
+"""At once. They have threads of their own: each peer that does not answer keeps one until the
+deadline, and hashing for saves and hand-offs shall not wait for these."""
 
 MakeTransport = Callable[[str, OnPeerLost], Transport]
 """Called with the name of self and the callback for lost peers."""
@@ -40,6 +44,7 @@ class Network:
         self._watchers: dict[str, Callable[[str], None]] = {}
         self._loop = loop
         self.name = name
+        self._dials = ThreadPoolExecutor(DIALS_MAX, thread_name_prefix=f"dualpath-dial-{name}")
         self.transport = make(name, lambda peer, reason: self._lost.put((peer, reason)))
 
     async def connect(
@@ -52,7 +57,7 @@ class Network:
             with near(node):
                 self.transport.connect(peer, address, invitation, deadline_s=deadline_s)
 
-        await self._loop.run_in_executor(None, dial)
+        await self._loop.run_in_executor(self._dials, dial)
 
     def watch(self, peer: str, on_lost: Callable[[str], None]) -> None:
         """Call `on_lost(reason)` in the loop when the connection to `peer` ends."""
@@ -101,4 +106,5 @@ class Network:
     async def close(self) -> None:
         """Fence everything and join the transport's threads."""
         self._watchers.clear()
+        self._dials.shutdown(wait=False, cancel_futures=True)
         await self._loop.run_in_executor(None, self.transport.close)

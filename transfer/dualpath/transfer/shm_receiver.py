@@ -16,7 +16,7 @@ from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.ledger import PeerCounters
 from dualpath.transfer.memfd_channel import close_fds, receive_with_fds
 from dualpath.transfer.pacer import Pacer
-from dualpath.transfer.region import Region
+from dualpath.transfer.region import PAGE_BYTES, Region
 from dualpath.transfer.shm_sender import (
     PLEDGE,
     PLEDGE_REGION,
@@ -98,6 +98,8 @@ class ShmReceiver(StreamReceiver):
             raise MalformedFrame(f"region {frame.region} came without a descriptor")
         if frame.region in self._regions or len(self._regions) > REGIONS_MAX:
             raise MalformedFrame(f"region {frame.region} announced twice, or too many of them")
+        if frame.region == PLEDGE_REGION and frame.nbytes < PAGE_BYTES:
+            raise MalformedFrame(f"a pledge page of {frame.nbytes} bytes")
         try:
             region = Region.received(self._fds.pop(0), frame.nbytes, writable=False)
         except (InvalidRequest, OSError, ValueError, OverflowError) as error:

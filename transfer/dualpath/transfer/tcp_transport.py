@@ -60,8 +60,8 @@ class TcpConfig:
     the lanes; a peer gets a stream for each different one. `unsent_bytes_max` bounds what waits in
     the kernel unsent (0: as much as fits), and with it what an urgent write waits for; few bytes
     stay in the caches. What is dialled leaves from the address `local_host` of this machine ("":
-    what the kernel chooses) and by its device `local_device` ("": what routes say).
-    stay in the caches. With `tls` nothing goes in clear: both ends must have it.
+    what the kernel chooses) and by its device `local_device` ("": what routes say). With
+    `tls` nothing goes in clear: both ends must have it.
     """
 
     receive_bytes_per_s: float = 0

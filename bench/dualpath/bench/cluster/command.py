@@ -67,7 +67,6 @@ class ClusterCommand:
         cluster.add_argument("--decode", type=int, default=2, metavar="D", help="nodes (2)")
         cluster.add_argument(
             "--topology",
-            default="",
             metavar="LIST",
             help="several, one after another, such as 1P1D,1P2D; instead of the two above",
         )
@@ -87,7 +86,6 @@ class ClusterCommand:
         cluster.add_argument(
             "--gpus",
             type=int,
-            default=0,
             metavar="G",
             help=f"compute links a node, an engine at each (1; --lone: {max(LONE_WIDTHS)})",
         )
@@ -119,7 +117,6 @@ class ClusterCommand:
         work.add_argument(
             "--load-mib",
             type=float,
-            default=0,
             metavar="N",
             help=f"mean size of a load ({LOAD_BYTES >> 20}; --lone: {LONE_LOAD_BYTES >> 20})",
         )
@@ -183,29 +180,39 @@ class ClusterCommand:
 
 def config_of(args: argparse.Namespace) -> ClusterBenchConfig:
     """Read the flags. Raises InvalidRequest."""
-    labels = [label for label in args.topology.split(",") if label.strip()]
-    topologies = [Topology.parse(label) for label in labels]
-    snics = [] if args.snic == "auto" else [parse_rate(each) for each in args.snic.split(",")]
+    topologies = [(args.prefill, args.decode)]
+    if args.topology is not None:
+        labels = [label for label in args.topology.split(",") if label.strip()]
+        topologies = [Topology.parse(label) for label in labels]
+    snics = [] if args.snic == "auto" else [_rate("--snic", each) for each in args.snic.split(",")]
+    gpus, load_bytes = (max(LONE_WIDTHS), LONE_LOAD_BYTES) if args.lone else (1, LOAD_BYTES)
     return ClusterBenchConfig(
-        topologies=tuple(topologies) or ((args.prefill, args.decode),),
+        topologies=tuple(topologies),
         snic_bytes_per_s=snics[0] if snics else 0.0,
         further_snics=tuple(snics[1:]),
-        cnic_bytes_per_s=0.0 if args.cnic == "auto" else parse_rate(args.cnic),
-        gpus=args.gpus or (max(LONE_WIDTHS) if args.lone else 1),
+        cnic_bytes_per_s=0.0 if args.cnic == "auto" else _rate("--cnic", args.cnic),
+        gpus=gpus if args.gpus is None else args.gpus,
         converged=args.converged,
         lone=args.lone,
         hand_off=not args.no_hand_off,
         policies=tuple(name.strip() for name in args.policies.split(",") if name.strip()),
         rounds=args.rounds,
         seconds=args.seconds,
-        load_bytes=round(args.load_mib * (1 << 20))
-        or (LONE_LOAD_BYTES if args.lone else LOAD_BYTES),
+        load_bytes=load_bytes if args.load_mib is None else round(args.load_mib * (1 << 20)),
         concurrency=args.concurrency,
         context=Context(args.context),
         faults=args.faults,
         seed=args.seed,
         data=args.data,
     )
+
+
+def _rate(flag: str, text: str) -> float:
+    """Of a link; 0, which elsewhere means that there is no limit, is refused."""
+    rate = parse_rate(text)
+    if not rate:
+        raise InvalidRequest(f"{flag} {text}: a link has a rate, such as 20MB/s, or is auto")
+    return rate
 
 
 async def _run(config: ClusterBenchConfig, folder: Path, progress: Progress) -> ClusterReport:

@@ -29,6 +29,7 @@ LOAD_BYTES = 6 << 20
 LOADS_A_LINK = 4
 """Loads in flight for each storage link."""
 ROUNDS_MAX = 50
+SEED_MAX = (1 << 63) - 1
 CPU_BOUND_SHARE = 0.4
 """Above this share of the unshaped throughput the links do not clearly bind."""
 FITTING_SHARE = 0.33
@@ -71,6 +72,7 @@ class ClusterBenchConfig:
     def __post_init__(self) -> None:
         if not self.topologies:
             raise InvalidRequest("--topology is empty; write for example 1P1D,1P2D")
+        self._check_converged()
         for prefill, decode in self.topologies:
             self.topology(prefill, decode)
         unknown = [name for name in self.policies if name not in POLICIES]
@@ -81,6 +83,7 @@ class ClusterBenchConfig:
         _within("--seconds", self.seconds, 0.5, 600)
         _within("--load-mib", self.load_bytes / (1 << 20), 1, 1024)
         _within("--concurrency", self.concurrency, 0, 256)
+        _within("--seed", self.seed, 0, SEED_MAX)
         snics = (self.snic_bytes_per_s, *self.further_snics)
         for flag, rate in (
             *(("--snic", each) for each in snics),
@@ -92,11 +95,16 @@ class ClusterBenchConfig:
             raise InvalidRequest("--snic: give the rate of each of several storage links")
         self._check_combination()
 
-    def _check_combination(self) -> None:
+    def _check_converged(self) -> None:
+        """Before the topology, whose own limits say less."""
         if self.converged and self.cnic_bytes_per_s:
             raise InvalidRequest("--converged: the one NIC of a node has the rate --snic")
         if self.lone and self.converged:
             raise InvalidRequest("--lone counts compute links, of which --converged has none")
+        if self.converged and self.gpus > 1:
+            raise InvalidRequest(f"--converged: one NIC a node serves one engine, not {self.gpus}")
+
+    def _check_combination(self) -> None:
         if self.faults:
             if self.lone or len(self.topologies) > 1:
                 raise InvalidRequest("--faults are made in one topology, not in --lone loads")

@@ -65,6 +65,8 @@ def parse_faults(text: str, topology: Topology, *, everywhere: bool = False) -> 
     """The faults of a list separated by commas, in the order of their times. Raises InvalidRequest,
     naming the part that is wrong and what would be right."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise InvalidRequest(f"--faults {text!r} names no fault; {_EXAMPLE}")
     if len(parts) > FAULTS_MAX:
         raise InvalidRequest(f"--faults: {len(parts)} faults, at most {FAULTS_MAX} can be made")
     faults = [_fault(part, topology, everywhere) for part in parts]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from dualpath.agent.places import Places
 from dualpath.bench.overlap.figures import Case, Run, Shape
+from dualpath.bench.testbed.run_folder import make_run_folder
 from dualpath.client.kv_client import KVClient
 from dualpath.client.load import Load
 from dualpath.client.loopback_cluster import loopback_cluster, stored, wrong_blocks
@@ -28,6 +28,7 @@ BLOCK_TOKENS = 64
 LAYER_BYTES = (256 << 10, 40 << 10)
 DEADLINE_S = 120.0
 SPARE_BYTES = 64 << 20
+FOLDER_PREFIX = "dualpath-overlap-"
 
 
 def shape_of(layer_bytes: int, nbytes: int) -> Shape:
@@ -125,9 +126,10 @@ async def _compute(seconds: float) -> float:
 async def scene(shapes: Sequence[Shape], rate_bytes_per_s: float) -> AsyncIterator[list[Engine]]:
     """An engine a shape, whose blocks are stored and were loaded once. Raises Unavailable."""
     total = sum(shape.nbytes for shape in shapes)
-    with tempfile.TemporaryDirectory(prefix="dualpath-overlap-") as folder:
+    folder = make_run_folder(FOLDER_PREFIX)
+    try:
         sizes = {"disk_bytes": 2 * total + SPARE_BYTES, "dram_bytes": total + SPARE_BYTES}
-        async with loopback_cluster(Path(folder), **sizes) as cluster:
+        async with loopback_cluster(folder, **sizes) as cluster:
             filler = await cluster.embedded("filler")
             chains = [
                 await stored(filler, shape.blocks, layout=_layout(shape.layer_bytes))
@@ -150,3 +152,5 @@ async def scene(shapes: Sequence[Shape], rate_bytes_per_s: float) -> AsyncIterat
                 yield engines
                 for engine in engines:
                     engine.check()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

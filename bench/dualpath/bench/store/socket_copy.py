@@ -63,9 +63,11 @@ class SocketCopy:
                     self._link.settimeout(CONNECT_S_MAX)
                     accepting = TlsContexts(tls).accepting()
                     self._link = accepting.wrap_socket(self._link, server_side=True)
-            except TimeoutError as error:
+            except BaseException as error:
                 self._sender.kill()
                 self._sender.wait()
+                if not isinstance(error, TimeoutError):
+                    raise
                 raise Unavailable(
                     f"the sending end of the socket copy did not start in {CONNECT_S_MAX:g} s"
                 ) from error

@@ -122,17 +122,19 @@ def memcpy(total_bytes: int) -> Iterator[dict[str, Measure]]:
     """numpy copies between memories on the pages that flows have: of 1 MiB at a time, and of 40 KiB
     which lie as far apart as the slices of the finest grain."""
     source, target = source_of(MEMCPY_BYTES), target_of(2 * MEMCPY_BYTES)
+    dense = target.view[:MEMCPY_BYTES]
     try:
         whole, fine = (_order(total_bytes, each) for each in (CHUNK_BYTES, SLICE_BYTES))
-        dense = target.view[:MEMCPY_BYTES]
         yield {
             MEMCPY: lambda: copy_blocks(source.view, dense, CHUNK_BYTES, whole),
             MEMCPY_FINE: lambda: _copy_slices(source.view, target.view, fine),
         }
-        dense.release()
     finally:
-        source.close()
-        target.close()
+        dense.release()
+        # An error may hold frames that hold arrays over the memory; it must stay the one to see.
+        for region in (source, target):
+            with contextlib.suppress(BufferError):
+                region.close()
 
 
 def _order(total_bytes: int, block_bytes: int) -> NDArray[np.int64]:
