@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
+from dualpath.agent import daemon_link
 from dualpath.agent.daemon_link import DaemonLink
 from dualpath.agent.outcome import LoadResult, MissReason
 from dualpath.agent.places import Places
@@ -128,6 +129,29 @@ def test_without_it_a_load_is_looked_up_by_a_call_of_its_own(
         monkeypatch.setattr(LookupCalls, "look_up", refuse_once)
     else:
         monkeypatch.setattr(DaemonLink, "looks_up", False)
+    run_cluster(body)
+
+
+def test_a_look_up_that_is_never_answered_is_asked_again(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(cluster: LoopbackCluster) -> None:
+        client = await cluster.embedded()
+        namespace_id, hashes = await stored(client, ASKED)
+        monkeypatch.setattr(LookupCalls, "lookup", swallow_once)
+        assert (await client.lookup(namespace_id, hashes)).blocks == ASKED
+        assert len(swallowed) == 1
+
+    swallowed: list[Any] = []
+    lookup = LookupCalls.lookup
+
+    async def swallow_once(calls: LookupCalls, *args: Any) -> store_pb2.LookupResponse:
+        if not swallowed:
+            swallowed.append(args)
+            await asyncio.Event().wait()
+        return await lookup(calls, *args)
+
+    monkeypatch.setattr(daemon_link, "LOOKUP_PATIENCE_S", 0.05)
     run_cluster(body)
 
 

@@ -39,6 +39,9 @@ from dualpath.transfer.errors import (
 SWALLOWED_S = 0.5
 LOOKUPS_MAX = 32
 """Most look-ups on the stream at once; the daemon lets fewer answers wait than twice that."""
+LOOKUP_PATIENCE_S = 1.0
+"""How long the first call of a look-up may take; each further one twice as long."""
+LEFT_S_MIN = 0.001
 HEDGED = frozenset({"Lookup", "Renew", "Release", "Delegate"})
 """Calls that may be made twice; of two leases one ends by itself."""
 OnFound: TypeAlias = Callable[[store_pb2.LookupResponse | None], None]
@@ -308,12 +311,23 @@ class DaemonLink:
     async def lookup(
         self, namespace_id: bytes, hashes: Sequence[bytes], *, lease_s: float, timeout_s: float
     ) -> store_pb2.LookupResponse:
-        """Longest prefix; with a lease of our attachment if `lease_s` > 0."""
+        """Longest prefix; with a lease of our attachment if `lease_s` > 0. What stays unanswered is
+        asked again while there is time: a link that was cut can swallow a call for good."""
         request = lookup_message(namespace_id, hashes, lease_s)
-        request.session = self.session
-        answer = await self._call("Lookup", request, timeout_s)
-        assert isinstance(answer, store_pb2.LookupResponse)
-        return answer
+        loop = asyncio.get_running_loop()
+        end_at, patience_s = loop.time() + timeout_s, LOOKUP_PATIENCE_S
+        while True:
+            left_s = max(LEFT_S_MIN, end_at - loop.time())
+            request.session = self.session
+            try:
+                answer = await self._call("Lookup", request, min(patience_s, left_s))
+            except DeadlineExceeded:
+                if left_s <= patience_s:
+                    raise
+                patience_s *= 2
+            else:
+                assert isinstance(answer, store_pb2.LookupResponse)
+                return answer
 
     async def renew(self, lease_ids: Sequence[int], lease_s: float) -> frozenset[int]:
         """Extend leases; returns those that are gone."""
