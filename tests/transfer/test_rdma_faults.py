@@ -4,7 +4,7 @@ lands after a fence. Over simulated devices, which can be stopped half way."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,6 +20,7 @@ from dualpath.transfer.conformance_scene import (
 )
 from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.lane import Lane
+from dualpath.transfer.rdma.channel import Channel
 from dualpath.transfer.rdma.config import RdmaConfig
 from dualpath.transfer.rdma.rdma_transport import RdmaTransport
 from dualpath.transfer.rdma.simulated_device import (
@@ -32,6 +33,7 @@ from dualpath.transfer.region import Region
 from dualpath.transfer.slice_table import SliceTable
 from dualpath.transfer.slices import Slices
 from dualpath.transfer.transport import (
+    Arrival,
     BatchCompletion,
     Completion,
     Write,
@@ -196,6 +198,36 @@ def test_a_fence_inside_a_completion_callback_hears_of_the_end_itself() -> None:
         stage.reader_heard.wait_completions(1)
         stage.finish(1)
         assert bytes(target.view) == fenced[0], "bytes landed after the fence"
+
+
+def test_what_landed_is_told_only_when_its_key_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    told_before: list[bool] = []
+    invalidate = Channel.invalidate
+
+    def watched(channel: Channel, rkey: int, completed: Callable[[], None]) -> None:
+        def void() -> None:
+            told_before.append(told.wait(0.2))
+            completed()
+
+        invalidate(channel, rkey, void)
+
+    monkeypatch.setattr(Channel, "invalidate", watched)
+    told = threading.Event()
+
+    def arrived(_arrival: Arrival) -> bool:
+        told.set()
+        return True
+
+    with stage_of(PATIENT) as stage:
+        stage.connect()
+        source, target = stage.source(MIB), Region.anonymous(MIB)
+        window = stage.reader.expose(target, 0, MIB, arrived)
+        slices, tag = Slices.contiguous(0, MIB), stage.tag()
+        stage.reader.arm(window, [(tag, slices)])
+        stage.write(source, window, slices, tag)
+        assert stage.finish(1) == [DONE]
+        assert told.is_set()
+        assert told_before == [False]
 
 
 def test_a_withdrawn_key_ends_the_connection_by_name() -> None:

@@ -21,7 +21,7 @@ class Leave:
     """Leave to write bytes of these parts of a write. `window` is bound under `rkey`, if there are
     memory windows; `memory` is what it is bound to."""
 
-    __slots__ = ("channel", "ended", "memory", "parts", "rkey", "window", "withdrawing")
+    __slots__ = ("channel", "ended", "memory", "parts", "rkey", "then", "window", "withdrawing")
 
     def __init__(
         self,
@@ -38,6 +38,8 @@ class Leave:
         self.rkey = rkey
         self.ended = threading.Event()
         self.withdrawing = False
+        self.then: Callable[[], None] = lambda: None
+        """Called when its window's key is void."""
 
 
 class LeaveLock(LandingLock):

@@ -34,6 +34,10 @@ _CODES = {reason: code for code, reason in enumerate(REFUSALS)}
 PIECES_HASHED_MAX = 1 << 20
 
 
+def _nothing() -> None:
+    pass
+
+
 class OpenWrite:
     """A write, or a batch of them, whose bytes are arriving. Part i is refused where `landing` is
     None or has refused it; `codes[i]` then says why. `asked` bytes were asked for, `received` have
@@ -251,9 +255,13 @@ class RdmaLander:
         if found is None:
             raise MalformedFrame(f"slot {slot} was written or released, but not granted")
         leave, write, fragment = found
-        self.withdraw(leave)
-        self._ended(write, leave)
-        self._pass_on(write, fragment, came=came)
+
+        def over() -> None:
+            self._ended(write, leave)
+            self._pass_on(write, fragment, came=came)
+
+        # What is hashed is what stays: not before nobody can write there any more.
+        self.withdraw(leave, over)
 
     def _pass_on(self, write: OpenWrite, fragment: _Fragment, *, came: bool) -> None:
         """A fragment has ended. One for which no leave was needed ends before those in front of
@@ -269,15 +277,21 @@ class RdmaLander:
                 write.lock.leaves.remove(leave)
         leave.ended.set()
 
-    def withdraw(self, leave: Leave) -> None:
-        """Invalidate a leave's memory window, if it has one and that was not done before."""
+    def withdraw(self, leave: Leave, then: Callable[[], None] = _nothing) -> None:
+        """Invalidate a leave's memory window, if it has one and that was not done before; `then`
+        is called once its key is void."""
         if leave.window is None:
             if not leave.withdrawing:
                 leave.withdrawing = True
                 self._registrations.let_go(leave.memory)
+            then()
         elif not leave.withdrawing:
-            leave.withdrawing = True
+            leave.withdrawing, leave.then = True, then
             leave.channel.invalidate(leave.rkey, lambda: self._withdrawn(leave))
+        elif self._bound.get(leave.rkey) is not leave:
+            then()
+        elif then is not _nothing:
+            leave.then = then
 
     def _withdrawn(self, leave: Leave) -> None:
         assert leave.window is not None
@@ -285,6 +299,7 @@ class RdmaLander:
         self._idle_windows.append(leave.window)
         self._registrations.let_go(leave.memory)
         leave.ended.set()
+        leave.then()
 
     # Landing; the thread of `run`.
 
@@ -359,7 +374,10 @@ class RdmaLander:
     def halted(self) -> None:
         """No byte can come any more: every leave has ended. Any thread, once the queue pairs have
         been halted."""
-        for leave, _, _ in list(self._leaves.values()):
+        for leave in (
+            *(each[0] for each in list(self._leaves.values())),
+            *list(self._bound.values()),
+        ):
             leave.ended.set()
 
     def release(self) -> None:
