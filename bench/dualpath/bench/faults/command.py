@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualpath.bench.cluster.fault import parse_faults
+from dualpath.bench.cluster.fault import Fault, parse_faults
 from dualpath.bench.progress import Progress
 from dualpath.bench.testbed.namespaces import why_not_kernel
 from dualpath.bench.testbed.run_folder import make_run_folder
@@ -58,7 +58,7 @@ class FaultsCommand:
         add("--rounds", type=int, default=200, metavar="N", help="schedules of faults (200)")
         add("--seed", type=int, default=0, metavar="N", help="0: draw one")
         add("--round", type=int, default=-1, metavar="K", help="only this one of the seed's")
-        add("--faults", default="", metavar="LIST", help="these in every round, not random ones")
+        add("--faults", metavar="LIST", help="these in every round, not random ones")
         add("--seconds", type=float, default=1.5, metavar="S", help="of faults in a round (1.5)")
         add("--prefill", type=int, default=1, metavar="P", help="nodes (1)")
         add("--decode", type=int, default=2, metavar="D", help="nodes (2)")
@@ -111,8 +111,15 @@ def _checked(args: argparse.Namespace) -> Topology:
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise InvalidRequest(f"{args.json}: there is no folder {Path(args.json).parent}")
     topology = Topology.of(args.prefill, args.decode)
-    parse_faults(args.faults, topology, everywhere=True)
+    _given(args, topology)
     return topology
+
+
+def _given(args: argparse.Namespace, topology: Topology) -> tuple[Fault, ...]:
+    """The faults of every round; none: random ones. Raises InvalidRequest."""
+    if args.faults is None:
+        return ()
+    return parse_faults(args.faults, topology, everywhere=True)
 
 
 async def _run(args: argparse.Namespace, topology: Topology, folder: Path) -> FaultsReport:
@@ -132,7 +139,7 @@ async def _run(args: argparse.Namespace, topology: Topology, folder: Path) -> Fa
         seed=args.seed or 1 + secrets.randbits(31),
         seconds=args.seconds,
         fresh=args.fresh,
-        faults=parse_faults(args.faults, topology, everywhere=True),
+        faults=_given(args, topology),
     )
     numbers = range(args.round, args.round + 1) if args.round >= 0 else range(args.rounds)
     started_s = time.monotonic()
