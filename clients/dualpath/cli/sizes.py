@@ -24,7 +24,10 @@ _BYTES = {
     "GiB": 2.0**30,
     "TiB": 2.0**40,
 }
-_BITS = {"kbit": 1e3 / 8, "Mbit": 1e6 / 8, "Gbit": 1e9 / 8}
+_BITS = {
+    **{"kbit": 1e3 / 8, "Mbit": 1e6 / 8, "Gbit": 1e9 / 8, "Tbit": 1e12 / 8},
+    **{"kb": 1e3 / 8, "Mb": 1e6 / 8, "Gb": 1e9 / 8, "Tb": 1e12 / 8},
+}
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
@@ -38,7 +41,8 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_rate(text: str) -> float:
-    """Bytes a second of `50MB/s`, `800Mbit/s`, `5e7` is not one. Raises InvalidRequest."""
+    """Bytes a second of `50MB/s`, `800Mbit/s`, `400Gb` (bits); `5e7` is not one. Raises
+    InvalidRequest."""
     return _scaled(
         text.strip().removesuffix("/s"), _BYTES | _BITS, "a rate such as 50MB/s or 800Mbit/s"
     )

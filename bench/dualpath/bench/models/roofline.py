@@ -77,9 +77,18 @@ class Roofline:
         new = max(1, round(self.calibration.reference_new_tokens))
         return new / self.prompt_s(cached, new)
 
+    @property
+    def overhead_s(self) -> float:
+        """Of one forward batch or step, whatever is in it."""
+        return self._overhead_s
+
+    def linear_s(self, new: int) -> float:
+        """Of all but attention, for `new` tokens in a large forward batch."""
+        return new * self._linear_s_per_token
+
     def prompt_s(self, cached: int, new: int) -> float:
         """What one prompt adds to a large forward batch."""
-        return new * self._linear_s_per_token + self.attention_s(((cached, new),))
+        return self.linear_s(new) + self.attention_s(((cached, new),))
 
     def attention_s(self, prompts: Sequence[Prompt]) -> float:
         """See ComputeModel; the indexer's time is part of it."""

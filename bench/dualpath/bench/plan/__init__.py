@@ -1,0 +1,1 @@
+"""What two paths would give a cluster: `dualpath plan`."""

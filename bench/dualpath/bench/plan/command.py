@@ -1,0 +1,113 @@
+"""The subcommand `dualpath plan`: its flags, what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dualpath.bench.agents.named_set import SET_NAMES, named_set
+from dualpath.bench.agents.trace_set import trace_set
+from dualpath.bench.agents.trajectory import Trajectory
+from dualpath.bench.models.calibration import read_calibration
+from dualpath.bench.models.catalogue import find_model, model_names
+from dualpath.bench.plan.bottleneck_range import NodeRates
+from dualpath.bench.plan.plan_request import PlanRequest, parse_link, parse_slo
+from dualpath.bench.plan.planner import Plan, make_plan
+from dualpath.bench.plan.report import as_json, as_text
+from dualpath.transfer.errors import InvalidRequest
+
+EXIT_OK = 0
+_EPILOG = """examples:
+  dualpath plan --model ds-v3.2 --gpus 48 --snic 400Gb --cnic 400Gb --workload agent-64k
+  dualpath plan --model ds-v3.2 --gpus 96 --snic 400Gb --cnic 400Gb --trace FILE --json
+  dualpath plan --model FILE.toml --gpus 24 --snic 200Gb --cnic 400Gb --slo ttft=4s,tpot=50ms
+
+Answers with the ratios P/D at which no device but storage binds, what a turn asks for, how many
+turns a second each ratio carries by one path, by two and by splitting loads, and what binds next.
+Projected, in closed form: means, no queues; models and efficiencies are the committed ones.
+
+exit status: 0 planned; 1 a file could not be written; 2 numbers that cannot be, with the reason"""
+
+
+class PlanCommand:
+    """See the module docstring."""
+
+    name = "plan"
+    help = "say what two paths would give a cluster, and its best ratio of prefill to decode"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the flags."""
+        parser.epilog = _EPILOG
+        add = parser.add_argument
+        add(
+            "--model",
+            required=True,
+            metavar="M",
+            help=f"{', '.join(model_names())}, or FILE.toml[:TABLE]",
+        )
+        add("--gpus", required=True, type=int, metavar="N", help="of the whole cluster")
+        add("--snic", required=True, metavar="RATE", help="storage NIC of a node, such as 400Gb")
+        add("--cnic", required=True, metavar="RATE", help="compute NIC of a GPU, such as 400Gb")
+        add("--dram", default="500GB/s", metavar="RATE", help="of a node (default 500GB/s)")
+        add("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+        source = parser.add_mutually_exclusive_group()
+        source.add_argument(
+            "--workload", metavar="NAME", help=f"{', '.join(SET_NAMES)} (default agent-64k)"
+        )
+        source.add_argument("--trace", metavar="FILE", help="of `runs` or `hash_ids`")
+        add("--slo", default="", metavar="LIST", help="ttft=4s,tpot=50ms, either or both")
+        add("--calibration", metavar="FILE", help="inputs in place of the committed ones")
+        add("--seed", type=int, default=0, metavar="N", help="of the workload (default 0)")
+        add("--json", action="store_true", help="print the plan as JSON")
+        add(
+            "--plot",
+            nargs="?",
+            const="dualpath-plan.png",
+            default="",
+            metavar="FILE",
+            help="draw it as PNG (default name dualpath-plan.png)",
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Plan and print. Raises InvalidRequest, and Unavailable for the picture."""
+        if args.plot and not Path(args.plot).absolute().parent.is_dir():
+            raise InvalidRequest(f"--plot {args.plot}: there is no folder for it")
+        plan = _plan(args)
+        print(json.dumps(as_json(plan), indent=2) if args.json else as_text(plan))
+        if args.plot:
+            from dualpath.bench.plan.plot import draw  # noqa: PLC0415 - slow import
+
+            draw(plan, args.plot)
+            if not args.json:
+                print(f"picture     {args.plot}")
+        return EXIT_OK
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    request = PlanRequest(
+        gpus=args.gpus,
+        rates=NodeRates(
+            gpus=args.gpus_per_node,
+            snic_bytes_per_s=parse_link("snic", args.snic),
+            cnic_bytes_per_s=parse_link("cnic", args.cnic),
+            dram_bytes_per_s=parse_link("dram", args.dram),
+        ),
+        slo=parse_slo(args.slo),
+    )
+    geometry = find_model(args.model)
+    calibration = read_calibration(Path(args.calibration) if args.calibration else None)
+    workload, trajectories = _workload(args)
+    return make_plan(request, geometry, calibration, workload, trajectories)
+
+
+def _workload(args: argparse.Namespace) -> tuple[str, tuple[Trajectory, ...]]:
+    if args.trace:
+        agents = trace_set(args.trace)
+        return Path(args.trace).name, tuple(agent.trajectory for agent in agents)
+    name = args.workload or "agent-64k"
+    return name, named_set(name, seed=args.seed)
+
+
+command = PlanCommand()
+"""Loaded by the CLI through the entry-point group `dualpath.commands`."""

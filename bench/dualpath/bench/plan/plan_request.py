@@ -1,0 +1,113 @@
+"""What a plan is asked for, checked: numbers that cannot be are refused, odd ones are told of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from dualpath.bench.plan.bottleneck_range import NodeRates
+from dualpath.bench.plan.capacity import Slo
+from dualpath.cli.config_file import nearest
+from dualpath.cli.sizes import format_rate, parse_rate, parse_seconds
+from dualpath.transfer.errors import InvalidRequest
+
+GPUS_MAX = 100_000
+NODES_MIN = 2
+_NIC_LOW, _NIC_HIGH = 1e9 / 8, 1.6e12 / 8
+_DRAM_LOW, _DRAM_HIGH = 20e9, 3e12
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """A cluster of `gpus` in nodes of one kind. Raises InvalidRequest with the remedy."""
+
+    gpus: int
+    rates: NodeRates
+    slo: Slo = field(default_factory=Slo)
+
+    def __post_init__(self) -> None:
+        a_node = self.rates.gpus
+        if not 1 <= self.gpus <= GPUS_MAX:
+            raise InvalidRequest(f"--gpus {self.gpus}: a plan is for 1..{GPUS_MAX} GPUs")
+        if self.gpus % a_node:
+            low = self.gpus // a_node * a_node
+            near = f"{low} or {low + a_node}" if low else f"{a_node}"
+            raise InvalidRequest(
+                f"--gpus {self.gpus} is not a multiple of the {a_node} of a node; give {near}, or "
+                "--gpus-per-node"
+            )
+        if self.nodes < NODES_MIN:
+            raise InvalidRequest(
+                f"--gpus {self.gpus} is {self.nodes} node of {a_node}; prefill and decode need one "
+                f"each: give at least {NODES_MIN * a_node}"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Of all."""
+        return self.gpus // self.rates.gpus
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is implausible of the numbers, each with the remedy."""
+        rates, found = self.rates, []
+        for name, value in (
+            ("snic", rates.snic_bytes_per_s),
+            ("cnic", rates.cnic_bytes_per_s),
+        ):
+            if not _NIC_LOW <= value <= _NIC_HIGH:
+                found.append(
+                    f"--{name} is {format_rate(value)} ({value * 8 / 1e9:.3g} Gb/s), which no one "
+                    "NIC is; mind bits (400Gb) and bytes (50GB/s)"
+                )
+        if rates.cnic_bytes_per_s < rates.snic_bytes_per_s:
+            found.append(
+                f"the CNIC of a GPU ({format_rate(rates.cnic_bytes_per_s)}) is slower than the "
+                f"SNIC of a node ({format_rate(rates.snic_bytes_per_s)}): a load into one GPU is "
+                "bound by the CNIC whatever the paths; are the two swapped, or is --snic the sum "
+                "of several?"
+            )
+        if not _DRAM_LOW <= rates.dram_bytes_per_s <= _DRAM_HIGH:
+            found.append(
+                f"--dram is {format_rate(rates.dram_bytes_per_s)} a node; servers have some "
+                "hundred GB/s"
+            )
+        least = 3 * rates.snic_bytes_per_s
+        if rates.dram_bytes_per_s < least:
+            found.append(
+                f"DRAM of {format_rate(rates.dram_bytes_per_s)} cannot carry a relay at the SNIC's "
+                f"rate, which crosses it three times; give it {format_rate(least)} or more"
+            )
+        return tuple(found)
+
+
+def parse_link(flag: str, text: str) -> float:
+    """Bytes a second of `400Gb`, `50GB/s`. Raises InvalidRequest that names the flag."""
+    if text.strip().startswith("-"):
+        raise InvalidRequest(f"--{flag} {text}: a rate is above 0; give 400Gb or 50GB/s")
+    try:
+        value = parse_rate(text)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"--{flag}: {error}") from error
+    if value <= 0:
+        raise InvalidRequest(f"--{flag} {text}: a rate is above 0; give 400Gb or 50GB/s")
+    return value
+
+
+def parse_slo(text: str) -> Slo:
+    """`ttft=4s,tpot=50ms`, either or both. Raises InvalidRequest."""
+    known = ("ttft", "tpot")
+    values = dict.fromkeys(known, math.inf)
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        key, separator, value = part.partition("=")
+        key = key.strip()
+        if key not in known:
+            raise InvalidRequest(f"--slo {text!r}: unknown promise '{key}'{nearest(key, known)}")
+        if not separator or math.isfinite(values[key]):
+            raise InvalidRequest(f"--slo {text!r}: give {key}=TIME once, such as {key}=50ms")
+        try:
+            values[key] = parse_seconds(value)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"--slo {key}: {error}") from error
+        if values[key] <= 0:
+            raise InvalidRequest(f"--slo {key}={value}: nothing is answered in no time")
+    return Slo(ttft_s=values["ttft"], tpot_s=values["tpot"])

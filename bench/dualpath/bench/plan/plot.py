@@ -1,0 +1,51 @@
+"""Draws turns a second over the ratio of prefill to decode nodes, a line a way of loading, with the
+bottleneck-free range shaded. Needs matplotlib."""
+
+from __future__ import annotations
+
+from dualpath.bench.plan.capacity import Loading
+from dualpath.bench.plan.planner import Plan
+from dualpath.transfer.errors import Unavailable
+
+_PNG_DPI = 90
+
+
+def draw(plan: Plan, path: str) -> None:
+    """Write the PNG. Raises Unavailable if matplotlib is not installed or `path` not writable."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise Unavailable(
+            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
+        ) from error
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    ratios = [each.cluster.prefill / each.cluster.decode for each in plan.ratios]
+    for loading, style in zip(Loading, ("s-", "o-", "^--"), strict=True):
+        rates = [each.capacities[loading].turns_per_s for each in plan.ratios]
+        axes.plot(ratios, rates, style, label=loading.value)
+    if not plan.range.empty:
+        axes.axvspan(
+            max(plan.range.low, min(ratios) / 2),
+            min(plan.range.high, max(ratios) * 2),
+            alpha=0.12,
+            color="green",
+            label="bottleneck-free",
+        )
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("prefill nodes / decode nodes")
+    axes.set_ylabel("turns a second (projected)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.suptitle(
+        f"{plan.geometry.name}, {plan.workload}, {plan.request.gpus} GPUs: "
+        f"dual path {plan.speed_up(Loading.DUAL):.2f}x, split {plan.speed_up(Loading.SPLIT):.2f}x",
+        fontsize=9,
+    )
+    try:
+        figure.savefig(path, dpi=_PNG_DPI, format="png")
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
