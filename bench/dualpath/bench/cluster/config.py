@@ -34,7 +34,7 @@ CPU_BOUND_SHARE = 0.4
 """Above this share of the unshaped throughput the links do not clearly bind."""
 FITTING_SHARE = 0.33
 STORAGE_BYTES_PER_S_MAX = 50e6
-STORAGE_BYTES_PER_S_MIN = 8e6
+STORAGE_BYTES_PER_S_MIN = 4e6
 RATE_STEP = 1e6
 NODE_COMPUTE_RATIO = 8.0
 """The paper's nodes: eight compute links, each as fast as the storage link."""
