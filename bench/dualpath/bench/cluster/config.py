@@ -58,7 +58,7 @@ class ClusterBenchConfig:
     """Prompts go on to their decode engines; never of lone loads."""
     policies: tuple[str, ...] = tuple(POLICIES)
     rounds: int = 3
-    seconds: float = 8.0
+    seconds: float = 14.0
     """How long the direct policy shall need for a round."""
     load_bytes: int = LOAD_BYTES
     """Mean of a load, or all of a lone one."""
