@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from dualpath.bench.eviction.replay import OPTIMUM, EvictionReport
 from dualpath.bench.eviction.table import summary
-from dualpath.transfer.errors import Unavailable
-
-_PNG_DPI = 90
+from dualpath.bench.picture import new_figure, write_png
 
 
 def draw(report: EvictionReport, path: str) -> None:
     """Write the PNG. Raises Unavailable if matplotlib is not installed or `path` not writable."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
-        ) from error
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.6)
     axes = figure.subplots()
     capacities = list(report.rates)
     for name in next(iter(report.rates.values())):
@@ -38,7 +28,4 @@ def draw(report: EvictionReport, path: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.suptitle(summary(report), fontsize=8)
-    try:
-        figure.savefig(path, dpi=_PNG_DPI, format="png")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+    write_png(figure, path)

@@ -9,8 +9,8 @@ from dualpath.bench.isolation.figures import PERCENTILES, TARGETS, Figures
 from dualpath.bench.isolation.protected import SIZES
 from dualpath.bench.isolation.scene import Case
 from dualpath.bench.machine import busy_line
+from dualpath.bench.picture import new_figure, write_png
 from dualpath.bench.table import Row, markdown_table, print_table
-from dualpath.transfer.errors import Unavailable
 
 HEADINGS = (
     "case",
@@ -22,7 +22,6 @@ HEADINGS = (
     ),
     "KV MB/s",
 )
-_PNG_DPI = 90
 _COLOURS = ("#1f77b4", "#2ca02c", "#d62728", "#b0b0b0")
 
 
@@ -74,15 +73,7 @@ def markdown(figures: Figures) -> str:
 def draw(figures: Figures, path: str) -> None:
     """Distributions of both sizes as PNG. Raises Unavailable without matplotlib or if `path`
     cannot be written."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
-        ) from error
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4)
     for axes, (size, title) in zip(
         figure.subplots(1, 2),
         (("1m", "operations of 1 MiB"), ("4k", "messages of 4 KiB")),
@@ -97,7 +88,4 @@ def draw(figures: Figures, path: str) -> None:
         axes.set_ylabel("share of them that took no longer")
         axes.set_title(title, fontsize=10)
         axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=_PNG_DPI, format="png")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+    write_png(figure, path)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from dualpath.bench.peers.catalogue import Reach
 from dualpath.bench.peers.comparison import Row
 from dualpath.bench.peers.report import PeersReport, size_name
-from dualpath.transfer.errors import Unavailable
+from dualpath.bench.picture import new_figure, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PNG_DPI = 90
 _BAR = 0.8
 _OURS = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
 _PEERS = ("#d9d9d9", "#bdbdbd", "#969696", "#636363")
@@ -20,29 +19,18 @@ _PEERS = ("#d9d9d9", "#bdbdbd", "#969696", "#636363")
 
 def draw(report: PeersReport, path: str) -> None:
     """Write the PNG. Raises Unavailable if matplotlib is not installed or `path` not writable."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
-        ) from error
     counts = {
         reach: sum(1 for row in report.comparison.rows if _shown(report, row, reach))
         for reach in Reach
     }
     kinds = [reach for reach in Reach if counts[reach]]
-    figure = Figure(figsize=(9, 1.5 + 0.55 * sum(counts.values())), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.5 + 0.55 * sum(counts.values()))
     grid = figure.subplots(
         max(1, len(kinds)), 1, squeeze=False, height_ratios=[counts[each] for each in kinds] or [1]
     )
     for axes, reach in zip(grid[:, 0], kinds, strict=False):
         _draw(axes, report, reach)
-    try:
-        figure.savefig(path, dpi=_PNG_DPI, format="png")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+    write_png(figure, path)
 
 
 def _shown(report: PeersReport, row: Row, reach: Reach) -> bool:

@@ -3,24 +3,14 @@ bottleneck-free range shaded. Needs matplotlib."""
 
 from __future__ import annotations
 
+from dualpath.bench.picture import new_figure, write_png
 from dualpath.bench.plan.capacity import Loading
 from dualpath.bench.plan.planner import Plan
-from dualpath.transfer.errors import Unavailable
-
-_PNG_DPI = 90
 
 
 def draw(plan: Plan, path: str) -> None:
     """Write the PNG. Raises Unavailable if matplotlib is not installed or `path` not writable."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
-        ) from error
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.6)
     axes = figure.subplots()
     ratios = [each.cluster.prefill / each.cluster.decode for each in plan.ratios]
     for loading, style in zip(Loading, ("s-", "o-", "^--"), strict=True):
@@ -45,7 +35,4 @@ def draw(plan: Plan, path: str) -> None:
         f"dual path {plan.speed_up(Loading.DUAL):.2f}x, split {plan.speed_up(Loading.SPLIT):.2f}x",
         fontsize=9,
     )
-    try:
-        figure.savefig(path, dpi=_PNG_DPI, format="png")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+    write_png(figure, path)

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dualpath.bench.picture import new_figure, write_png
 from dualpath.bench.simulate.paper import PaperReport
-from dualpath.transfer.errors import Unavailable
-
-_PNG_DPI = 90
 
 
 def draw(report: PaperReport, folder: Path) -> tuple[Path, ...]:
     """Write the pictures; their paths. Raises Unavailable without matplotlib or right to write."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
-        ) from error
-    figure = Figure(figsize=(9, 0.36 * len(report.comparisons) + 1.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 0.36 * len(report.comparisons) + 1.4)
     axes = figure.subplots()
     names = [one.name for one in report.comparisons]
     places = range(len(names))
@@ -31,8 +21,5 @@ def draw(report: PaperReport, folder: Path) -> tuple[Path, ...]:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(("published", "simulated"), loc="lower right")
     path = folder / "paper.png"
-    try:
-        figure.savefig(path, dpi=_PNG_DPI, format="png")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+    write_png(figure, path)
     return (path,)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dualpath.bench.picture import new_figure, write_png
 from dualpath.bench.store.report import StoreReport, flat
 from dualpath.bench.store.section import Figures
-from dualpath.transfer.errors import Unavailable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SUFFIX = "_gibs"
-_PNG_DPI = 90
 _OURS = frozenset(["ours", "ours_read", "ours_write", "one_writer", "durable_at_end", "verified"])
 _OURS_COLOUR, _LIMIT_COLOUR = "#1f77b4", "#b0b0b0"
 
@@ -34,30 +33,19 @@ def _is_ours(name: str) -> bool:
 
 def draw(report: StoreReport, path: str) -> None:
     """Write the PNG. Raises Unavailable if matplotlib is not installed or `path` not writable."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
-        ) from error
     shown = [
         (section.name, found)
         for section in report.sections
         if (found := rates(report.figures[section.name]))
     ]
     rows_in = 0.2 * sum(len(found) + 1 for _, found in shown)
-    figure = Figure(figsize=(9, 1.2 + rows_in), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.2 + rows_in)
     _draw_rates(figure.subplots(), shown)
     figure.suptitle(
         f"{report.machine['cores']} cores of {report.machine['processor']}, {report.date}",
         fontsize=9,
     )
-    try:
-        figure.savefig(path, dpi=_PNG_DPI, format="png")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+    write_png(figure, path)
 
 
 def _draw_rates(axes: Axes, shown: list[tuple[str, list[tuple[str, float]]]]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from dualpath.bench.machine import busy_line
+from dualpath.bench.picture import new_figure, write_png
 from dualpath.bench.rounds import Series
 from dualpath.bench.store.section import JUDGED_ROUNDS_MIN
 from dualpath.bench.table import Row, markdown_table, print_table
@@ -20,7 +21,6 @@ from dualpath.bench.transfer.contestant import (
     TLS_SOCKET,
 )
 from dualpath.bench.transfer.grain import GRAINS
-from dualpath.transfer.errors import Unavailable
 
 LIMITS = (MEMCPY, MEMCPY_FINE, BARE_SOCKET, HASHING_SOCKET, TLS_SOCKET, CIPHER)
 WHOLE = "1M"
@@ -38,7 +38,6 @@ HEADINGS = (
     "x hashing socket",
     "CPU-s/GiB",
 )
-_PNG_DPI = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +177,7 @@ def markdown(report: Report) -> str:
 
 def draw(report: Report, path: str) -> None:
     """Rates by grain as PNG. Raises Unavailable without matplotlib, or if it cannot be written."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable(
-            f"no picture: {error}; install it with `pip install 'dualpath[bench]'`"
-        ) from error
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     names = [grain.name for grain in GRAINS]
     kinds = list(dict.fromkeys(kind for kind, _ in report.flows))
@@ -200,7 +191,4 @@ def draw(report: Report, path: str) -> None:
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("GiB/s, verified")
     axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=_PNG_DPI, format="png")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+    write_png(figure, path)
