@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import pytest
+from dualpath.agent import steady_link
 from dualpath.agent.config import AgentConfig
 from dualpath.agent.hand_off_spec import HandOffResult
 from dualpath.agent.places import Places
@@ -18,10 +19,12 @@ from dualpath.client.loopback_cluster import (
     WAIT_S,
     LoopbackCluster,
     chain,
+    embedded_agent,
     fill,
     kill,
     parents,
     stored,
+    until,
     wrong_blocks,
 )
 from dualpath.client.memory import EngineMemory
@@ -95,16 +98,12 @@ async def load(
 async def handed_off(
     client: KVClient, peer: str, namespace_id: bytes, hashes: list[bytes], memory: EngineMemory
 ) -> HandOffResult:
-    """Hand a prompt off once the agents have found each other again."""
-    end_at = asyncio.get_running_loop().time() + WAIT_S
-    while True:
-        hand_off = await client.hand_off(
-            "r1", peer, namespace_id, hashes, memory, PLACES, deadline_s=WAIT_S
-        )
-        hand_off.layer_done(LAYOUT.layers - 1)
-        result = await hand_off.result()
-        if result.reason != "peer_lost" or asyncio.get_running_loop().time() > end_at:
-            return result
+    """Hand a prompt off, once."""
+    hand_off = await client.hand_off(
+        "r1", peer, namespace_id, hashes, memory, PLACES, deadline_s=WAIT_S
+    )
+    hand_off.layer_done(LAYOUT.layers - 1)
+    return await hand_off.result()
 
 
 def test_engines_look_up_load_and_save_again_by_themselves(run_cluster: Run) -> None:
@@ -160,6 +159,33 @@ def test_a_prompt_is_handed_off_to_an_agent_that_came_back(run_cluster: Run) -> 
         assert (handed.blocks, handed.reason) == (BLOCKS, "")
         assert received.blocks == BLOCKS
         assert wrong_blocks(target, PLACES, hashes) == []
+
+    run_cluster(body)
+
+
+def test_a_hand_off_does_not_wait_for_the_next_attempt_by_itself(
+    run_cluster: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anybody who asks, the link would rest far longer than the test may take."""
+
+    async def body(cluster: LoopbackCluster) -> None:
+        agent = await Restartable.started(cluster)
+        cluster.relays[NAME] = agent.config.listen
+        prefill = await cluster.embedded(reconnect_s_max=100 * WAIT_S)
+        namespace_id, hashes = await stored(prefill, BLOCKS)
+        source = await prefill.allocate(BYTES)
+        fill(source, PLACES, hashes)
+        link = embedded_agent(prefill).relays[NAME].link
+        monkeypatch.setattr(steady_link, "PAUSE_S_MIN", 100 * WAIT_S)
+        kill(cluster.processes[NAME])
+        await until(lambda: not link.up, "the loss")
+        gone = await handed_off(prefill, NAME, namespace_id, hashes, source)
+        assert gone.reason == "peer_lost"
+        await agent.start()
+        decode = await agent.client()
+        await decode.open_namespace(Namespace("model", LAYOUT))
+        handed = await handed_off(prefill, NAME, namespace_id, hashes, source)
+        assert (handed.blocks, handed.reason) == (BLOCKS, ""), handed
 
     run_cluster(body)
 

@@ -164,7 +164,7 @@ class HandOff:
 
     async def _session(self) -> None:
         try:
-            if not await self._relay.link.settled(self.spec.deadline_s):
+            if not await self._relay.link.tried(self.spec.deadline_s):
                 raise PeerLost(f"decode peer {self._relay.name}: {self._relay.link.reason}")
             if not self._relay.holds:
                 self.finish("unsupported", f"agent {self._relay.name} takes no hand-offs")

@@ -35,6 +35,8 @@ ResponseT_contra = TypeVar("ResponseT_contra", contravariant=True)
 OUTGOING_MAX = 4096
 """Most messages that wait for the stream; beyond it the peer counts as lost."""
 PAUSE_S_MIN = 0.05
+SPACING_S = 0.05
+"""Between two attempts at least, also when somebody waits for the next one."""
 CLOSE_S_MAX = 2.0
 """How long a channel may take to close; a process that ends closes it anyhow."""
 
@@ -139,6 +141,9 @@ class SteadyLink(Generic[RequestT, ResponseT]):
         self._loss = ""
         self._settled = asyncio.Event()
         self._risen = asyncio.Event()
+        self._resting = False
+        """Between attempts, until somebody is in a `_hurry`."""
+        self._hurry = asyncio.Event()
         self._attempt = 0
         self._closing = False
         self._task: asyncio.Task[None] | None = None
@@ -156,6 +161,14 @@ class SteadyLink(Generic[RequestT, ResponseT]):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), timeout_s)
         return self.up
+
+    async def tried(self, timeout_s: float) -> bool:
+        """As `settled`, but between attempts the next one begins now: for what has no other way to
+        go, and would fail though the peer is back."""
+        if self._resting:
+            self._begin_attempt()
+            self._hurry.set()
+        return await self.settled(timeout_s)
 
     async def wait_up(self, timeout_s: float) -> bool:
         """Wait until the link is up, over several attempts if need be; False if time ran out."""
@@ -221,8 +234,18 @@ class SteadyLink(Generic[RequestT, ResponseT]):
             elif not self._closing:
                 self.state = LinkState.DOWN
                 self._settled.set()
-            await asyncio.sleep(pause_s * random.uniform(0.7, 1.0))
+            await self._pause(pause_s * random.uniform(0.7, 1.0))
             pause_s = min(pause_s * 2, self._pause_s_max)
+
+    async def _pause(self, pause_s: float) -> None:
+        """Until the next attempt; once one is wanted, for SPACING_S at most."""
+        self._hurry.clear()
+        self._resting = True
+        spacing_s = min(SPACING_S, pause_s)
+        await asyncio.sleep(spacing_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), pause_s - spacing_s)
+        self._resting = False
 
     def _begin_attempt(self) -> None:
         if not self._closing:
