@@ -24,12 +24,14 @@ _EPILOG = """examples:
   dualpath simulate --model qwen2.5-32b --prefill 1 --decode 2 --online --aps 0.1:1.0:0.1
   dualpath simulate --model ds-v3.2 --snic 800Gbit/s --cnic 800Gbit/s --json out.json
   dualpath simulate paper --json out.json      the published results beside simulated ones
+  dualpath simulate cluster --from out.json    what `bench cluster --json` measured, simulated
 
 Nothing here is measured: a cluster is simulated at the level of flows, with compute by a roofline
 (calibration.toml) and engine details as declared. The scheduler is the one that `dualpath
 scheduler` serves.
 
-exit status: 0 simulated; 1 a file could not be written; 2 wrong usage
+exit status: 0 simulated; 1 a file could not be written, or what was measured and what was simulated
+differ by more than 10 %; 2 wrong usage
 """
 
 
@@ -47,9 +49,18 @@ class SimulateCommand:
         add(
             "what",
             nargs="?",
-            choices=("run", "paper"),
+            choices=("run", "paper", "cluster"),
             default="run",
-            help="run (default): one cluster; paper: every published result",
+            help="run (default): one cluster; paper: every published result; cluster: one that "
+            "`dualpath bench cluster` measured",
+        )
+        add(
+            "--from",
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            dest="measured",
+            help="cluster: what `dualpath bench cluster --json` wrote",
         )
         add("--model", default="ds-v3.2", metavar="NAME", help="or FILE.toml (default ds-v3.2)")
         add("--prefill", type=int, default=2, metavar="N", help="prefill nodes (default 2)")
@@ -74,14 +85,22 @@ class SimulateCommand:
         add("--seed", type=int, default=0, metavar="N", help="of trajectories and arrivals")
         add("--json", default="", metavar="FILE", help="write the figures as JSON")
         add("--plots", default="", metavar="DIR", help="paper: write its pictures there")
-        add("--markdown", default="", metavar="FILE", help="paper: put its tables there")
+        add(
+            "--markdown",
+            default="",
+            metavar="FILE[#MARK]",
+            help="paper, cluster: put tables into a document, between its marks MARK (simulated)",
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         """Simulate; return the exit status."""
         progress = Progress()
+        agrees = True
         try:
             _check_outputs(args)
-            if args.what == "paper":
+            if args.what == "cluster":
+                figures, markdown, agrees = _cluster(args, progress)
+            elif args.what == "paper":
                 figures, markdown = _paper(args, progress)
             else:
                 figures, markdown = _run(_request(args), progress), ""
@@ -95,13 +114,17 @@ class SimulateCommand:
         except KeyboardInterrupt:
             print("dualpath simulate: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        return EXIT_OK
+        return EXIT_OK if agrees else EXIT_FAILED
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Minutes of simulating shall not be lost for a folder that is not there."""
+    if bool(args.measured) != (args.what == "cluster"):
+        raise InvalidRequest(
+            "give `dualpath simulate cluster --from FILE`, of `dualpath bench cluster --json FILE`"
+        )
     for flag in ("json", "markdown"):
-        path = getattr(args, flag)
+        path = getattr(args, flag).partition("#")[0]
         if path and not Path(path).absolute().parent.is_dir():
             raise InvalidRequest(f"--{flag} {path}: there is no folder {Path(path).parent}")
     if args.plots and not Path(args.plots).is_dir():
@@ -162,12 +185,37 @@ def _paper(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, obje
     return report.to_json(), markdown_document(report)
 
 
+def _cluster(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, object], str, bool]:
+    from dualpath.bench.simulate.agreement import (  # noqa: PLC0415 - numpy behind it
+        HEADINGS,
+        WITHIN,
+        Agreement,
+        compare,
+        rows,
+    )
+    from dualpath.bench.simulate.bench_measurement import read_measurements  # noqa: PLC0415
+    from dualpath.bench.table import markdown_table, print_table  # noqa: PLC0415
+
+    measured = [each for path in args.measured for each in read_measurements(path)]
+    found: list[Agreement] = []
+    for each in measured:
+        progress.stage(f"simulate {each.label}")
+        found += compare(each)
+        progress.done()
+    print_table(HEADINGS, rows(found), sys.stdout)
+    agrees = all(abs(one.deviation) <= WITHIN for one in found if one.judged)
+    print(f"within {WITHIN:.0%}: {'yes' if agrees else 'NO'}")
+    figures: dict[str, object] = {"agrees": agrees, "figures": [one.to_json() for one in found]}
+    return figures, markdown_table(HEADINGS, rows(found)), agrees
+
+
 def _write(args: argparse.Namespace, figures: dict[str, object], markdown: str) -> None:
     if args.json:
         text = json.dumps(figures, indent=2) + "\n"
         Path(args.json).write_text(text, encoding="utf-8")
     if args.markdown and markdown:
-        put_figures(Path(args.markdown), markdown, "simulated")
+        path, _, mark = args.markdown.partition("#")
+        put_figures(Path(path), markdown, mark or "simulated")
 
 
 command = SimulateCommand()

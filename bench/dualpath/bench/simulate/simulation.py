@@ -54,6 +54,8 @@ class SimulationSetup:
     system: System
     arrivals: Sequence[AgentArrival]
     details: EngineDetails = field(default_factory=EngineDetails)
+    answers_awaited: bool = True
+    """False: an agent's next turn follows the prefill of the one before, as loads are replayed."""
 
 
 def simulate(setup: SimulationSetup, told: Told | None = None) -> SimulationResult:
@@ -106,7 +108,7 @@ class _Simulation:
         self._hit_bytes = 0.0
         self._scheduler = Scheduler(
             setup.system.make_policies(policy_settings(setup)),
-            SchedulerLimits(fetch_max=FETCH_MAX, requests_max=len(setup.arrivals) + 1),
+            SchedulerLimits(fetch_max=FETCH_MAX, requests_max=self._turns + 1),
         )
         self._moves = KvMoves(
             self._clock,
@@ -164,7 +166,7 @@ class _Simulation:
         width = model.lockstep_engines if details.lockstep else 1
         self._groups = [
             PrefillGroup(
-                self._clock, self._network, prefills[at : at + width], rules, self._moves.hand_over
+                self._clock, self._network, prefills[at : at + width], rules, self._prefilled
             )
             for at in range(0, len(prefills), width)
         ]
@@ -246,6 +248,11 @@ class _Simulation:
     def _ready(self, job: Job) -> None:
         job.prefill.group.add(job.prefill, job)
 
+    def _prefilled(self, job: Job) -> None:
+        self._moves.hand_over(job)
+        if not self._setup.answers_awaited:
+            self._next_turn(job.agent)
+
     def _landed(self, job: Job) -> None:
         self._scheduler.prefilled(job.id)
         job.decode.join(job)
@@ -256,7 +263,8 @@ class _Simulation:
         self._moves.store(job)
         self._records.add(job)
         del self._jobs[job.id]
-        self._next_turn(job.agent)
+        if self._setup.answers_awaited:
+            self._next_turn(job.agent)
 
     def _result(self) -> SimulationResult:
         cluster, groups, records = self._cluster, self._groups, self._records

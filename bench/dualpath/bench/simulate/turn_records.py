@@ -29,6 +29,7 @@ class TurnRecords:
 
     def __init__(self) -> None:
         self._columns = {name: array("d") for name in COLUMNS}
+        self._agent = array("l")
         self._generate = array("l")
         self._hit = array("l")
         self._appends = [self._columns[name].append for name in COLUMNS]
@@ -56,12 +57,18 @@ class TurnRecords:
             last = value
         for append, value in zip(self._appends, values, strict=True):
             append(value)
+        self._agent.append(job.agent)
         self._generate.append(job.generate)
         self._hit.append(job.hit)
 
     def column(self, name: str) -> NDArray[np.float64]:
         """One of COLUMNS, a value a turn in the order of their ends."""
         return np.frombuffer(self._columns[name], dtype=np.float64)
+
+    @property
+    def agents(self) -> NDArray[np.int64]:
+        """Whose each turn was; an agent's own are in their order."""
+        return np.frombuffer(self._agent, dtype=np.int64)
 
     @property
     def generate(self) -> NDArray[np.int64]:
