@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from dualpath.agent.mailbox import Mailbox
 from dualpath.transfer.affinity import near, node_of, node_towards
+from dualpath.transfer.errors import DeadlineExceeded
 from dualpath.transfer.transport import OnPeerLost, Transport
 
 _SERIAL = re.compile(r"[#@]\d+$")
@@ -23,6 +24,8 @@ _SERIAL = re.compile(r"[#@]\d+$")
 DIALS_MAX = 64
 """At once. They have threads of their own: each peer that does not answer keeps one until the
 deadline, and hashing for saves and hand-offs shall not wait for these."""
+LATE_S_MAX = 0.5
+"""How long after its deadline a dial may say by itself why it failed."""
 
 MakeTransport = Callable[[str, OnPeerLost], Transport]
 """Called with the name of self and the callback for lost peers."""
@@ -57,7 +60,22 @@ class Network:
             with near(node):
                 self.transport.connect(peer, address, invitation, deadline_s=deadline_s)
 
-        await self._loop.run_in_executor(self._dials, dial)
+        dialled = self._loop.run_in_executor(self._dials, dial)
+        try:
+            # A name that is looked up knows no deadline.
+            async with asyncio.timeout(deadline_s + LATE_S_MAX):
+                await asyncio.shield(dialled)
+        except TimeoutError:
+            dialled.add_done_callback(lambda late: self._drop_late(peer, late))
+            raise DeadlineExceeded(f"{address} was not reached within {deadline_s:g} s") from None
+        except asyncio.CancelledError:
+            dialled.add_done_callback(lambda late: self._drop_late(peer, late))
+            raise
+
+    def _drop_late(self, peer: str, dialled: asyncio.Future[None]) -> None:
+        """Nobody waits for this connection any more."""
+        if not dialled.cancelled() and dialled.exception() is None:
+            self.transport.disconnect(peer)
 
     def watch(self, peer: str, on_lost: Callable[[str], None]) -> None:
         """Call `on_lost(reason)` in the loop when the connection to `peer` ends."""
