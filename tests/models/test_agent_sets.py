@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from dualpath.bench.agents.arrivals import offline, poisson, with_tool_latency
 from dualpath.bench.agents.named_set import SET_NAMES, named_set
-from dualpath.bench.agents.paper_set import grown_set, paper_set
+from dualpath.bench.agents.paper_set import compacted_set, grown_set
+from dualpath.bench.agents.replayed_set import scaled
 from dualpath.bench.agents.trace_set import agents_of, trace_set
 from dualpath.bench.agents.trajectory import Trajectory, Turn, TurnPrompt
 from dualpath.bench.testbed.trace_formats import TraceRequest
@@ -31,8 +32,49 @@ def prompts_of(trajectories: tuple[Trajectory, ...]) -> list[TurnPrompt]:
 
 @pytest.mark.parametrize("context", list(Context))
 @pytest.mark.parametrize("seed", range(3))
-def test_a_set_of_500_has_the_means_of_the_papers_row(context: Context, seed: int) -> None:
-    row, made = PAPER_TABLE[context], paper_set(context, seed=seed)
+def test_a_replayed_set_of_500_has_the_means_of_the_papers_row(context: Context, seed: int) -> None:
+    """Append and generate are means over trajectories of their means over turns."""
+    row, made = PAPER_TABLE[context], named_set(f"agent-{context.value}", seed=seed)
+    mean, turns = statistics.fmean, [list(each.prompts()) for each in made]
+    assert mean(map(len, turns)) == pytest.approx(row.turns, rel=0.02)
+    assert mean(mean(one.append for one in each) for each in turns) == pytest.approx(
+        row.append, rel=0.02
+    )
+    assert mean(mean(one.generate for one in each) for each in turns) == pytest.approx(
+        row.generate, rel=0.02
+    )
+    assert mean(each.final_tokens for each in made) == pytest.approx(row.total, rel=0.02)
+    contexts = mean(one.context for each in turns for one in each)
+    assert contexts == pytest.approx(row.context_mean, rel=0.03)
+    assert max(each.final_tokens for each in made) <= row.length_max
+
+
+def test_a_replayed_trajectory_computes_its_first_prompt_and_drops_nothing() -> None:
+    for each in named_set("agent-64k", seed=4):
+        first = next(each.prompts())
+        assert (first.context, each.first_context) == (0, 0)
+        assert first.append > PAPER_TABLE[Context.K64].append
+        assert each.final_tokens == sum(turn.append + turn.generate for turn in each.turns)
+
+
+def test_longer_appends_are_cut_off_at_the_length_of_their_set() -> None:
+    longer = scaled(SET, append=3.0, length_max=32 << 10)
+    assert max(each.final_tokens for each in longer) <= 32 << 10
+    assert sum(len(each.turns) for each in longer) < sum(len(each.turns) for each in SET)
+    for before, after in zip(SET, longer, strict=True):
+        assert after.turns[0].append == 3 * before.turns[0].append
+        assert after.turns[0].generate == before.turns[0].generate
+    assert scaled(SET, length_max=32 << 10) == SET
+    with pytest.raises(InvalidRequest, match="append times 0"):
+        scaled(SET, append=0, length_max=32 << 10)
+    with pytest.raises(InvalidRequest, match="no round is shorter than 9 tokens"):
+        scaled(SET, length_max=9)
+
+
+@pytest.mark.parametrize("context", list(Context))
+@pytest.mark.parametrize("seed", range(3))
+def test_a_compacted_set_of_500_has_the_means_over_all_turns(context: Context, seed: int) -> None:
+    row, made = PAPER_TABLE[context], compacted_set(context, seed=seed)
     prompts, mean = prompts_of(made), statistics.fmean
     assert len(made) == 500
     assert mean(len(each.turns) for each in made) == pytest.approx(row.turns, rel=0.02)
@@ -43,8 +85,8 @@ def test_a_set_of_500_has_the_means_of_the_papers_row(context: Context, seed: in
     assert max(each.tokens + each.generate for each in prompts) <= row.length_max
 
 
-def test_at_64k_as_many_tokens_hit_as_the_paper_says() -> None:
-    prompts = prompts_of(paper_set(Context.K64, seed=4))
+def test_at_64k_as_many_tokens_hit_by_means_over_turns_as_the_paper_says() -> None:
+    prompts = prompts_of(compacted_set(Context.K64, seed=4))
     new = sum(each.append for each in prompts)
     assert 1 - new / sum(each.tokens for each in prompts) == pytest.approx(0.987, abs=0.001)
 
@@ -59,8 +101,8 @@ def test_by_the_other_reading_nothing_is_dropped_and_half_as_much_is_computed() 
 
 
 def test_a_seed_names_a_set_and_another_seed_another_one() -> None:
-    assert paper_set(Context.K32, seed=5) == paper_set(Context.K32, seed=5)
-    assert paper_set(Context.K32, seed=5) != paper_set(Context.K32, seed=6)
+    assert compacted_set(Context.K32, seed=5) == compacted_set(Context.K32, seed=5)
+    assert compacted_set(Context.K32, seed=5) != compacted_set(Context.K32, seed=6)
     assert offline(SET, agents=30, seed=1) == offline(SET, agents=30, seed=1)
 
 
@@ -73,6 +115,8 @@ def test_sets_have_names_and_others_are_refused_with_the_nearest() -> None:
         named_set("agent-64k", seed=0, trajectories=0)
     with pytest.raises(InvalidRequest, match="not -1"):
         named_set("agent-64k-grown", seed=0, trajectories=-1)
+    with pytest.raises(InvalidRequest, match="not -2"):
+        named_set("agent-64k-compacted", seed=0, trajectories=-2)
 
 
 @given(st.integers(1, 70))

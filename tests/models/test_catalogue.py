@@ -31,9 +31,26 @@ def test_the_models_of_the_evaluation_are_there_with_their_published_geometry() 
     deepseek, small = find_model("ds-v3.2"), find_model("ds-27b")
     assert (deepseek.layers, small.layers) == (61, 30)
     assert deepseek.kv_bytes_per_token == 61 * (656 + 132)
-    assert small.kv_bytes_per_token == 30 * (656 + 132)
-    assert deepseek.attended_tokens_max == 2048
+    assert small.kv_bytes_per_token == 30 * (656 + 68)
+    assert (deepseek.attended_tokens_max, small.attended_tokens_max) == (2048, 1024)
     assert find_model("qwen2.5-32b").kv_bytes_per_token == 64 * 2 * 8 * 128 * 2
+
+
+def test_the_27b_model_has_the_parameters_of_its_published_shape() -> None:
+    """arXiv 2602.21548, appendix A.2; MLA widths of DeepSeek-V3, a vocabulary of 129,280."""
+    small, hidden, layers = find_model("ds-27b"), 2560, 30
+    queries, latent, output = hidden * 32 * (128 + 64), hidden * 576, 32 * 128 * hidden
+    attention = queries + latent + 512 * 32 * 256 + output
+    indexer = hidden * (32 * 64 + 64 + 32)
+    expert = 3 * hidden * 1536
+    shared = 29 * (2 * expert + 72 * hidden) + 3 * hidden * 12288
+    vocabulary = 129_280 * hidden
+    common = layers * (attention + indexer) + shared
+    experts = 29 * 72 * expert
+    assert small.expert_parameters == pytest.approx(experts, rel=1e-3)
+    assert small.parameters == pytest.approx(common + experts + 2 * vocabulary, rel=2e-3)
+    active = common + 29 * 6 * expert + vocabulary
+    assert small.active_parameters == pytest.approx(active, rel=2e-3)
 
 
 def test_every_model_of_the_catalogue_cites_where_its_numbers_come_from() -> None:

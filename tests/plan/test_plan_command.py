@@ -36,7 +36,7 @@ def test_json_has_the_range_the_demand_every_ratio_and_what_binds(
     assert found["kind"] == "projected"
     assert found["bottleneck_free_range"]["low"] == pytest.approx(1 / 7)
     assert found["slo"] == {"ttft_s": 4, "tpot_s": 0.05}
-    assert found["turn"]["load_bytes"] == pytest.approx(found["turn"]["cached_tokens"] * 23_640)
+    assert found["turn"]["load_bytes"] == pytest.approx(found["turn"]["cached_tokens"] * 21_720)
     assert [each["ratio"] for each in found["ratios"]] == ["1P2D", "2P1D"]
     for way in ("basic", "dual path", "split"):
         best = found["best"][way]

@@ -1,19 +1,19 @@
-"""Trajectories to the statistics of the paper's table, seeded.
+"""Two readings of the paper's table that are not its replay: sets of trajectories, seeded.
 
-How the table is read: turns and total are means over trajectories, append, generate and context
-means over turns. So 429 of 33,150 tokens of a 64K prompt are new, which are the 98.7 % of tokens
-that the paper says hit. Turns x (append + generate) is then far above total: a context loses part
-of what a turn brought before the next one, as agents do that drop reasoning or compact; what comes
-back behind a cut is appended again. A turn therefore keeps what its context is planned to be.
+`compacted_set`: turns and total are means over trajectories, append, generate and context means
+over all turns. So 429 of 33,150 tokens of a 64K prompt are new: 98.7 % hit. Turns x (append +
+generate) is then far above total: a context loses part of what a turn brought before the next one,
+as agents do that drop reasoning or compact; what comes back behind a cut is appended again. The
+paper's own replay drops nothing (replayed_set.py); this one computes and decodes about twice as
+much for the same bytes that it loads.
 
 Declared, since the table has means only: the turns of a trajectory lie within `TURNS_SPREAD` of
 the mean, its length is uniform up to the cut, its context grows evenly, sizes of appends and
 answers vary as 0.25 + 0.75 x an exponential of mean 1, and the context of the first turn is stored
 before it (system prompt, tools, what the agent was given).
 
-The other reading, in which append and generate are means over trajectories of their means, is
-`dualpath.bench.testbed.workload.trajectory`, which the measured benches use: `grown_set`. By it a
-trajectory computes and decodes half as much for the same bytes that it loads.
+`grown_set`: contexts only grow, and the first is stored already. It is
+`dualpath.bench.testbed.workload.trajectory`, which the measured benches use.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ TRAJECTORIES_MAX = 100_000
 TURNS_SPREAD = 0.4
 
 
-def paper_set(
+def compacted_set(
     context: Context, *, seed: int, trajectories: int = TRAJECTORIES
 ) -> tuple[Trajectory, ...]:
     """So many trajectories with the means of the row. Raises InvalidRequest."""
-    _check_count(trajectories)
+    check_count(trajectories)
     row = PAPER_TABLE[context]
     rng = random.Random(f"paper/{context.value}/{seed}")
     spread = row.turns * TURNS_SPREAD
@@ -48,8 +48,8 @@ def paper_set(
 def grown_set(
     context: Context, *, seed: int, trajectories: int = TRAJECTORIES
 ) -> tuple[Trajectory, ...]:
-    """By the other reading of the table; nothing is ever dropped. Raises InvalidRequest."""
-    _check_count(trajectories)
+    """Nothing is ever dropped; the first context is stored. Raises InvalidRequest."""
+    check_count(trajectories)
     rng = random.Random(f"grown/{context.value}/{seed}")
     found = []
     for _ in range(trajectories):
@@ -60,7 +60,8 @@ def grown_set(
     return tuple(found)
 
 
-def _check_count(trajectories: int) -> None:
+def check_count(trajectories: int) -> None:
+    """Raises InvalidRequest for a number of trajectories that no set has."""
     if not 1 <= trajectories <= TRAJECTORIES_MAX:
         raise InvalidRequest(f"a set has 1..{TRAJECTORIES_MAX} trajectories, not {trajectories}")
 

@@ -13,6 +13,7 @@ c each, l + (L - 1) max(l, c) + c = L max(l, c) + min(l, c).
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ class PrefillGroup:
         self.steps = 0
         self.compute_s = 0.0
         self.busy_s = 0.0
-        self.attention_most_s = 0.0
-        self.attention_mean_s = 0.0
+        # Of each step: when it began, attention of the slowest engine, mean of all engines.
+        self.attention_steps = array("d")
         self._begun_s = 0.0
         for engine in engines:
             engine.group = self
@@ -114,9 +115,8 @@ class PrefillGroup:
             return
         self.steps += 1
         self.compute_s += compute_s
-        self.attention_most_s += most
-        self.attention_mean_s += total / len(self._engines)
         self._begun_s = self._clock.now
+        self.attention_steps.extend((self._begun_s, most, total / len(self._engines)))
         self._left = 1
         self._fill_s = 0.0
         for engine, parts in chosen:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 STEADY = (0.1, 0.8)
 """Part of the run over which balances are taken: neither the start of all agents at once nor the
 end, when few are left."""
+ATTENTION_PART = 0.05
+"""First part of the run over which the balance of attention is taken, as the paper does."""
 PERCENTILES = (50, 90, 99)
 
 
@@ -19,7 +21,7 @@ PERCENTILES = (50, 90, 99)
 class SimulationResult:
     """Seconds and bytes. `snic_windows`: bytes read, a row a storage NIC, a column a window.
 
-    `attention_balance`: the slowest engine's attention over the mean, summed over steps.
+    `attention_balance`: see the function.
     """
 
     system: str
@@ -92,6 +94,18 @@ class SimulationResult:
             name: float((after - before).mean()) if len(records) else 0.0
             for name, before, after in zip(names, times, times[1:], strict=False)
         }
+
+
+def attention_balance(steps: Sequence[Sequence[float]], jct_s: float) -> float:
+    """The slowest engine's attention over the mean of its group, mean over the steps that begin in
+    the first part of the run. `steps`: of each group, three numbers a step: begin, most, mean."""
+    ratios = []
+    for group in steps:
+        table = np.asarray(group).reshape(-1, 3)
+        early = table[(table[:, 0] <= ATTENTION_PART * jct_s) & (table[:, 2] > 0)]
+        ratios.append(early[:, 1] / early[:, 2])
+    found = np.concatenate(ratios) if ratios else np.zeros(0)
+    return float(found.mean()) if found.size else 1.0
 
 
 def _summary(values: NDArray[np.float64]) -> dict[str, float]:

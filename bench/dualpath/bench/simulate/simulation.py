@@ -26,7 +26,7 @@ from dualpath.bench.simulate.kv_moves import KvMoves
 from dualpath.bench.simulate.leaders import Group, Leaders, Loaded
 from dualpath.bench.simulate.prefill_group import PrefillEngine, PrefillGroup, StepRules
 from dualpath.bench.simulate.read_queue import ReadQueue
-from dualpath.bench.simulate.result import SimulationResult
+from dualpath.bench.simulate.result import SimulationResult, attention_balance
 from dualpath.bench.simulate.simulated_model import SimulatedModel
 from dualpath.bench.simulate.system import System
 from dualpath.bench.simulate.turn_records import TurnRecords
@@ -274,8 +274,6 @@ class _Simulation:
         for row, node in enumerate(nodes):
             windows[row, : len(node.meter.windows)] = node.meter.windows
         jct_s = float(records.column("done_s").max())
-        most = sum(group.attention_most_s for group in groups)
-        mean = sum(group.attention_mean_s for group in groups)
         engines = self._decodes.values()
         return SimulationResult(
             system=self._setup.system.name,
@@ -286,7 +284,7 @@ class _Simulation:
             window_s=self._setup.details.window_s,
             bytes_read=sum(node.snic_in.carried for node in nodes),
             bytes_stored=self._moves.bytes_stored,
-            attention_balance=most / mean if mean else 1.0,
+            attention_balance=attention_balance([group.attention_steps for group in groups], jct_s),
             prefill_busy=sum(group.busy_s for group in groups) / len(groups) / jct_s,
             prefill_compute=sum(group.compute_s for group in groups) / len(groups) / jct_s,
             decode_busy=sum(engine.busy_s for engine in engines) / len(engines) / jct_s,
