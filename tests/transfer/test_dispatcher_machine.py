@@ -12,7 +12,7 @@ from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import InvalidRequest
 from dualpath.transfer.grant import UNBLAMED_REASONS
 from dualpath.transfer.path_state import PathCondition
-from dualpath.transfer.placement import POLICY_NAMES, PathKind, policy_named
+from dualpath.transfer.placement import POLICY_NAMES, AssignedPolicy, PathKind, policy_named
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -150,16 +150,20 @@ class DispatcherMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.paths and len(self.loads) < CONFIG.loads_max)
     @rule(
         nbytes=st.lists(st.integers(1, 200 * KIB), max_size=40),
-        policy=st.sampled_from(POLICY_NAMES),
+        policy=st.sampled_from([*POLICY_NAMES, "assigned"]),
+        share=st.sampled_from([0.0, 0.3, 1.0]),
         peer=st.sampled_from(["", "a", "b"]),
         allowed=st.sets(st.sampled_from(NAMES)),
     )
-    def add_load(self, nbytes: list[int], policy: str, peer: str, allowed: set[str]) -> None:
+    def add_load(
+        self, nbytes: list[int], policy: str, share: float, peer: str, allowed: set[str]
+    ) -> None:
         assume(not allowed or allowed & self.paths.keys())
         load_id = f"load-{self.next_id}"
         self.next_id += 1
+        placing = AssignedPolicy(share) if policy == "assigned" else policy_named(policy)
         self.dispatcher.add_load(
-            load_id, nbytes, policy_named(policy), self.now, decode_peer=peer, allowed=allowed
+            load_id, nbytes, placing, self.now, decode_peer=peer, allowed=allowed
         )
         self.loads[load_id] = ModelLoad(nbytes, policy, frozenset(allowed))
 
@@ -209,7 +213,7 @@ class DispatcherMachine(RuleBasedStateMachine):
                     } - set(failed)
                     trusted = [name for name in others if name not in self._on_trial()]
                     assert grant.path not in failed or not trusted
-                elif load.policy != "split":
+                elif load.policy not in ("split", "assigned"):
                     assert dispatcher.paths_of(grant.load_id) == (grant.path,)
                 load.state[chunk] = ChunkState.INFLIGHT
                 load.path[chunk] = grant.path

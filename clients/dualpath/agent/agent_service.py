@@ -217,6 +217,7 @@ def _load_spec(request: agent_pb2.LoadRequest) -> LoadSpec:
         paths=tuple(request.path),
         request=request.request,
         recompute_tokens_per_s=request.recompute_tokens_per_s,
+        direct_share=request.direct_share if request.HasField("direct_share") else None,
     )
 
 

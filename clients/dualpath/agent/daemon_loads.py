@@ -33,7 +33,7 @@ from dualpath.proto.v1 import common_pb2
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.grant import CANCELLED_REASON, OVERTAKEN_REASON, Grant
-from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, policy_named, relay_of
+from dualpath.transfer.placement import DIRECT_PATH, PathKind, PathView, PlacementPolicy, relay_of
 
 log = logging.getLogger(__name__)
 
@@ -189,13 +189,13 @@ class DaemonLoads:
 
     # Loads.
 
-    def add(self, load: ActiveLoad, policy: str) -> None:
+    def add(self, load: ActiveLoad, policy: PlacementPolicy) -> None:
         """Run a load that has begun. Raises InvalidRequest, Overloaded."""
         spec = load.spec
         self.dispatcher.add_load(
             spec.load_id,
             load.progress.chunk_nbytes,
-            policy_named(policy),
+            policy,
             self._loop.time(),
             decode_peer=spec.decode_peer,
             allowed=spec.paths,

@@ -20,7 +20,7 @@ from dualpath.agent.load_routes import LoadRoutes
 from dualpath.proto.v1 import store_pb2
 from dualpath.transfer.dispatcher import Dispatcher
 from dualpath.transfer.errors import DualPathError
-from dualpath.transfer.placement import DIRECT_PATH
+from dualpath.transfer.placement import DIRECT_PATH, PlacementPolicy
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Runner(Protocol):
     loads: dict[str, ActiveLoad]
     dispatcher: Dispatcher
 
-    def add(self, load: ActiveLoad, policy: str) -> None:
+    def add(self, load: ActiveLoad, policy: PlacementPolicy) -> None:
         """Run a load that has begun. Raises InvalidRequest, Overloaded."""
 
     def remove(self, load: ActiveLoad) -> None:
@@ -73,7 +73,7 @@ class FirstLooks:
             and not any(self._runner.dispatcher.waiting(load_id) for load_id in self._runner.loads)
         )
 
-    def begin(self, load: ActiveLoad, policy: str) -> asyncio.Future[bool] | None:
+    def begin(self, load: ActiveLoad, policy: PlacementPolicy) -> asyncio.Future[bool] | None:
         """Run a load that is not looked up yet. The answer says whether it runs, or has ended.
         False or None: it was taken back, go on with a new one. Raises as `DaemonLoads.add`."""
         spec = load.spec

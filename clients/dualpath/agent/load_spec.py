@@ -13,6 +13,7 @@ from dualpath.agent.outcome import LoadResult, LoadStarted
 from dualpath.agent.places import Places
 from dualpath.kvstore.store_api import BATCH_BLOCKS_MAX, HASH_BYTES_MAX, HASH_BYTES_MIN
 from dualpath.transfer.errors import InvalidRequest
+from dualpath.transfer.placement import AssignedPolicy, PlacementPolicy, policy_named
 
 LOAD_ID_CHARS_MAX = 128
 
@@ -25,7 +26,8 @@ class LoadSpec:
     ("direct", "relay:NAME"); empty: all. `decode_peer` names the request's own decode agent, which
     keeps what it relays for a later hand-off if there is a `request`. `recompute_tokens_per_s` is
     how fast the engine would compute the KV itself (0: it does not say): what would come later than
-    that is not loaded.
+    that is not loaded. `direct_share` is a scheduler's assignment in place of a policy: the part of
+    the bytes that this node's storage links read; those of `decode_peer` read the rest.
     """
 
     load_id: str
@@ -39,6 +41,7 @@ class LoadSpec:
     paths: tuple[str, ...] = ()
     request: str = ""
     recompute_tokens_per_s: float = 0.0
+    direct_share: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.request) > REQUEST_CHARS_MAX:
@@ -56,6 +59,28 @@ class LoadSpec:
                 "recompute_tokens_per_s is finite and not negative (0: load whatever it takes), "
                 f"not {self.recompute_tokens_per_s}"
             )
+        self._check_share()
+
+    def _check_share(self) -> None:
+        share = self.direct_share
+        if share is None:
+            return
+        AssignedPolicy(share)  # raises what is wrong with it
+        if self.policy:
+            raise InvalidRequest(
+                f"direct_share {share} takes the place of a policy; do not name {self.policy!r}"
+            )
+        if share < 1 and not self.decode_peer:
+            raise InvalidRequest(
+                f"direct_share {share} leaves a part to the decode node; name it as decode_peer"
+            )
+
+    def placement(self, default: str) -> PlacementPolicy:
+        """By which paths it goes; `default` names the policy of those that say nothing. Raises
+        InvalidRequest for a name that is none."""
+        if self.direct_share is not None:
+            return AssignedPolicy(self.direct_share)
+        return policy_named(self.policy or default)
 
 
 @dataclass(frozen=True, slots=True)

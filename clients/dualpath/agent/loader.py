@@ -34,7 +34,6 @@ from dualpath.transfer.errors import (
     Overloaded,
     Unavailable,
 )
-from dualpath.transfer.placement import policy_named
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +167,7 @@ class Loader:
         layout = self.layout(spec.namespace_id)
         entry = self._regions.get(spec.region)
         spec.places.check(layout, len(spec.hashes), entry.region.nbytes)
-        policy_named(spec.policy or self._config.policy)
+        spec.placement(self._config.policy)
         if spec.deadline_s > self._config.deadline_s_max:
             raise InvalidRequest(
                 f"deadline_s {spec.deadline_s} is over {self._config.deadline_s_max}; ask for less"
@@ -234,7 +233,7 @@ class Loader:
         loads = self._loads[address]
         if load.had or not loads.first_looks.may_begin(load):
             return None, load
-        answered = loads.first_looks.begin(load, spec.policy or self._config.policy)
+        answered = loads.first_looks.begin(load, spec.placement(self._config.policy))
         if answered is None:
             return None, self._afresh(load)
         self._starting.pop(spec.load_id, None)
@@ -290,7 +289,7 @@ class Loader:
             load.begin(hit, answer.lease_id, np.frombuffer(answer.checksums, "<u8"))
             load.tiers = answer.tiers
             loads = self._loads[daemon.address]
-            loads.add(load, load.spec.policy or self._config.policy)
+            loads.add(load, load.spec.placement(self._config.policy))
         except DualPathError as error:
             load.events[_event_of(error)] += 1
             load.hit = hit

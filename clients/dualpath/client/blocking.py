@@ -243,6 +243,7 @@ class BlockingKVClient:
         load_id: str = "",
         request: str = "",
         recompute_tokens_per_s: float = 0.0,
+        direct_share: float | None = None,
     ) -> BlockingLoad:
         """See KVClient.load. Returns at once; wait on what it returns."""
         spec = load_spec(
@@ -257,6 +258,7 @@ class BlockingKVClient:
             load_id=load_id,
             request=request,
             recompute_tokens_per_s=recompute_tokens_per_s,
+            direct_share=direct_share,
         )
         return BlockingLoad(self._client.begin, spec, self._thread)
 

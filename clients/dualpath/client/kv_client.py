@@ -78,6 +78,7 @@ class KVClient:
         load_id: str = "",
         request: str = "",
         recompute_tokens_per_s: float = 0.0,
+        direct_share: float | None = None,
     ) -> Load:
         """Start to load the longest stored prefix into `memory`; see `Load`.
 
@@ -85,6 +86,11 @@ class KVClient:
         `load_id` must be unique among the agent's running loads; "" makes one up. Who says how many
         tokens a second it would compute (`recompute_tokens_per_s`) does not wait for a load that is
         slower: it is refused at once, or cut to the blocks that come sooner, miss `recompute`.
+
+        Who has a scheduler's assignment gives its read shares instead of a `policy`: this node's
+        storage links read `direct_share` of the bytes (0 to 1), those of `decode_peer` the rest, to
+        the nearest chunk. If one of the two fails, or this agent has no path through that peer, the
+        other reads all, and the result's events say why (`fallback:REASON`).
         """
         spec = load_spec(
             namespace_id,
@@ -98,6 +104,7 @@ class KVClient:
             load_id=load_id,
             request=request,
             recompute_tokens_per_s=recompute_tokens_per_s,
+            direct_share=direct_share,
         )
         return self.begin(spec)
 
@@ -215,6 +222,7 @@ def load_spec(
     load_id: str,
     request: str = "",
     recompute_tokens_per_s: float = 0.0,
+    direct_share: float | None = None,
 ) -> LoadSpec:
     """The arguments of `KVClient.load`, checked; in any thread. Raises InvalidRequest."""
     return LoadSpec(
@@ -229,6 +237,7 @@ def load_spec(
         paths=tuple(paths),
         request=request,
         recompute_tokens_per_s=recompute_tokens_per_s,
+        direct_share=direct_share,
     )
 
 

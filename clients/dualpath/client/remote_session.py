@@ -308,6 +308,7 @@ def _load_request(spec: LoadSpec) -> agent_pb2.LoadRequest:
         path=spec.paths,
         request=spec.request,
         recompute_tokens_per_s=spec.recompute_tokens_per_s,
+        direct_share=spec.direct_share,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 
@@ -37,6 +38,7 @@ class ChunkQueue:
         "_states",
         "counts",
         "nbytes",
+        "taken_bytes",
         "waiting_bytes",
     )
 
@@ -50,6 +52,8 @@ class ChunkQueue:
         self._failed_on: dict[int, list[str]] = {}
         self._inflight: dict[int, str] = {}
         self.waiting_bytes = sum(nbytes)
+        self.taken_bytes: Counter[str] = Counter()
+        """By path: in flight or verified."""
         self.counts = [len(nbytes), 0, 0, 0]
 
     @property
@@ -109,6 +113,7 @@ class ChunkQueue:
             if heap and heap[0] == chunk:
                 heapq.heappop(heap)
         self.waiting_bytes -= self.nbytes[chunk]
+        self.taken_bytes[path] += self.nbytes[chunk]
         self._inflight[chunk] = path
 
     def plain_run(self, first: int, most: int) -> int:
@@ -136,6 +141,7 @@ class ChunkQueue:
         self.counts[ChunkState.WAITING] -= count
         self.counts[ChunkState.INFLIGHT] += count
         self.waiting_bytes -= count * self.nbytes[first]
+        self.taken_bytes[path] += count * self.nbytes[first]
         self._inflight.update(dict.fromkeys(range(first, end), path))
 
     def done(self, chunks: Sequence[int]) -> None:
@@ -155,7 +161,7 @@ class ChunkQueue:
     def give_back(self, chunk: int) -> None:
         """A chunk in flight waits again, through no fault of its own."""
         self._move(chunk, ChunkState.INFLIGHT, ChunkState.WAITING)
-        del self._inflight[chunk]
+        self.taken_bytes[self._inflight.pop(chunk)] -= self.nbytes[chunk]
         self.waiting_bytes += self.nbytes[chunk]
         failed = self._failed_on.get(chunk)
         if failed:
@@ -183,7 +189,9 @@ class ChunkQueue:
         if state == ChunkState.WAITING:
             self.waiting_bytes -= self.nbytes[chunk]
             return ""
-        return self._inflight.pop(chunk)
+        path = self._inflight.pop(chunk)
+        self.taken_bytes[path] -= self.nbytes[chunk]
+        return path
 
     def inflight_by_path(self, chunks: Collection[int] | None = None) -> dict[str, tuple[int, ...]]:
         """Chunks in flight by path, all or those of `chunks`."""

@@ -16,6 +16,8 @@ Guarantees
 - A path that was lost gets no chunk until it has proven itself, if the load may use another that
   works: a *copy* of one is fetched by it (`trials`), and nobody waits for that.
 - A load of a fixed policy stays with its path until that is lost.
+- Of a load whose sides have shares, each side takes its own, to the nearest chunk, while both are
+  up and no chunk fails.
 
 Does not: fence or move bytes (whoever calls `path_lost`, `drop` or `remove_load` revokes what
 they return first), keep deadlines, or know blocks.
@@ -29,6 +31,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from dualpath.transfer.chunk_choice import chunk_for
 from dualpath.transfer.chunk_queue import ChunkQueue, ChunkState
 from dualpath.transfer.dispatch_config import DispatchConfig
 from dualpath.transfer.errors import InvalidRequest, Overloaded
@@ -46,10 +49,12 @@ from dualpath.transfer.path_state import PathCondition, PathState
 from dualpath.transfer.path_table import PathTable
 from dualpath.transfer.path_trial import chunk_to_try
 from dualpath.transfer.placement import (
+    AssignedPolicy,
     PathKind,
     PathView,
     PlacementPolicy,
     fallback_path,
+    relay_of,
 )
 from dualpath.transfer.queued_load import QueuedLoad
 
@@ -166,8 +171,11 @@ class Dispatcher:
         hint = frozenset(allowed)
         self._paths.check_hint(hint)
         load = self._loads.add(load_id, ChunkQueue(chunk_nbytes), policy, decode_peer, hint)
-        views = self._paths.views(hint, self._now)
-        self._loads.bind(load, policy.paths_for(load.view, views))
+        paths = policy.paths_for(load.view, self._paths.views(hint, self._now))
+        relays = {relay_of(path.name) for path in self._paths}
+        known = policy.direct_share == 1 or decode_peer in relays
+        self._count_stray(load, paths, "path_down" if known else "no_relay")
+        self._loads.bind(load, paths)
 
     def remove_load(self, load_id: str) -> dict[str, tuple[int, ...]]:
         """Forget a load; returns by path what was in flight. Unknown: {}."""
@@ -396,7 +404,7 @@ class Dispatcher:
         index = 0
         while index < len(path.queue):
             load = self._loads.at(path.queue[index])
-            chunk = self._chunk_for(load, path, ahead_bytes, now)
+            chunk = chunk_for(load, path, self._paths, ahead_bytes, now)
             if chunk < 0:
                 ahead_bytes += load.chunks.waiting_bytes
                 index += 1
@@ -422,24 +430,6 @@ class Dispatcher:
                 break
         return taken_bytes > 0
 
-    def _chunk_for(self, load: QueuedLoad, path: PathState, ahead_bytes: int, now: float) -> int:
-        """The chunk of `load` that `path` should take now, -1: none."""
-        if not self._paths.serves(path, load.hint):
-            return -1
-        queue = load.chunks
-        retry = -1
-        if queue.has_retries:
-            others = self._paths.has_other_up(path, load.hint)
-            retry = queue.next_retry(path.name, others)
-        plain = queue.next_plain() if path.name in load.paths else -1
-        if plain < 0 or 0 <= retry < plain:
-            return retry
-        if len(load.paths) > 1 and not self._paths.worth_taking(
-            path, queue.nbytes[plain], load.paths, ahead_bytes + queue.waiting_bytes, now
-        ):
-            return retry
-        return plain
-
     def _replace_loads(self, reason: str) -> None:
         """Paths came or went: place anew the loads that this concerns."""
         for load in self._loads:
@@ -455,7 +445,19 @@ class Dispatcher:
                     self._count(load, f"fallback:{reason}", 1)
             else:
                 paths = load.policy.paths_for(load.view, self._paths.views(load.hint, self._now))
+                self._count_stray(load, paths, reason)
             self._loads.bind(load, paths)
+
+    def _count_stray(self, load: QueuedLoad, paths: tuple[str, ...], reason: str) -> None:
+        """A load leaves the paths that it was assigned to."""
+        policy = load.policy
+        if (
+            isinstance(policy, AssignedPolicy)
+            and not load.chunks.over
+            and policy.strays(load.view, paths)
+            and not (load.paths and policy.strays(load.view, load.paths))
+        ):
+            self._count(load, f"fallback:{reason}", 1)
 
     # ---------------------------------------------------------------- bookkeeping
 

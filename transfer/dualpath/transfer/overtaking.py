@@ -2,8 +2,9 @@
 
 Owns that one decision. A path can turn slow after chunks were granted to it, or never answer at
 all; then the end of a split load would wait for them while its other paths are idle. The newest
-chunks are taken back, as many as lets both paths end together. Loads of a fixed policy stay
-where they are. Nothing is duplicated: the caller fences the chunks first.
+chunks are taken back, as many as lets both paths end together. Loads of a fixed policy, and those
+whose sides have shares, stay where they are. Nothing is duplicated: the caller fences the chunks
+first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def overtaken(
     budgets: dict[str, float] = {}
     for load in loads:
         quick_rate = sum(idle.get(name, 0.0) for name in load.paths)
-        if len(load.paths) < 2 or not quick_rate:
+        if len(load.paths) < 2 or load.policy.direct_share is not None or not quick_rate:
             continue
         for path in slow:
             slow_rate = path.rate_while_busy(now)

@@ -1,6 +1,6 @@
 """Which path or paths a load may use: the placement policies.
 
-Owns the four policies and the values that they see. A policy is pure: the same views give the
+Owns the policies and the values that they see. A policy is pure: the same views give the
 same answer, and it never names a path that is down. The dispatcher asks a *fixed* policy once,
 when a load starts, and again only after the load has lost its path; it asks any other policy
 each time a path comes up or goes down. Which of the allowed paths takes a chunk, and when, is
@@ -20,6 +20,7 @@ DIRECT_PATH = "direct"
 """Name of the path from the storage into the loading node's own memory."""
 
 RELAY_PREFIX = "relay:"
+_ROUNDING = 1e-9
 
 
 def direct_path(rail: str) -> str:
@@ -91,6 +92,11 @@ class PlacementPolicy(Protocol):
     def fixed(self) -> bool:
         """True if the choice made at the load's start holds until that path is lost."""
 
+    @property
+    def direct_share(self) -> float | None:
+        """The part of each load's bytes that goes by direct paths, the rest by relays, while paths
+        of both kinds are named; None: whatever path is free takes them."""
+
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
         """Paths allowed for `load`, in order of preference; () if no path is up."""
 
@@ -100,6 +106,7 @@ class DirectPolicy:
 
     name = "direct"
     fixed = True
+    direct_share = None
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
         """The direct path if it is up, else the up path with the shortest queue."""
@@ -111,6 +118,7 @@ class RoundRobinPolicy:
 
     name = "round-robin"
     fixed = True
+    direct_share = None
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
         """The node whose turn it is, by all of its links."""
@@ -127,6 +135,7 @@ class ShorterQueuePolicy:
 
     name = "shorter-queue"
     fixed = True
+    direct_share = None
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
         """The node with the shorter queue, by all of its links."""
@@ -148,6 +157,7 @@ class SplitPolicy:
 
     name = "split"
     fixed = False
+    direct_share = None
 
     def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
         """All up paths, direct first; spare ones only in place of a direct path that is down."""
@@ -160,6 +170,44 @@ class SplitPolicy:
             if path.kind is PathKind.RELAY and not (path.spare and direct)
         ]
         return (*(name for node in direct for name in _names(node)), *_names(relays))
+
+
+class AssignedPolicy:
+    """What a scheduler has assigned: `direct_share` of a load's bytes by the loading node's own
+    storage links, the rest by those of the request's decode node. Where one of the two is away, or
+    there is no path through that decode node, the other takes all.
+
+    Raises InvalidRequest for a share outside of 0..1.
+    """
+
+    name = "assigned"
+    fixed = False
+
+    def __init__(self, direct_share: float) -> None:
+        if not 0 <= direct_share <= 1:
+            raise InvalidRequest(f"direct_share lies in 0..1, not {direct_share}")
+        self.direct_share = direct_share
+
+    def paths_for(self, load: LoadView, paths: Sequence[PathView]) -> tuple[str, ...]:
+        """The sides that have a share, by all of their links; without any that is up, any node."""
+        wanted = [
+            name
+            for node in _nodes(paths)
+            if self._part(load, node[0].name) > 0
+            for name in _names(node)
+        ]
+        return tuple(wanted) or fallback_path(paths)
+
+    def strays(self, load: LoadView, names: Sequence[str]) -> bool:
+        """Whether a load on these paths does not go as it was assigned."""
+        parts = {relay_of(name): self._part(load, name) for name in names}
+        return 0 in parts.values() or sum(parts.values()) < 1 - _ROUNDING
+
+    def _part(self, load: LoadView, path: str) -> float:
+        relay = relay_of(path)
+        if not relay:
+            return self.direct_share
+        return 1 - self.direct_share if relay == load.decode_peer else 0.0
 
 
 def fallback_path(paths: Sequence[PathView]) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ class Stage(StagePlay):
         self.load = ActiveLoad(spec, LAYOUT, entry, self.loop.time())
         started = LoadStarted(config.blocks, MissReason.NONE)
         self.load.begin(started, self.daemon.new_lease("loader"), self.daemon.checksums)
-        self.loads.add(self.load, config.policy)
+        self.loads.add(self.load, spec.placement(config.policy))
 
     def _changed(self) -> None:
         if self.loads is not None:

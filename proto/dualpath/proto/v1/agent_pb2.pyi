@@ -57,6 +57,7 @@ class LoadRequest(google.protobuf.message.Message):
     PATH_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
     RECOMPUTE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    DIRECT_SHARE_FIELD_NUMBER: builtins.int
     load_id: builtins.str
     """chosen by the engine, unique; for Abort and logs"""
     namespace_id: builtins.bytes
@@ -69,6 +70,10 @@ class LoadRequest(google.protobuf.message.Message):
     """the engines' name of the request: the decode peer keeps what it relays"""
     recompute_tokens_per_s: builtins.float
     """how fast the engine computes KV; 0: unknown, load anyway"""
+    direct_share: builtins.float
+    """A scheduler's assignment in place of a policy: this part (0..1) of the bytes by direct paths,
+    the rest through the decode peer.
+    """
     @property
     def hash(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
     @property
@@ -90,9 +95,11 @@ class LoadRequest(google.protobuf.message.Message):
         path: collections.abc.Iterable[builtins.str] | None = ...,
         request: builtins.str = ...,
         recompute_tokens_per_s: builtins.float = ...,
+        direct_share: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["places", b"places"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "decode_peer", b"decode_peer", "hash", b"hash", "load_id", b"load_id", "namespace_id", b"namespace_id", "path", b"path", "places", b"places", "policy", b"policy", "recompute_tokens_per_s", b"recompute_tokens_per_s", "request", b"request"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_direct_share", b"_direct_share", "direct_share", b"direct_share", "places", b"places"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_direct_share", b"_direct_share", "deadline_ms", b"deadline_ms", "decode_peer", b"decode_peer", "direct_share", b"direct_share", "hash", b"hash", "load_id", b"load_id", "namespace_id", b"namespace_id", "path", b"path", "places", b"places", "policy", b"policy", "recompute_tokens_per_s", b"recompute_tokens_per_s", "request", b"request"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_direct_share", b"_direct_share"]) -> typing.Literal["direct_share"] | None: ...
 
 global___LoadRequest = LoadRequest
 
