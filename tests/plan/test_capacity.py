@@ -14,12 +14,12 @@ from dualpath.bench.plan.bottleneck_range import NodeRates, bottleneck_range
 from dualpath.bench.plan.capacity import (
     Cluster,
     Loading,
-    Slo,
     capacity_of,
     decode_sequences,
     first_token_s,
 )
 from dualpath.bench.plan.demand import Demand, demand_of
+from dualpath.bench.slo import Slo
 from dualpath.transfer.errors import InvalidRequest
 from hypothesis import given
 from hypothesis import strategies as st

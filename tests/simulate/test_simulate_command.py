@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from dualpath.bench.models.catalogue import CATALOGUE
 from dualpath.bench.progress import Progress
+from dualpath.bench.simulate.detail_flags import add_detail_flags, details_of
+from dualpath.bench.simulate.engine_details import EngineDetails
 from dualpath.bench.simulate.paper import Comparison, reproduce
 from dualpath.bench.simulate.request import SimulationRequest, rates
 from dualpath.bench.simulate.table import comparison_rows, markdown_document
@@ -45,12 +52,12 @@ def test_an_online_run_has_a_row_for_each_rate(tmp_path: Path) -> None:
         (["--system", "dualpth"], "did you mean 'dualpath'"),
         (["--model", "nosuch"], "'nosuch' is not a model"),
         (["--max-len", "33K"], "not a workload"),
-        (["--prefill", "0"], "prefill_nodes is 0"),
+        (["--prefill", "0"], "--prefill 0: a cluster has 1 node"),
         (["--agents", "-1"], "1..1048576 agents, not -1"),
         (["--snic", "fast"], "a rate such as"),
         (["--online", "--aps", "2:1:1"], "FIRST:LAST:STEP"),
         (["--online", "--aps", "0.1", "--agents", "3"], "leave --agents out"),
-        (["--staging", "1MB"], "host memory holds"),
+        (["--staging", "1MB"], "host memory holds 21 of ds-v3.2; give more --staging"),
         (["--json", "nowhere/out.json"], "there is no folder nowhere"),
         (["paper", "--plots", "nowhere"], "there is no such folder"),
     ],
@@ -98,3 +105,124 @@ def test_the_reproduction_compares_every_result_and_lists_every_run() -> None:
     assert all(name in text for name in names)
     assert len(comparison_rows(report)[1]) == len(names)
     assert json.loads(json.dumps(report.to_json()))["offline_660b_64k"]["published"] == 1.87
+
+
+def session(path: Path, *, second: int = 2) -> str:
+    """A trace of one conversation with a break of 5 s."""
+    row = {"trace": "t", "sub": 0, "i": 1, "t": 3.0, "in": 6400, "out": 30, "lcp": 0}
+    later = {**row, "i": second, "t": 9.0, "in": 6464, "lcp": 100, "think_time": 5.0}
+    rows = [{**row, "runs": [[1, 100]]}, {**later, "runs": [[1, 101]]}]
+    path.write_text("\n".join(json.dumps(each) for each in rows))
+    return str(path)
+
+
+SMALL = ["--model", "ds-27b", "--prefill", "1", "--decode", "1", "--system", "dualpath"]
+
+
+def test_a_trace_is_run_at_once_at_its_times_or_by_rates(tmp_path: Path) -> None:
+    file, out = session(tmp_path / "trace.jsonl"), tmp_path / "out.json"
+
+    def run(*more: str) -> list[dict[str, Any]]:
+        assert main(["simulate", *SMALL, "--trace", file, "--json", str(out), *more]) == 0
+        results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+        return results
+
+    (once,) = run("--agents", "2")
+    assert once["turns"] == 4
+    assert once["bytes_read"] > 0
+    assert once["jct_s"] > 5, "the time between the turns is the trace's"
+    (recorded,) = run("--recorded")
+    assert recorded["turns"] == 2
+    assert recorded["jct_s"] > 3 + 5
+    (quick,) = run("--agents", "2", "--tool-latency", "0s")
+    assert quick["jct_s"] < 5
+    assert [one["aps"] for one in run("--online", "--aps", "0.2,0.1", "--duration", "60s")] == [
+        0.1,
+        0.2,
+    ]
+
+
+def test_a_trace_with_a_gap_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = session(tmp_path / "trace.jsonl", second=3)
+    assert main(["simulate", *SMALL, "--trace", file]) == 2
+    assert "request 3 follows request 1: a gap" in capsys.readouterr().err
+
+
+def test_every_engine_detail_has_a_flag(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_detail_flags(parser)
+    assert details_of(parser.parse_args([])) == EngineDetails()
+    for field in fields(EngineDetails):
+        flag = field.name.removesuffix("_s").replace("_", "-")
+        if isinstance(field.default, bool):
+            words = [f"--{'no-' if field.default else ''}{flag}"]
+            expected: object = not field.default
+        else:
+            words, expected = [f"--{flag}", "3"], 3
+        assert getattr(details_of(parser.parse_args(words)), field.name) == expected
+    out = tmp_path / "out.json"
+    flags = [*SMALL, "--agents", "1", "--max-len", "32K", "--fetch", "50ms", "--json", str(out)]
+    assert main(["simulate", *flags]) == 0
+    assert json.loads(out.read_text())["request"]["details"]["fetch_s"] == 0.05
+
+
+def test_a_model_of_ones_own_is_a_table_of_the_catalogues_fields(tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine.toml", tmp_path / "out.json"
+    table = CATALOGUE.read_text().partition('["qwen2.5-32b"]')[2].partition("\n[")[0]
+    mine.write_text(f"[mine]{table}")
+    flags = ["--model", str(mine), "--prefill", "1", "--decode", "1", "--agents", "1"]
+    flags += ["--max-len", "32K", "--system", "split", "--json", str(out)]
+    assert main(["simulate", *flags]) == 0
+    assert json.loads(out.read_text())["results"][0]["turns"] > 0
+
+
+def test_a_system_that_is_far_past_the_slo_is_not_run_at_higher_rates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    flags = [*SMALL, "--max-len", "32K", "--online", "--aps", "0.1:0.4:0.1", "--duration", "20s"]
+    flags += ["--slo", "ttft=1us", "--json", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        flags += ["--plot", str(picture)]
+    assert main(["simulate", *flags]) == 0
+    found = json.loads(out.read_text())
+    assert [one["aps"] for one in found["results"]] == [0.1, 0.2]
+    assert found["left_out"] == {"dualpath": [0.3, 0.4]}
+    assert found["within_slo"]["dualpath"] == {"agents_per_s": 0.0, "at_least": False}
+    shown = capsys.readouterr().out
+    assert "dualpath: 0.3, 0.4 agents/s not run: more than 2 times past the SLO" in shown
+    if "--plot" in flags:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--snic=-400Gb"], "--snic -400Gb: a rate is above 0"),
+        (["--cnic", "0"], "--cnic 0: a rate is above 0"),
+        (["--staging", "0"], "--staging 0: a size is above 0"),
+        (["--decode", "0"], "--decode 0: a cluster has 1 node of each"),
+        (["--prefill", "-2"], "--prefill -2"),
+        (["--model", "qwen2.5-32b", "--gpus-per-node", "4"], "do not divide the 4 GPUs"),
+        (["--fetch", "0"], "--fetch 0: a time above 0"),
+        (["--reads-at-once", "many"], "--reads-at-once many: a whole number"),
+        (["--reads-at-once", "0"], "reads_at_once is 0"),
+        (["--duration", "10s"], "--duration is for --online"),
+        (["--online", "--duration", "0"], "--duration 0: a time above 0"),
+        (["--online", "--slo", "ttft"], "give ttft=TIME once"),
+        (["--recorded"], "--recorded takes the times of a --trace"),
+        (["--trace", "x", "--max-len", "32K"], "--trace takes its place"),
+        (["--trace", "/nowhere/x.jsonl"], "cannot be opened"),
+        (["--tool-latency", "soon"], "--tool-latency: 'soon' is not a duration"),
+        (["--plots", "."], "give --plot FILE"),
+        (["--plot", "nowhere/x.png"], "there is no folder nowhere"),
+        (["paper", "--system", "split"], "--system changes nothing in `simulate paper`"),
+        (["paper", "--fetch", "1s"], "--fetch changes nothing in `simulate paper`"),
+        (["--system", ","], "no system is named"),
+    ],
+)
+def test_flags_that_cannot_be_or_would_change_nothing_are_refused(
+    flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *flags]) == 2
+    assert reason in capsys.readouterr().err

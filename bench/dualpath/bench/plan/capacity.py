@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from dualpath.bench.models.roofline import Roofline
 from dualpath.bench.plan.bottleneck_range import NodeRates
 from dualpath.bench.plan.demand import Demand
+from dualpath.bench.slo import Slo
 
 _SPLIT_STEPS = 60
 _AS_SOON = 1 + 1e-9
@@ -39,14 +40,6 @@ class Loading(enum.Enum):
     BASIC = "basic"
     DUAL = "dual path"
     SPLIT = "split"
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """What a turn may take, seconds; infinite: no promise."""
-
-    ttft_s: float = math.inf
-    tpot_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

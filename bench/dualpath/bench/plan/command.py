@@ -9,12 +9,14 @@ from pathlib import Path
 from dualpath.bench.agents.named_set import SET_NAMES, named_set
 from dualpath.bench.agents.trace_set import trace_set
 from dualpath.bench.agents.trajectory import Trajectory
+from dualpath.bench.flag_values import rate_of
 from dualpath.bench.models.calibration import read_calibration
 from dualpath.bench.models.catalogue import find_model, model_names
 from dualpath.bench.plan.bottleneck_range import NodeRates
-from dualpath.bench.plan.plan_request import PlanRequest, parse_link, parse_slo
+from dualpath.bench.plan.plan_request import PlanRequest
 from dualpath.bench.plan.planner import Plan, make_plan
 from dualpath.bench.plan.report import as_json, as_text
+from dualpath.bench.slo import parse_slo
 from dualpath.transfer.errors import InvalidRequest
 
 EXIT_OK = 0
@@ -89,9 +91,9 @@ def _plan(args: argparse.Namespace) -> Plan:
         gpus=args.gpus,
         rates=NodeRates(
             gpus=args.gpus_per_node,
-            snic_bytes_per_s=parse_link("snic", args.snic),
-            cnic_bytes_per_s=parse_link("cnic", args.cnic),
-            dram_bytes_per_s=parse_link("dram", args.dram),
+            snic_bytes_per_s=rate_of("snic", args.snic),
+            cnic_bytes_per_s=rate_of("cnic", args.cnic),
+            dram_bytes_per_s=rate_of("dram", args.dram),
         ),
         slo=parse_slo(args.slo),
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from dualpath.bench.plan.bottleneck_range import NodeRates
-from dualpath.bench.plan.capacity import Slo
-from dualpath.cli.config_file import nearest
-from dualpath.cli.sizes import format_rate, parse_rate, parse_seconds
+from dualpath.bench.slo import Slo
+from dualpath.cli.sizes import format_rate
 from dualpath.transfer.errors import InvalidRequest
 
 GPUS_MAX = 100_000
@@ -78,36 +76,3 @@ class PlanRequest:
                 f"rate, which crosses it three times; give it {format_rate(least)} or more"
             )
         return tuple(found)
-
-
-def parse_link(flag: str, text: str) -> float:
-    """Bytes a second of `400Gb`, `50GB/s`. Raises InvalidRequest that names the flag."""
-    if text.strip().startswith("-"):
-        raise InvalidRequest(f"--{flag} {text}: a rate is above 0; give 400Gb or 50GB/s")
-    try:
-        value = parse_rate(text)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"--{flag}: {error}") from error
-    if value <= 0:
-        raise InvalidRequest(f"--{flag} {text}: a rate is above 0; give 400Gb or 50GB/s")
-    return value
-
-
-def parse_slo(text: str) -> Slo:
-    """`ttft=4s,tpot=50ms`, either or both. Raises InvalidRequest."""
-    known = ("ttft", "tpot")
-    values = dict.fromkeys(known, math.inf)
-    for part in filter(None, (each.strip() for each in text.split(","))):
-        key, separator, value = part.partition("=")
-        key = key.strip()
-        if key not in known:
-            raise InvalidRequest(f"--slo {text!r}: unknown promise '{key}'{nearest(key, known)}")
-        if not separator or math.isfinite(values[key]):
-            raise InvalidRequest(f"--slo {text!r}: give {key}=TIME once, such as {key}=50ms")
-        try:
-            values[key] = parse_seconds(value)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"--slo {key}: {error}") from error
-        if values[key] <= 0:
-            raise InvalidRequest(f"--slo {key}={value}: nothing is answered in no time")
-    return Slo(ttft_s=values["ttft"], tpot_s=values["tpot"])

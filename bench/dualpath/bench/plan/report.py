@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dualpath.bench.plan.bottleneck_range import as_ratio
-from dualpath.bench.plan.capacity import Capacity, Loading, Slo
+from dualpath.bench.plan.capacity import Capacity, Loading
 from dualpath.bench.plan.planner import Plan
 from dualpath.bench.table import plain_table
 
@@ -24,7 +24,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "snic_bytes_per_s": rates.snic_bytes_per_s,
         "cnic_bytes_per_s": rates.cnic_bytes_per_s,
         "dram_bytes_per_s": rates.dram_bytes_per_s,
-        "slo": _slo(plan.request.slo),
+        "slo": plan.request.slo.to_json(),
         "bottleneck_free_range": {
             "empty": plan.range.empty,
             "low": _finite(plan.range.low),
@@ -154,10 +154,6 @@ def _best(plan: Plan, loading: Loading) -> dict[str, object]:
         "speed_up": plan.speed_up(loading),
         "speed_up_at_same_ratio": plan.speed_up_at(loading),
     }
-
-
-def _slo(slo: Slo) -> dict[str, float | None]:
-    return {"ttft_s": _finite(slo.ttft_s), "tpot_s": _finite(slo.tpot_s)}
 
 
 def _finite(value: float) -> float | None:

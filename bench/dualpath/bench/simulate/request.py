@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dualpath.bench.agents.arrivals import offline, poisson, with_tool_latency
 from dualpath.bench.agents.named_set import named_set
+from dualpath.bench.agents.trace_set import trace_set
 from dualpath.bench.agents.trajectory import AgentArrival
 from dualpath.bench.models.calibration import read_calibration
 from dualpath.bench.models.catalogue import find_model
@@ -18,6 +19,7 @@ from dualpath.bench.simulate.engine_details import EngineDetails
 from dualpath.bench.simulate.simulated_model import modelled
 from dualpath.bench.simulate.simulation import SimulationSetup
 from dualpath.bench.simulate.system import named_system
+from dualpath.bench.slo import PAPER_SLO, Slo
 from dualpath.transfer.errors import InvalidRequest
 
 AGENTS = 512
@@ -26,31 +28,38 @@ RATES_MAX = 1_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationRequest:
-    """As the flags say; `aps` empty: offline. `setups` raises InvalidRequest with the reason."""
+    """As the flags say; `aps` empty: offline. `setups` raises InvalidRequest with the reason.
+
+    `trace`: a file whose conversations are the trajectories, in place of `max_len`; `recorded`:
+    they arrive when they did. `tool_s` None: as the trace says, else nothing. `slo`: of the means;
+    a system far past it is not run at higher rates.
+    """
 
     model: str = "ds-v3.2"
     prefill: int = 2
     decode: int = 4
     agents: int = 0
     max_len: str = "64K"
+    trace: str = ""
+    recorded: bool = False
     systems: Sequence[str] = ("dualpath",)
     aps: Sequence[float] = ()
     duration_s: float = 1200.0
-    tool_s: float = 0.0
+    tool_s: float | None = None
     snic_bytes_per_s: float = 50e9
     cnic_bytes_per_s: float = 50e9
     dram_bytes_per_s: float = 500e9
     staging_bytes: float = 80e9
+    gpus_per_node: int = 8
+    details: EngineDetails = field(default_factory=EngineDetails)
+    slo: Slo = PAPER_SLO
     calibration: str = ""
     seed: int = 0
 
     def setups(self) -> Iterator[tuple[str, float, SimulationSetup]]:
         """Name of the system, agents a second (0: offline), what to simulate; all are checked
         before the first is simulated."""
-        if self.agents and self.aps:
-            raise InvalidRequest("agents arrive by --aps when online; leave --agents out")
-        if not self.systems:
-            raise InvalidRequest("no system is named")
+        self._check()
         systems = [named_system(name) for name in self.systems]
         cluster = ClusterSpec(
             prefill_nodes=self.prefill,
@@ -59,11 +68,13 @@ class SimulationRequest:
             cnic_bytes_per_s=self.cnic_bytes_per_s,
             dram_bytes_per_s=self.dram_bytes_per_s,
             staging_bytes=self.staging_bytes,
+            gpus_per_node=self.gpus_per_node,
         )
         calibration = read_calibration(Path(self.calibration) if self.calibration else None)
         model = modelled(find_model(self.model), calibration, cluster)
-        for aps in self.aps or (0.0,):
-            arrivals = self._arrivals(aps)
+        agents = self._agents()
+        for aps in sorted(self.aps) or (0.0,):
+            arrivals = self._arrivals(agents, aps)
             for system in systems:
                 yield (
                     system.name,
@@ -73,13 +84,34 @@ class SimulationRequest:
                         model=model,
                         system=system,
                         arrivals=arrivals,
-                        details=EngineDetails(),
+                        details=self.details,
                     ),
                 )
 
-    def _arrivals(self, aps: float) -> tuple[AgentArrival, ...]:
-        trajectories = named_set(f"agent-{self.max_len.lower()}", seed=self.seed)
-        if aps:
+    def _check(self) -> None:
+        if self.agents and (self.aps or self.recorded):
+            by = "--aps" if self.aps else "the trace's times"
+            raise InvalidRequest(f"agents arrive by {by}; leave --agents out")
+        if self.recorded and (self.aps or not self.trace):
+            raise InvalidRequest("--recorded takes the times of a --trace, not --online rates")
+        if not self.systems:
+            raise InvalidRequest("no system is named; give --system dualpath, or a list")
+        for flag, nodes in (("prefill", self.prefill), ("decode", self.decode)):
+            if nodes < 1:
+                raise InvalidRequest(f"--{flag} {nodes}: a cluster has 1 node of each or more")
+
+    def _agents(self) -> tuple[AgentArrival, ...]:
+        """Whose trajectories are run; their times count when recorded."""
+        if self.trace:
+            return trace_set(self.trace)
+        sets = named_set(f"agent-{self.max_len.lower()}", seed=self.seed)
+        return tuple(AgentArrival(0.0, trajectory) for trajectory in sets)
+
+    def _arrivals(self, agents: Sequence[AgentArrival], aps: float) -> tuple[AgentArrival, ...]:
+        trajectories = [agent.trajectory for agent in agents]
+        if self.recorded:
+            found = tuple(agents)
+        elif aps:
             found = poisson(
                 trajectories, agents_per_s=aps, duration_s=self.duration_s, seed=self.seed
             )
@@ -87,13 +119,19 @@ class SimulationRequest:
                 raise InvalidRequest(f"nobody arrives in {self.duration_s:g} s at {aps:g} a second")
         else:
             found = offline(trajectories, agents=self.agents or AGENTS, seed=self.seed)
-        if self.tool_s:
+        if self.tool_s is not None:
             found = with_tool_latency(found, mean_s=self.tool_s, seed=self.seed)
         return found
 
+    @property
+    def title(self) -> str:
+        """Of a picture."""
+        work = Path(self.trace).name if self.trace else self.max_len
+        return f"{self.model} {self.prefill}P{self.decode}D, {work}: simulated"
+
     def to_json(self) -> dict[str, object]:
         """What was asked for."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"slo": self.slo.to_json()}
 
 
 def rates(text: str) -> tuple[float, ...]:

@@ -305,14 +305,14 @@ def _check_agents(setup: SimulationSetup) -> int:
             if prompt.tokens < 1:
                 raise InvalidRequest(f"agent {number} has a turn with an empty prompt")
             tokens = prompt.tokens + prompt.generate
-            for what, room in (
-                ("a decode engine's memory", most),
-                ("a node's host memory", staging),
+            for what, room, remedy in (
+                ("a decode engine's memory", most, ""),
+                ("a node's host memory", staging, "; give more --staging"),
             ):
                 if tokens > room:
                     raise InvalidRequest(
                         f"agent {number} has a turn of {tokens} tokens; {what} holds {room:.0f} "
-                        f"of {model.name}"
+                        f"of {model.name}{remedy}"
                     )
     if not turns:
         raise InvalidRequest("there are no agents: nothing to simulate")
