@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualpath.bench.agents.named_set import SET_NAMES, named_set
 from dualpath.bench.agents.trace_set import trace_set
 from dualpath.bench.agents.trajectory import Trajectory
-from dualpath.bench.flag_values import rate_of
-from dualpath.bench.models.calibration import read_calibration
+from dualpath.bench.flag_values import rate_of, size_of
+from dualpath.bench.models.calibration import Calibration, read_calibration
 from dualpath.bench.models.catalogue import find_model, model_names
 from dualpath.bench.plan.bottleneck_range import NodeRates
 from dualpath.bench.plan.plan_request import PlanRequest
 from dualpath.bench.plan.planner import Plan, make_plan
 from dualpath.bench.plan.report import as_json, as_text
+from dualpath.bench.progress import Progress
 from dualpath.bench.slo import parse_slo
 from dualpath.transfer.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from dualpath.bench.plan.ratio_simulation import SimulatedRatio
 
 EXIT_OK = 0
 _EPILOG = """examples:
@@ -28,6 +34,8 @@ _EPILOG = """examples:
 Answers with the ratios P/D at which no device but storage binds, what a turn asks for, how many
 turns a second each ratio carries by one path, by two and by splitting loads, and what binds next.
 Projected, in closed form: means, no queues; models and efficiencies are the committed ones.
+--simulate runs the best ratio and those beside it under the scheduler's policies, and says where
+and why the closed form differs.
 
 exit status: 0 planned; 1 a file could not be written; 2 numbers that cannot be, with the reason"""
 
@@ -61,6 +69,17 @@ class PlanCommand:
         add("--slo", default="", metavar="LIST", help="ttft=4s,tpot=50ms, either or both")
         add("--calibration", metavar="FILE", help="inputs in place of the committed ones")
         add("--seed", type=int, default=0, metavar="N", help="of the workload (default 0)")
+        add(
+            "--simulate",
+            action="store_true",
+            help="simulate the best ratio and those beside it, too (a minute; with --slo some)",
+        )
+        add(
+            "--staging",
+            default="80GB",
+            metavar="SIZE",
+            help="--simulate: host memory a node for KV on its way (default 80GB)",
+        )
         add("--json", action="store_true", help="print the plan as JSON")
         add(
             "--plot",
@@ -75,18 +94,57 @@ class PlanCommand:
         """Plan and print. Raises InvalidRequest, and Unavailable for the picture."""
         if args.plot and not Path(args.plot).absolute().parent.is_dir():
             raise InvalidRequest(f"--plot {args.plot}: there is no folder for it")
-        plan = _plan(args)
-        print(json.dumps(as_json(plan), indent=2) if args.json else as_text(plan))
+        calibration = read_calibration(Path(args.calibration) if args.calibration else None)
+        workload, trajectories = _workload(args)
+        plan = _plan(args, calibration, workload, trajectories)
+        simulated: list[SimulatedRatio] = []
+        if args.simulate:
+            simulated = _simulate(plan, calibration, trajectories, args)
+        shown = as_json(plan, simulated)
+        print(json.dumps(shown, indent=2) if args.json else as_text(plan, simulated))
         if args.plot:
             from dualpath.bench.plan.plot import draw  # noqa: PLC0415 - slow import
 
-            draw(plan, args.plot)
+            draw(plan, args.plot, simulated)
             if not args.json:
                 print(f"picture     {args.plot}")
         return EXIT_OK
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _simulate(
+    plan: Plan,
+    calibration: Calibration,
+    trajectories: Sequence[Trajectory],
+    args: argparse.Namespace,
+) -> list[SimulatedRatio]:
+    from dualpath.bench.plan.ratio_simulation import (  # noqa: PLC0415 - numpy behind it
+        RatioSimulation,
+        worth_simulating,
+    )
+
+    progress = Progress()
+    simulation = RatioSimulation(
+        plan,
+        calibration,
+        trajectories,
+        staging_bytes=size_of("staging", args.staging),
+        seed=args.seed,
+    )
+    wanted = worth_simulating(plan)
+    found: list[SimulatedRatio] = []
+    for number, (ratio, loading) in enumerate(wanted, start=1):
+        progress.stage(f"simulate {ratio.name} {loading.value} ({number}/{len(wanted)})")
+        found.append(simulation.run(ratio, loading, progress.move))
+        progress.done(f"{found[-1].turns_per_s:.1f} turns/s")
+    return found
+
+
+def _plan(
+    args: argparse.Namespace,
+    calibration: Calibration,
+    workload: str,
+    trajectories: Sequence[Trajectory],
+) -> Plan:
     request = PlanRequest(
         gpus=args.gpus,
         rates=NodeRates(
@@ -98,8 +156,6 @@ def _plan(args: argparse.Namespace) -> Plan:
         slo=parse_slo(args.slo),
     )
     geometry = find_model(args.model)
-    calibration = read_calibration(Path(args.calibration) if args.calibration else None)
-    workload, trajectories = _workload(args)
     return make_plan(request, geometry, calibration, workload, trajectories)
 
 

@@ -73,6 +73,11 @@ class Plan:
         most = basic.capacities[Loading.BASIC].turns_per_s
         return best.capacities[loading].turns_per_s / most
 
+    @property
+    def pays(self) -> bool:
+        """Whether a second path carries more, each way at its best ratio."""
+        return self.speed_up(Loading.DUAL) >= LITTLE_GAIN
+
     def speed_up_at(self, loading: Loading) -> float:
         """Over basic at the ratio that is best for `loading`."""
         capacities = self.best(loading).capacities
@@ -98,7 +103,7 @@ def make_plan(
     for prefill in range(1, request.nodes):
         cluster = Cluster(rates, prefill, request.nodes - prefill)
         try:
-            model = _model(geometry, calibration, cluster)
+            model = model_of(geometry, calibration, cluster)
         except InvalidRequest as error:
             left_out.append(f"{prefill}P{cluster.decode}D: {error}")
             continue
@@ -129,7 +134,8 @@ def make_plan(
     return _with_warnings(plan)
 
 
-def _model(geometry: ModelGeometry, calibration: Calibration, cluster: Cluster) -> Roofline:
+def model_of(geometry: ModelGeometry, calibration: Calibration, cluster: Cluster) -> Roofline:
+    """With experts over all GPUs of a side. Raises InvalidRequest where the weights do not fit."""
     gpus = cluster.rates.gpus
     return Roofline(
         geometry,
@@ -155,7 +161,7 @@ def _check_slo(
             f"--slo ttft={slo.ttft_s:g}s cannot be kept: a mean turn alone on the cluster takes "
             f"{alone_s:.3g} s to its first token; allow more, or give faster links"
         )
-    model = _model(geometry, calibration, widest)
+    model = model_of(geometry, calibration, widest)
     if not decode_sequences(demand, model, slo):
         step_s = model.decode_step_s(1, round(demand.held_tokens))
         raise InvalidRequest(
@@ -183,7 +189,7 @@ def _with_warnings(plan: Plan) -> Plan:
         found.append(
             f"only {plan.demand.hit_share:.0%} of the prompts' tokens hit: there is little to load"
         )
-    if plan.speed_up(Loading.DUAL) < LITTLE_GAIN:
+    if not plan.pays:
         found.append(
             "a second path gains less than 2 %: "
             f"{plan.best(Loading.BASIC).capacities[Loading.BASIC].binds} binds already without it"

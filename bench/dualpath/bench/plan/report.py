@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dualpath.bench.plan.bottleneck_range import as_ratio
 from dualpath.bench.plan.capacity import Capacity, Loading
 from dualpath.bench.plan.planner import Plan
 from dualpath.bench.table import plain_table
 
+if TYPE_CHECKING:
+    from dualpath.bench.plan.ratio_simulation import SimulatedRatio
+
 _ROWS_MAX = 16
 
 
-def as_json(plan: Plan) -> dict[str, object]:
-    """Units are in the names; infinite values are None."""
+def as_json(plan: Plan, simulated: Sequence[SimulatedRatio] = ()) -> dict[str, object]:
+    """Units are in the names; infinite values are None. `simulated` has what was, if anything."""
     demand, rates = plan.demand, plan.request.rates
     return {
         "kind": "projected",
+        "pays": plan.pays,
         "model": plan.geometry.name,
         "workload": plan.workload,
         "gpus": plan.request.gpus,
@@ -53,13 +59,14 @@ def as_json(plan: Plan) -> dict[str, object]:
             }
             for ratio in plan.ratios
         ],
+        "simulated": [each.to_json() for each in simulated],
         "left_out": list(plan.left_out),
         "warnings": list(plan.warnings),
     }
 
 
-def as_text(plan: Plan) -> str:
-    """A short report."""
+def as_text(plan: Plan, simulated: Sequence[SimulatedRatio] = ()) -> str:
+    """A short report; it says of each figure whether it is closed form or simulated."""
     demand, request = plan.demand, plan.request
     lines = [
         f"{plan.geometry.name}, {plan.workload}: {request.nodes} nodes of {request.rates.gpus} GPUs"
@@ -83,10 +90,53 @@ def as_text(plan: Plan) -> str:
         f"{plan.speed_up(Loading.SPLIT):.2f}x by split, each at its best ratio; at {dual.name} "
         f"{plan.speed_up_at(Loading.DUAL):.2f}x",
         f"binds       {capacity.binds} at {dual.name}; next {_next(capacity)}",
+        f"verdict     {_verdict(plan)}",
     ]
+    if simulated:
+        lines += ["", *_simulated(simulated), ""]
     lines += [f"left out    {text}" for text in plan.left_out]
     lines += [f"warning     {text}" for text in plan.warnings]
     return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    """Whether it pays, by the closed form."""
+    if plan.pays:
+        return f"a second path pays: {plan.speed_up(Loading.DUAL):.2f}x (closed form)"
+    basic = plan.best(Loading.BASIC).capacities[Loading.BASIC]
+    return (
+        f"a second path does NOT pay here: {basic.binds} binds already without it, and that is not "
+        "what it relieves (closed form)"
+    )
+
+
+def _simulated(simulated: Sequence[SimulatedRatio]) -> list[str]:
+    rows = [
+        [
+            f"{each.ratio} {each.loading.value}",
+            f"{each.closed_turns_per_s:.1f}",
+            f"{each.turns_per_s:.1f}",
+            f"{100 * each.deviation:+.0f} %",
+            f"1/{each.scale}" if each.scale > 1 else "whole",
+        ]
+        for each in simulated
+    ]
+    heads = ["simulated", "closed form, turns/s", "simulated, turns/s", "deviation", "cluster"]
+    lines = [plain_table(heads, rows)]
+    dual = [each for each in simulated if each.loading is Loading.DUAL]
+    best = max(dual, key=lambda each: each.turns_per_s)
+    at_best = {each.loading: each for each in simulated if each.ratio == best.ratio}
+    text = f"best of the simulated ratios for two paths: {best.ratio}"
+    basic = at_best.get(Loading.BASIC)
+    if basic is not None and basic.turns_per_s:
+        text += f", {best.turns_per_s / basic.turns_per_s:.2f}x basic there (simulated)"
+    lines.append(text)
+    lines += [
+        f"differs     {each.ratio} {each.loading.value}: {each.why}"
+        for each in simulated
+        if each.why
+    ]
+    return lines
 
 
 def _next(capacity: Capacity) -> str:

@@ -10,10 +10,11 @@ the hand-off of the one before, where the bench's does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dualpath.bench.agents.trajectory import AgentArrival, Trajectory, Turn, TurnPrompt
+from dualpath.bench.agents.drawn_turns import DrawnTurns
+from dualpath.bench.agents.trajectory import AgentArrival, Turn
 from dualpath.bench.models.compute_model import Prompt
 from dualpath.bench.simulate.bench_measurement import BenchMeasurement
 from dualpath.bench.simulate.cluster import ClusterSpec
@@ -60,16 +61,6 @@ class NoCompute:
     def decode_step_s(self, sequences: int, context_tokens: int) -> float:
         """See ComputeModel."""
         return 1e-9 if sequences else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class LoadSequence(Trajectory):
-    """Turns whose contexts are as they stand, whatever came before."""
-
-    def prompts(self) -> Iterator[TurnPrompt]:
-        """See Trajectory."""
-        for turn in self.turns:
-            yield TurnPrompt(turn.kept or 0, turn.append, turn.generate)
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ def bench_setup(measured: BenchMeasurement, policy: str) -> BenchSetup:
     places = {}
     for worker, mine in enumerate(loads):
         turns = tuple(Turn(NEW_TOKENS, 1, len(load.hashes) * tokens) for load in mine)
-        arrivals.append(AgentArrival(0.0, LoadSequence(turns)))
+        arrivals.append(AgentArrival(0.0, DrawnTurns(turns)))
         for number, load in enumerate(mine, start=1):
             places[f"{worker}/{number}"] = _engines(measured, load.session)
     setup = SimulationSetup(
