@@ -57,6 +57,23 @@ def test_a_split_uses_both_storage_links_of_a_shaped_cluster(tmp_path: Path) -> 
         assert bool(handed["bytes"].get("retained")) is (name == "split")
 
 
+def test_requests_through_a_scheduler_go_where_it_says(tmp_path: Path) -> None:
+    words = ("--prefill", "1", "--decode", "2", "--snic", "10MB/s", "--seconds", "4")
+    found = measure(tmp_path, *words, "--policies", "direct", "--scheduler", "paper,split,direct")
+    paths = {}
+    for name in ("paper", "split", "direct"):
+        policy = found[f"scheduler:{name}"]
+        assert isinstance(policy, dict)
+        assert policy["failed_loads"] == policy["corrupt_blocks"] == 0
+        assert policy["handed_off"]["whole"] == policy["loads"]
+        assert policy["queued_ms_p50"] > 0
+        assert not [event for event in policy["events"] if event.startswith("fallback")]
+        paths[name] = set(policy["bytes_by_path"])
+        assert name == "direct" or policy["whole_ratio_to_direct"] > 1.3
+    everywhere = {"direct", "relay:decode-0", "relay:decode-1"}
+    assert paths == {"paper": everywhere, "split": everywhere, "direct": {"direct"}}
+
+
 def test_loads_are_striped_over_two_storage_links_of_a_node(tmp_path: Path) -> None:
     words = ("--prefill", "1", "--decode", "1", "--snic", "8MB/s,4MB/s", "--seconds", "4")
     found = measure(tmp_path, *words, "--policies", "direct,split", "--no-hand-off")

@@ -45,7 +45,7 @@ def test_a_paced_demo_verifies_every_block_and_the_split_uses_both_storage_links
         tmp_path,
         *("--shaping", "pacing", "--policies", "direct,split", "--storage-rate", "20MB/s"),
         *("--budget-mib", "24", "--concurrency", "4", "--decode", "1"),
-        *("--destination", "host"),
+        *("--destination", "host", "--scheduler", "split"),
     )
     assert status == EXIT_OK, capsys.readouterr().err
     assert result["shaping"] == "pacing"
@@ -55,6 +55,9 @@ def test_a_paced_demo_verifies_every_block_and_the_split_uses_both_storage_links
     assert policies["split"]["verified_blocks"] == policies["direct"]["verified_blocks"] >= 96
     assert set(policies["split"]["bytes_by_path"]) == {"direct", "relay:decode-0"}
     assert policies["split"]["ratio_to_direct"] > 1.3
+    scheduled = policies["scheduler:split"]
+    assert scheduled["verified_blocks"] == policies["direct"]["verified_blocks"]
+    assert set(scheduled["bytes_by_path"]) == {"direct", "relay:decode-0"}
     assert (tmp_path / "links.png").read_bytes().startswith(b"\x89PNG")
     assert "all right" in capsys.readouterr().out
     assert leftovers() <= before

@@ -23,6 +23,7 @@ from dualpath.scheduler.messages import (
     role_of,
 )
 from dualpath.scheduler.outbox import Ended, Event, Outbox
+from dualpath.scheduler.run_name import RUN_KEY, new_run
 from dualpath.transfer.errors import InvalidRequest
 
 
@@ -32,11 +33,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     def __init__(self, hub: Hub, clock: Callable[[], float]) -> None:
         self._hub = hub
         self._clock = clock
+        self._greeting = ((RUN_KEY, new_run()),)
 
     async def Lead(
         self, request_iterator: AsyncIterator[scheduler_pb2.LeadRequest], context: Any
     ) -> AsyncIterator[scheduler_pb2.LeadResponse]:
         """Serve the leader of a group."""
+        await context.send_initial_metadata(self._greeting)
         first = await first_message(request_iterator)
         if first is None:
             raise InvalidRequest("a leader begins with its group and its engines")
@@ -58,6 +61,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         self, request_iterator: AsyncIterator[scheduler_pb2.EnqueueRequest], context: Any
     ) -> AsyncIterator[scheduler_pb2.EnqueueResponse]:
         """Serve a front end."""
+        await context.send_initial_metadata(self._greeting)
         hub = self._hub
         front_end = hub.join(principal_of_call())
 

@@ -86,10 +86,10 @@ def bytes_between(use: LinkUse, span: Span) -> float:
 def backlog_of(
     outcomes: Sequence[LoadOutcome], uses: Sequence[LinkUse], *, engines: int, in_flight: int
 ) -> Backlog:
-    """`in_flight` loads at each engine are a backlog; sessions are dealt to engines in turn."""
+    """`in_flight` loads at each engine are a backlog."""
     spans: list[Span] | None = None
     for engine in range(engines):
-        mine = busy_spans((o for o in outcomes if o.session % engines == engine), in_flight)
+        mine = busy_spans((o for o in outcomes if _engine(o, engines) == engine), in_flight)
         spans = mine if spans is None else common_spans(spans, mine)
     windows = windows_of(spans or [])
     storage = [use for use in uses if use.link.kind is LinkKind.SNIC_IN]
@@ -110,6 +110,11 @@ def backlog_of(
     share = sum(bytes_between(use, each) for use in into for each in windows) / max(1, crossed)
     loaded = share * sum(outcome.nbytes for outcome in outcomes)
     return Backlog(windows, tuple(balances), utilisation, loaded / seconds if seconds else 0.0)
+
+
+def _engine(outcome: LoadOutcome, engines: int) -> int:
+    """Which engine a load was at."""
+    return outcome.engine if outcome.engine >= 0 else outcome.session % engines
 
 
 def into_prefill(uses: Sequence[LinkUse]) -> list[LinkUse]:

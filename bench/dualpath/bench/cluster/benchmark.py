@@ -154,7 +154,7 @@ class ClusterBenchmark:
         return rate
 
     async def _rounds(self, cluster: ShapedCluster) -> tuple[PolicyRun, ...]:
-        config, names = self._config, list(self._config.policies)
+        config, names = self._config, list(self._config.run_names)
         storage = config.rates.node_storage_bytes_per_s
         budget = config.seconds * storage * len(cluster.topology.prefill)
         workload = cluster.workload.limited(round(budget))

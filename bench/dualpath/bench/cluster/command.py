@@ -22,6 +22,7 @@ from dualpath.bench.cluster.config import (
 from dualpath.bench.document import put_figures
 from dualpath.bench.progress import Progress
 from dualpath.bench.testbed.run_folder import make_run_folder
+from dualpath.bench.testbed.scheduler_runs import add_scheduler_argument, scheduler_list
 from dualpath.bench.testbed.topology import Topology
 from dualpath.bench.testbed.workload import Context
 from dualpath.cli.sizes import parse_rate
@@ -43,6 +44,7 @@ _EXAMPLES = """examples:
   dualpath bench cluster --prefill 1 --decode 2 --faults kill:decode1@5s,slow:decode0@8s:0.25
   dualpath bench cluster --prefill 1 --decode 1 --converged
   dualpath bench cluster --lone --prefill 1 --decode 2
+  dualpath bench cluster --prefill 1 --decode 2 --policies direct,split --scheduler paper,split
 
 faults: kill, stop, cut, slow or restore, of a node such as decode1 or of one of its links, such as
 decode1.snic or prefill0.cnic, at a time; slow takes a factor. Needs root, `ip` and `tc`.
@@ -106,6 +108,7 @@ class ClusterCommand:
             metavar="LIST",
             help=f"of {', '.join(POLICIES)} (default: all)",
         )
+        add_scheduler_argument(work)
         work.add_argument("--rounds", type=int, default=default.rounds, metavar="N", help="(3)")
         work.add_argument(
             "--seconds",
@@ -196,6 +199,7 @@ def config_of(args: argparse.Namespace) -> ClusterBenchConfig:
         lone=args.lone,
         hand_off=not args.no_hand_off,
         policies=tuple(name.strip() for name in args.policies.split(",") if name.strip()),
+        schedulers=scheduler_list(args.scheduler),
         rounds=args.rounds,
         seconds=args.seconds,
         load_bytes=load_bytes if args.load_mib is None else round(args.load_mib * (1 << 20)),

@@ -7,6 +7,11 @@ from pathlib import Path
 
 from dualpath.bench.cluster.fault import Fault, parse_faults
 from dualpath.bench.cluster.limits import limit_bytes_per_s
+from dualpath.bench.testbed.scheduler_runs import (
+    SCHEDULER_PREFIX,
+    check_scheduler_nodes,
+    check_scheduler_policies,
+)
 from dualpath.bench.testbed.shaping import LinkRates
 from dualpath.bench.testbed.topology import Topology
 from dualpath.bench.testbed.workload import Context
@@ -57,6 +62,8 @@ class ClusterBenchConfig:
     hand_off: bool = True
     """Prompts go on to their decode engines; never of lone loads."""
     policies: tuple[str, ...] = tuple(POLICIES)
+    schedulers: tuple[str, ...] = ()
+    """Policies of `dualpath scheduler` that requests go through, beside those."""
     rounds: int = 3
     seconds: float = 14.0
     """How long the direct policy shall need for a round."""
@@ -93,7 +100,22 @@ class ClusterBenchConfig:
                 _within(flag, rate, 1e6, 1e11)
         if self.further_snics and not all(snics):
             raise InvalidRequest("--snic: give the rate of each of several storage links")
+        self._check_schedulers()
         self._check_combination()
+
+    def _check_schedulers(self) -> None:
+        check_scheduler_policies(self.schedulers)
+        if not self.schedulers:
+            return
+        if self.lone or self.faults:
+            raise InvalidRequest("--scheduler goes with rounds, not with --lone or --faults")
+        if self.gpus > 1:
+            raise InvalidRequest(
+                f"--scheduler: --gpus is {self.gpus}; its engines have one compute link a node, "
+                "since an agent reaches those of its own rail only"
+            )
+        for _, decode in self.topologies:
+            check_scheduler_nodes(decode)
 
     def _check_converged(self) -> None:
         """Before the topology, whose own limits say less."""
@@ -120,6 +142,12 @@ class ClusterBenchConfig:
     def planned_faults(self) -> tuple[Fault, ...]:
         """`faults` for the one topology. Raises InvalidRequest."""
         return parse_faults(self.faults, self.topology(*self.topologies[0]))
+
+    @property
+    def run_names(self) -> tuple[str, ...]:
+        """What is measured in a round, in the order of the table."""
+        mine = [name for name in POLICIES if name in self.policies]
+        return (*mine, *(SCHEDULER_PREFIX + name for name in self.schedulers))
 
     @property
     def hands_off(self) -> bool:

@@ -25,6 +25,7 @@ from dualpath.bench.cluster.limits import limit_bytes_per_s
 from dualpath.bench.cluster.lone import LoneLoad
 from dualpath.bench.testbed.engine import LoadOutcome
 from dualpath.bench.testbed.replay import PolicyRun
+from dualpath.bench.testbed.scheduler_runs import SCHEDULER_PREFIX
 from dualpath.bench.testbed.topology import Topology
 
 
@@ -88,6 +89,12 @@ class PolicyResult:
         return mean_balance(self.backlogs)
 
     @property
+    def queued_ms(self) -> float | None:
+        """Median from a request's submission to its assignment; None without a scheduler."""
+        waits = [1e3 * each.queued_s for each in self.outcomes if each.engine >= 0]
+        return statistics.median(waits) if waits else None
+
+    @property
     def outcomes(self) -> list[LoadOutcome]:
         """Of all rounds."""
         return [outcome for run in self.runs for outcome in run.outcomes]
@@ -117,10 +124,15 @@ class PolicyResult:
             "backlog_windows": sum(len(backlog.windows) for backlog in self.backlogs),
             "utilisation": self.utilisation(),
             "load_ms_p50": statistics.median(times) if times else None,
+            "queued_ms_p50": self.queued_ms,
             "cpu_cores": statistics.median(run.cpu_cores for run in self.runs),
             "rounds_bytes_per_s": [run.bytes_per_s for run in self.runs],
             **verdict(self.outcomes),
         }
+
+
+def _direct(name: str) -> bool:
+    return name.removeprefix(SCHEDULER_PREFIX) == "direct"
 
 
 def _rate(run: PolicyRun, backlog: Backlog) -> float:
@@ -257,11 +269,11 @@ class TopologyResult:
                 name,
                 tuple(run for run in self.runs if run.policy == name),
                 direct,
-                limit_bytes_per_s(self.topology, self.config.rates, relays=name != "direct"),
+                limit_bytes_per_s(self.topology, self.config.rates, relays=not _direct(name)),
                 engines,
                 max(1, min(links, self.config.loads_in_flight(self.topology)) // engines),
             )
-            for name in POLICIES
+            for name in dict.fromkeys((*POLICIES, *(run.policy for run in self.runs)))
             if any(run.policy == name for run in self.runs)
         }
 

@@ -29,6 +29,11 @@ from dualpath.bench.testbed.fill import fill_store
 from dualpath.bench.testbed.link_meter import KernelCounters, LinkMeter, links_of
 from dualpath.bench.testbed.namespaces import Namespaces
 from dualpath.bench.testbed.replay import PolicyRun, Replay, load_deadline_s
+from dualpath.bench.testbed.scheduled_replay import (
+    ScheduledEngines,
+    scheduled_replay,
+)
+from dualpath.bench.testbed.scheduler_runs import SCHEDULER_PREFIX
 from dualpath.bench.testbed.shaping import LinkRates
 from dualpath.bench.testbed.topology import Topology
 from dualpath.bench.testbed.workload import Workload
@@ -100,19 +105,47 @@ class ShapedCluster:
         beside: Callable[[], Coroutine[None, None, None]] | None = None,
     ) -> PolicyRun:
         """Load the workload under a policy of the table, with `beside` (the faults) next to it."""
-        rates = self.rates
+        if policy.startswith(SCHEDULER_PREFIX):
+            return await self._scheduled(policy, workload, on_outcome)
         replay = Replay(
             self.engines,
             [node.name for node in self.topology.decode],
             concurrency=self.loads_in_flight,
-            deadline_s=load_deadline_s(
-                workload, self.loads_in_flight, rates.storage_bytes_per_s if rates else 0.0
-            ),
+            deadline_s=self._deadline_s(workload),
             decode_engines=self._decode_engines,
         )
         return await self.measure(
             policy, lambda: replay.run(workload, POLICIES[policy], on_outcome, beside=beside)
         )
+
+    def _deadline_s(self, workload: Workload) -> float:
+        rate = self.rates.storage_bytes_per_s if self.rates else 0.0
+        return load_deadline_s(workload, self.loads_in_flight, rate)
+
+    async def _scheduled(
+        self, policy: str, workload: Workload, on_outcome: Callable[[LoadOutcome], None]
+    ) -> PolicyRun:
+        """The same through a scheduler of its own."""
+        topology = self.topology
+        takers = self._decode_engines[0] if self._decode_engines else {}
+        engines = ScheduledEngines(
+            prefill={
+                node.name: engine
+                for node, engine in zip(topology.prefill, self.engines, strict=True)
+            },
+            decode={node.name: takers.get(node.name) for node in topology.decode},
+            block_bytes=BLOCK_BYTES,
+        )
+        async with scheduled_replay(
+            self.cluster,
+            policy,
+            workload,
+            engines,
+            storage_bytes_per_s=self.rates.node_storage_bytes_per_s if self.rates else 0.0,
+            concurrency=self.loads_in_flight,
+            deadline_s=self._deadline_s(workload),
+        ) as replay:
+            return await self.measure(policy, lambda: replay.run(workload, on_outcome))
 
     async def measure(
         self,

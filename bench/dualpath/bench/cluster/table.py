@@ -168,6 +168,12 @@ def summary(report: ClusterReport) -> list[str]:
     if not config.lone:
         lines[-1] += "; rates are of the seconds in which every engine had a backlog"
         lines.append(f"balance: {PAPER_BALANCE}")
+    if config.schedulers:
+        lines.append(
+            "scheduler:NAME: requests queue at `dualpath scheduler` under that policy; it names "
+            "their engines and who reads, and their loads follow it; loads as they are timed begin "
+            "with the assignment"
+        )
     return lines
 
 
@@ -187,6 +193,12 @@ def events(report: ClusterReport) -> list[str]:
                 if isinstance(counts, dict) and counts:
                     text = ", ".join(f"{key} {n}" for key, n in counts.items())
                     lines.append(f"{result.topology.label} {name}: {title}: {text}")
+        lines += [
+            f"{result.topology.label} {name}: {policy.queued_ms:.0f} ms from submission to "
+            "assignment, median"
+            for name, policy in result.policies.items()
+            if policy.queued_ms is not None
+        ]
         lines += _hand_offs(result)
     return lines
 

@@ -18,6 +18,7 @@ from dualpath.bench.demo.config import (
     parse_rate,
 )
 from dualpath.bench.progress import Progress
+from dualpath.bench.testbed.scheduler_runs import add_scheduler_argument, scheduler_list
 from dualpath.bench.testbed.workload import Context
 from dualpath.transfer.errors import DualPathError, InvalidRequest, Unavailable
 
@@ -34,6 +35,7 @@ _EXAMPLES = """examples:
   dualpath demo --prefill 1 --decode 1 --json out.json
   dualpath demo --concurrency 1                      one load at a time: latency, not throughput
   dualpath demo --concurrency 1 --compute-ratio 1    where a second path gains nothing
+  dualpath demo --policies direct,split --scheduler  requests beside go through `dualpath scheduler`
   dualpath demo --trace sessions.jsonl.gz --sessions 20
 
 exit status: 0 every block arrived and was right (also when the processor was the limit, which is
@@ -107,6 +109,7 @@ class DemoCommand:
             metavar="LIST",
             help=f"of {', '.join(POLICIES)}; separated by commas (default: all)",
         )
+        add_scheduler_argument(work)
         work.add_argument(
             "--concurrency",
             type=int,
@@ -168,6 +171,7 @@ class DemoCommand:
             prefill=args.prefill,
             decode=args.decode,
             policies=tuple(name.strip() for name in args.policies.split(",") if name.strip()),
+            schedulers=scheduler_list(args.scheduler),
             concurrency=args.concurrency,
             sessions=args.sessions,
             trace=args.trace,

@@ -8,6 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dualpath.bench.testbed.device_graph import device_graph, direct_path, relay_path
+from dualpath.bench.testbed.scheduler_runs import (
+    SCHEDULER_PREFIX,
+    check_scheduler_nodes,
+    check_scheduler_policies,
+)
 from dualpath.bench.testbed.topology import Topology
 from dualpath.bench.testbed.workload import Context
 from dualpath.transfer.errors import InvalidRequest
@@ -80,6 +85,8 @@ class DemoConfig:
     prefill: int = 1
     decode: int = 2
     policies: tuple[str, ...] = POLICIES
+    schedulers: tuple[str, ...] = ()
+    """Policies of `dualpath scheduler` that requests go through, beside those."""
     concurrency: int = 24
     sessions: int = 0
     trace: str = ""
@@ -108,6 +115,9 @@ class DemoConfig:
             )
         if len(set(self.policies)) != len(self.policies):
             raise InvalidRequest(f"--policies names one twice: {','.join(self.policies)}")
+        check_scheduler_policies(self.schedulers)
+        if self.schedulers:
+            check_scheduler_nodes(self.decode)
         _within("--concurrency", self.concurrency, 1, CONCURRENCY_MAX)
         _within("--sessions", self.sessions, 0, SESSIONS_MAX)
         if self.budget_bytes:
@@ -126,6 +136,11 @@ class DemoConfig:
                 raise InvalidRequest(f"{flag} {path}: there is no folder {Path(path).parent}")
         if self.trace and not Path(self.trace).is_file():
             raise InvalidRequest(f"--trace {self.trace}: there is no such file")
+
+    @property
+    def run_names(self) -> tuple[str, ...]:
+        """What is measured, in order."""
+        return (*self.policies, *(SCHEDULER_PREFIX + name for name in self.schedulers))
 
     @property
     def links_sum_bytes_per_s(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +31,10 @@ from dualpath.bench.testbed.link_meter import (
     links_of,
 )
 from dualpath.bench.testbed.namespaces import Namespaces, why_not_kernel
-from dualpath.bench.testbed.replay import PolicyRun, Replay, load_deadline_s
+from dualpath.bench.testbed.replay import OnOutcome, PolicyRun, Replay, load_deadline_s
 from dualpath.bench.testbed.run_folder import make_run_folder
+from dualpath.bench.testbed.scheduled_replay import ScheduledEngines, scheduled_replay
+from dualpath.bench.testbed.scheduler_runs import SCHEDULER_PREFIX
 from dualpath.bench.testbed.shaping import LinkRates
 from dualpath.bench.testbed.topology import Topology
 from dualpath.bench.testbed.trace_formats import read_trace
@@ -268,7 +270,7 @@ class Demonstration:
         runs = []
         counters, clients = await self._counters(cluster, shaping)
         try:
-            for policy in self._config.policies:
+            for policy in self._config.run_names:
                 runs.append(await self._policy(policy, cluster, engines, shaping, counters))
         finally:
             for client in clients:
@@ -311,10 +313,46 @@ class Demonstration:
 
         self._progress.stage(policy)
         rates = None if shaping is Shaping.NONE else self._rates()
-        cpu = CpuMeter(cluster.pids.values())
-        async with LinkMeter(links_of(self._topology(shaping), rates), counters) as meter:
-            work = self._replay(engines).run(self._workload, policy, on_outcome)
-            seconds, outcomes = await cluster.watched(work)
+        async with contextlib.AsyncExitStack() as stack:
+            work = await self._work(stack, policy, cluster, engines, on_outcome)
+            cpu = CpuMeter(cluster.pids.values())
+            meter = LinkMeter(links_of(self._topology(shaping), rates), counters)
+            async with meter:
+                seconds, outcomes = await cluster.watched(work)
         run = PolicyRun(policy, seconds, outcomes, meter.uses, cpu.cores())
         self._progress.done(f"{run.nbytes >> 20} MiB, {run.bytes_per_s / 1e6:.0f} MB/s")
         return run
+
+    async def _work(
+        self,
+        stack: contextlib.AsyncExitStack,
+        policy: str,
+        cluster: Cluster,
+        engines: list[PrefillEngine],
+        on_outcome: OnOutcome,
+    ) -> Coroutine[None, None, tuple[float, tuple[LoadOutcome, ...]]]:
+        """The loads, and on the stack the scheduler that they may go through."""
+        config, workload = self._config, self._workload
+        replay = self._replay(engines)
+        if not policy.startswith(SCHEDULER_PREFIX):
+            return replay.run(workload, policy, on_outcome)
+        nodes = Topology.of(config.prefill, config.decode)
+        scheduled = await stack.enter_async_context(
+            scheduled_replay(
+                cluster,
+                policy,
+                workload,
+                ScheduledEngines(
+                    prefill={
+                        node.name: engine
+                        for node, engine in zip(nodes.prefill, engines, strict=True)
+                    },
+                    decode={node.name: None for node in nodes.decode},
+                    block_bytes=workload.block_bytes,
+                ),
+                storage_bytes_per_s=config.storage_bytes_per_s,
+                concurrency=config.concurrency,
+                deadline_s=replay.deadline_s,
+            )
+        )
+        return scheduled.run(workload, on_outcome)

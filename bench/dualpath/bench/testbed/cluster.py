@@ -28,6 +28,7 @@ END_S_MAX = 5.0
 LAST_WORDS_S = 1.0
 """How long after a failure the end of a process may be heard of."""
 FILLER = "filler"
+SCHEDULER = "scheduler"
 Result = TypeVar("Result")
 _DUALPATH = (sys.executable, "-m", "dualpath.cli.main")
 
@@ -150,7 +151,8 @@ class Cluster:
         storage = topology.storage
         # In a file, since other users can see the flags of a process.
         accepted = f'tokens = ["{self.token}"]\n'
-        text = f'[serve]\n{accepted}[agent]\nhold_cache = false\ntoken = "{self.token}"\n{accepted}'
+        text = f"[scheduler]\n{accepted}[serve]\n{accepted}[agent]\nhold_cache = false\n"
+        text += f'token = "{self.token}"\n{accepted}'
         text += self._config.agent_settings
         self._settings.write_text(text, encoding="ascii")
         daemon = await self._launch(storage.name, storage.name, self._serve_words())
@@ -177,6 +179,16 @@ class Cluster:
         async with asyncio.TaskGroup() as starting:
             for name, node, words in wanted:
                 starting.create_task(self._launch(name, node, words))
+
+    async def start_scheduler(self, words: Sequence[str]) -> str:
+        """Run `dualpath scheduler` with these flags beside the nodes, as the engines do; where it
+        listens. `stop(SCHEDULER)` ends it. Raises Unavailable."""
+        listen = ("--listen", "127.0.0.1:0", "--config", str(self._settings))
+        argv = [*_DUALPATH, "scheduler", *listen, *words]
+        child = await ChildProcess.start(SCHEDULER, argv, self.log(SCHEDULER))
+        self._children[SCHEDULER] = child
+        await child.wait_ready(READY_S_MAX)
+        return child.address("listen")
 
     async def stop(self, name: str) -> None:
         """End one process that is not needed any more."""

@@ -66,6 +66,10 @@ class LoadOutcome:
     handed_off: Received | None = None
     raised: bool = False
     """The load ended with an error, not with a shorter prefix."""
+    engine: int = -1
+    """Which engine a scheduler gave it to; -1: sessions are dealt to engines in turn."""
+    queued_s: float = 0.0
+    """From its submission to a scheduler to its assignment."""
 
 
 @dataclass(slots=True)
@@ -78,6 +82,7 @@ class _Arrival:
     deadline_s: float
     abort_s: float = math.inf
     request: str = ""
+    direct_share: float | None = None
     blocks: int = 0
     ended_s: float = 0.0
     elapsed_s: float = 0.0
@@ -159,10 +164,12 @@ class PrefillEngine:
         deadline_s: float,
         decode: DecodeEngine | None = None,
         abort_s: float = math.inf,
+        direct_share: float | None = None,
     ) -> asyncio.Task[LoadOutcome]:
         """Run one load; return when it has ended, with the verification under way, and with
         `decode`, the engine at `decode_peer`, the hand-off as well. The load is given up after
-        `abort_s`; if it has ended by then, the hand-off is, so long after its beginning.
+        `abort_s`; if it has ended by then, the hand-off is, so long after its beginning. With a
+        `direct_share`, as a scheduler assigns it, `policy` is empty.
 
         Failures are outcomes; only programming errors raise. The pages are taken until all of that
         has ended, so that it never piles up beyond the pool.
@@ -170,6 +177,7 @@ class PrefillEngine:
         new = () if decode is None else _new_blocks(planned)
         pages = await self._pool.take(len(planned.hashes) + len(new))
         arrival = _Arrival(self._memory.places(pages), new, deadline_s, abort_s)
+        arrival.direct_share = direct_share
         if decode is not None:
             arrival.request = f"request-{next(_requests)}"
         try:
@@ -194,6 +202,7 @@ class PrefillEngine:
                 policy=policy,
                 decode_peer=decode_peer,
                 request=arrival.request,
+                direct_share=arrival.direct_share,
             )
             result = await result_or_abort(load, arrival.abort_s)
             arrival.blocks = result.blocks

@@ -70,7 +70,7 @@ class Replay:
         self._decode_engines = tuple(decode_engines) or ({},) * len(self._engines)
         self._decode_names = tuple(decode_names)
         self._concurrency = concurrency
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
 
     def _place(self, session: int) -> tuple[PrefillEngine, str, DecodeEngine | None]:
         turn, number = divmod(session, len(self._engines))
@@ -105,7 +105,7 @@ class Replay:
                         planned,
                         policy=policy,
                         decode_peer=peer,
-                        deadline_s=self._deadline_s,
+                        deadline_s=self.deadline_s,
                         decode=decode,
                     )
                     # The next turn waits neither for the verification nor for the hand-off.
