@@ -23,15 +23,15 @@ def run(tmp_path: Path, *words: str) -> tuple[int, dict[str, object]]:
     return status, json.loads(out.read_text()) if out.exists() else {}
 
 
-def leftovers() -> set[str]:
-    """Processes of a cluster that are alive, by their command lines."""
-    found = set()
+def leftovers(pid: int) -> set[str]:
+    """Processes of a demo's cluster that are alive, by their command lines; `pid` of the demo."""
+    found, folder = set(), f"dualpath-demo-{pid}-".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"dualpath.cli.main" in words and any(b"dualpath-demo-" in word for word in words):
+        if b"dualpath.cli.main" in words and any(folder in word for word in words):
             found.add(f"{path.parent.name} {b' '.join(words).decode()}")
     return found
 
@@ -40,7 +40,6 @@ def leftovers() -> set[str]:
 def test_a_paced_demo_verifies_every_block_and_the_split_uses_both_storage_links(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = leftovers()
     status, result = run(
         tmp_path,
         *("--shaping", "pacing", "--policies", "direct,split", "--storage-rate", "20MB/s"),
@@ -60,7 +59,7 @@ def test_a_paced_demo_verifies_every_block_and_the_split_uses_both_storage_links
     assert set(scheduled["bytes_by_path"]) == {"direct", "relay:decode-0"}
     assert (tmp_path / "links.png").read_bytes().startswith(b"\x89PNG")
     assert "all right" in capsys.readouterr().out
-    assert leftovers() <= before
+    assert not leftovers(os.getpid())
 
 
 @pytest.mark.root
@@ -129,10 +128,9 @@ def wait_for(demo: subprocess.Popen[str], word: str) -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals) -> None:
-    before = leftovers()
     with start("--policies", "direct", "--storage-rate", "10MB/s") as demo:
         wait_for(demo, "direct")
-        assert leftovers() - before
+        assert leftovers(demo.pid)
         demo.send_signal(number)
         demo.wait(30)
     if number is signal.SIGKILL:
@@ -142,24 +140,23 @@ def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals) ->
         assert not list(Path("/tmp").glob(f"dualpath-demo-{demo.pid}-*"))
     assert not list(NAMESPACES_FOLDER.glob(f"dualpath-{demo.pid}-*"))
     deadline = time.monotonic() + 20
-    while leftovers() - before and time.monotonic() < deadline:
+    while leftovers(demo.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not leftovers() - before
+    assert not leftovers(demo.pid)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_node_that_dies_ends_the_demo_with_its_last_words() -> None:
-    before = leftovers()
     with start("--policies", "direct", "--storage-rate", "10MB/s") as demo:
         wait_for(demo, "direct")
-        victim = next(each for each in leftovers() - before if "--name prefill-0" in each)
+        victim = next(each for each in leftovers(demo.pid) if "--name prefill-0" in each)
         os.kill(int(victim.split()[0]), signal.SIGKILL)
         assert demo.stderr is not None
         said = demo.stderr.read()
         assert demo.wait(60) == EXIT_FAILED
     assert "prefill-0 ended with status -9" in said
-    assert not leftovers() - before
+    assert not leftovers(demo.pid)
 
 
 def test_a_demo_that_cannot_be_shaped_as_demanded_says_why(

@@ -12,7 +12,7 @@ from dualpath.client.front_end import FrontEnd
 from dualpath.client.group_leader import GroupLeader
 from dualpath.scheduler.assignment import Assignment
 from dualpath.scheduler.config import SchedulerConfig
-from dualpath.scheduler.engine_spec import EngineSpec, Role
+from dualpath.scheduler.engine_spec import EngineSpec, NodeSpec, Role
 from dualpath.scheduler.group_report import EngineReport
 from dualpath.scheduler.hub import Hub
 from dualpath.scheduler.leader import FrontEnd as FrontEndStream
@@ -42,6 +42,7 @@ class Group:
         self.leader = GroupLeader(
             address,
             [EngineSpec(self.engine, role, f"{role.value}-group", f"node-{role.value}", 10_000)],
+            [NodeSpec(f"node-{role.value}", compute_tokens_per_s=1e6)],
             assigned=self.assigned.append,
             withdrawn=self.withdrawn.append,
             **settings,

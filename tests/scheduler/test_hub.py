@@ -31,7 +31,7 @@ class Cluster:
         config = SchedulerConfig(
             report_timeout_s=REPORT_S,
             rejoin_s=REJOIN_S,
-            **settings,  # type: ignore[arg-type]
+            **{"beta_tokens": 500_000, **settings},  # type: ignore[arg-type]
         )
         self.hub = Hub(config)
         self.numbers = {"P": 0, "D": 0}

@@ -17,11 +17,12 @@ from dualpath.transfer.errors import InvalidRequest, Overloaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ALPHA, BETA, HBM, STAGING = 200, 400, 1500, 700
+ALPHA, BETA, STAGING = 200, 400, 700
+HBM_OF = (1500, 200, 900, 1500, 120, 1500, 400, 80)
 SETTINGS = PolicySettings(alpha_tokens=ALPHA, beta_tokens=BETA)
 ENGINES = (
     *(EngineSpec(f"p{n}", Role.PREFILL, f"P{n // 4}", f"np{n // 2}", 0) for n in range(8)),
-    *(EngineSpec(f"d{n}", Role.DECODE, f"D{n // 4}", f"nd{n // 2}", HBM) for n in range(8)),
+    *(EngineSpec(f"d{n}", Role.DECODE, f"D{n // 4}", f"nd{n // 2}", HBM_OF[n]) for n in range(8)),
 )
 GROUPS = ("P0", "P1", "D0", "D1")
 KINDS = ("submit", "submit", "fetch", "fetch", "report", "look", "end", "end", "lose", "join")
@@ -43,6 +44,7 @@ class World:
         self.ended: set[str] = set()
         self.failed: set[str] = set()
         self.told = 0
+        self.heard = dict.fromkeys(GROUPS, 0)
         self.looks: dict[str, GroupReport] = {}
         self.lost: list[EngineSpec] = []
         self.log: list[Assignment] = []
@@ -62,12 +64,12 @@ class World:
         self.now += 0.01
         getattr(self, kind)(a, b)
         for engine in ENGINES[8:]:
-            assert sum(one.memory_tokens for one in self.live(engine.name)) <= HBM
+            assert sum(one.memory_tokens for one in self.live(engine.name)) <= engine.hbm_tokens
         for node in {engine.node for engine in ENGINES}:
             staged = self.staged(node)
             assert sum(staged) <= STAGING or len(staged) == 1
 
-    def staged(self, node: str) -> list[int]:
+    def staged(self, node: str) -> list[float]:
         """Tokens that a node's host memory holds for each request that is being prefilled."""
         engines = {engine.name for engine in ENGINES if engine.node == node}
         running = [self.assigned[name] for name in self.prefilling]
@@ -75,7 +77,7 @@ class World:
             tokens
             for one in running
             for engine, tokens in (
-                (one.prefill, one.request.hit_tokens),
+                (one.prefill, one.read.prefill * one.request.hit_tokens),
                 (one.decode, one.request.tokens),
             )
             if engine in engines and tokens
@@ -85,6 +87,11 @@ class World:
         tokens = 1 + a % 300
         name, session = f"r{len(self.requests)}", f"s{b % 7}" if b % 7 else ""
         request = Request(name, tokens, b % (tokens + 1), b % 50, session)
+        left = [e.hbm_tokens for e in ENGINES[8:] if e not in self.lost]
+        if left and request.memory_tokens > max(left):
+            with pytest.raises(InvalidRequest, match="largest decode engine"):
+                self.scheduler.submit(request, self.now)
+            return
         self.requests[request.id] = request
         self.scheduler.submit(request, self.now)
 
@@ -119,8 +126,10 @@ class World:
             ),
             tuple(NodeReport(node, b % 300) for node in sorted({e.node for e in engines})),
             number=old.number + 1 if old else 1,
-            seen=self.told,
+            seen=self.told if b % 2 else self.heard[group],
         )
+        if b % 2:
+            self.heard[group] = self.told
 
     def report(self, a: int, b: int) -> None:
         report = self.looks.get(GROUPS[a % 4])
@@ -147,6 +156,12 @@ class World:
         self.lost.append(engine)
         self.looks.pop(engine.group, None)
         loss = self.scheduler.lost(engine.name)
+        for failure in self.scheduler.failures():
+            assert failure.reason == "no_engine_fits"
+            left = [e.hbm_tokens for e in ENGINES[8:] if e not in self.lost]
+            assert failure.request.memory_tokens > max(left)
+            self.failed.add(failure.request.id)
+            self.ended.add(failure.request.id)
         for failure in loss.failed:
             assert failure.reason == "engine_lost"
             self.failed.add(failure.request.id)
@@ -169,7 +184,7 @@ class World:
             self.join(0, 0)
         for _ in range(60 + 2 * len(self.requests)):
             for number in range(4):
-                self.look(number, 0)
+                self.look(number, 1)
                 self.report(number, 0)
                 self.fetch(number, 0)
             for _ in range(2 * len(self.assigned)):
@@ -190,7 +205,12 @@ def test_whatever_happens_all_requests_end_and_no_engine_gets_more_than_it_can_h
     assert world.ended == set(world.requests)
     counts = world.scheduler.counts()
     assert (counts.waiting, counts.assigned) == (0, 0)
-    assert world.scheduler.table.staging == [0] * len(world.scheduler.table.staging)
+    table = world.scheduler.table
+    assert table.staging == [0] * len(table.staging)
+    for number in range(4):
+        world.look(number, 1)
+        world.report(number, 0)
+    assert table.tokens == table.requests == table.memory == [0] * len(table.tokens)
 
 
 @settings(deadline=None, max_examples=40)
@@ -322,6 +342,94 @@ def test_requests_of_a_dead_group_go_to_the_others() -> None:
         scheduler.submit(Request(name, 10, 0), 0.0)
     scheduler.lost("d1")
     assert {one.decode for one in fetch_all(scheduler)} == {"d0"}
+
+
+def test_what_only_a_lost_engine_could_hold_stands_before_nobody() -> None:
+    scheduler = small()
+    scheduler.register(EngineSpec("d2", Role.DECODE, "D0", "n2", 200))
+    scheduler.leave("d1")
+    for name, tokens in (("large", 900), ("small", 100)):
+        scheduler.submit(Request(name, tokens, 0), 0.0)
+    loss = scheduler.lost("d0")
+    assert (loss.requeued, loss.failed) == ((), ())
+    (failure,) = scheduler.failures()
+    assert (failure.request.id, failure.reason) == ("large", "no_engine_fits")
+    assert "900 tokens; the largest decode engine that is left holds 200" in failure.message
+    assert [one.request.id for one in fetch_all(scheduler)] == ["small"]
+
+
+def test_what_only_a_lost_engine_of_its_group_could_hold_goes_to_another_group() -> None:
+    scheduler = small()
+    scheduler.register(EngineSpec("d2", Role.DECODE, "D0", "n2", 200))
+    for name, tokens in (("d1-busy", 900), ("large", 800), ("small", 100)):
+        scheduler.submit(Request(name, tokens, 0), 0.0)
+    first, *_ = fetch_all(scheduler)
+    scheduler.lost("d0")
+    scheduler.finished(first.request.id)
+    for _ in range(3):
+        for one in fetch_all(scheduler):
+            scheduler.finished(one.request.id)
+        for group, engine in (("P", "p"), ("D0", "d2"), ("D1", "d1")):
+            scheduler.report(GroupReport(group, (EngineReport(engine, 0, 0),)))
+    assert scheduler.counts().waiting == 0
+
+
+def test_what_no_report_has_seen_does_not_outlive_its_withdrawal() -> None:
+    """The assignment and its withdrawal may go out in one message: the leader hears of neither,
+    so its reports never say that they have seen it."""
+    scheduler = small()
+    scheduler.lost("d1")
+    scheduler.submit(Request("a", 1000, 600), 0.0)
+    (one,) = fetch_all(scheduler)
+    scheduler.lost("p")
+    scheduler.register(EngineSpec("q", Role.PREFILL, "P", "np", 0))
+    told = GroupReport("D0", (EngineReport("d0", 0, 0),), (NodeReport("n0", 0),), 1, seen=0)
+    assert scheduler.report(told)
+    (again,) = fetch_all(scheduler)
+    assert (again.request.id, again.number) == ("a", one.number + 1)
+    scheduler.finished("a")
+    assert (scheduler.table.tokens[1], scheduler.table.requests[1]) == (0, 0)
+    assert [queue for queue in scheduler.table.read_queue if queue] == []
+
+
+def test_a_prefill_node_is_charged_for_the_hits_that_it_reads_only() -> None:
+    scheduler = Scheduler(named_policies("paper", SETTINGS))
+    for engine in (
+        EngineSpec("p", Role.PREFILL, "P", "np", 0),
+        EngineSpec("d", Role.DECODE, "D", "nd", 10_000),
+    ):
+        scheduler.register(engine, NodeSpec(engine.node, staging_tokens=1000))
+    # The prefill node's queue is the longer one: the decode node reads all.
+    scheduler.report(GroupReport("P", (EngineReport("p", 0, 0),), (NodeReport("np", 50),)))
+    for name in ("a", "b"):
+        scheduler.submit(Request(name, 310, 300), 0.0)
+    made = [one for group in ("D", "P") for one in scheduler.fetch(group, 0.0)]
+    sides = [one.read.prefill for one in made]
+    assert sides[0] == 0.0
+    node = scheduler.table.node_index["np"]
+    assert scheduler.table.staging[node] == sum(300 * side for side in sides)
+    for one in made:
+        scheduler.prefilled(one.request.id)
+    assert scheduler.table.staging == [0, 0]
+
+
+def test_beta_is_what_engines_say_or_what_is_set() -> None:
+    scheduler = Scheduler(
+        named_policies("paper", PolicySettings(alpha_tokens=ALPHA, beta_tokens=0))
+    )
+    with pytest.raises(InvalidRequest, match=r"'np' says no compute_tokens_per_s.*beta_tokens"):
+        scheduler.register(EngineSpec("p", Role.PREFILL, "P", "np", 0))
+    with pytest.raises(InvalidRequest, match="compute_tokens_per_s of node 'np' is -1"):
+        NodeSpec("np", compute_tokens_per_s=-1)
+    scheduler.register(
+        EngineSpec("p", Role.PREFILL, "P", "np", 0), NodeSpec("np", compute_tokens_per_s=20)
+    )
+    scheduler.register(EngineSpec("d", Role.DECODE, "D", "nd", 10_000))
+    for number in range(5):
+        scheduler.submit(Request(f"r{number}", 60, 0), 0.0)
+    scheduler.fetch("P", 0.0)
+    # 5 s of 20 tokens a second: the second request makes it more than that.
+    assert [one.request.id for one in scheduler.fetch("D", 0.0)] == ["r0", "r1"]
 
 
 def test_an_engine_that_leaves_keeps_its_requests_and_gets_no_more() -> None:

@@ -34,6 +34,7 @@ INTERVAL_S = 0.01
 def config(**settings: Any) -> SchedulerConfig:
     known: dict[str, Any] = {
         "listen": "127.0.0.1:0",
+        "beta_tokens": 500_000,
         "report_timeout_s": PATIENT_S,
         "rejoin_s": PATIENT_S,
     }

@@ -32,6 +32,7 @@ def first_message(
                 name=one.name,
                 read_tokens_per_s=one.read_tokens_per_s,
                 staging_tokens=one.staging_tokens,
+                compute_tokens_per_s=one.compute_tokens_per_s,
             )
             for one in nodes
         ],

@@ -19,7 +19,7 @@ from collections import OrderedDict
 
 from dualpath.scheduler.checks import check_positive
 from dualpath.scheduler.engine_table import EngineTable
-from dualpath.scheduler.prefill_choice import PrefillRound
+from dualpath.scheduler.prefill_choice import PrefillRound, beta_of
 from dualpath.scheduler.request import Request
 from dualpath.scheduler.settings import PolicySettings
 
@@ -62,8 +62,8 @@ class _AwareRound:
         self, policy: AwarePrefillChoice, table: EngineTable, group: int, settings: PolicySettings
     ) -> None:
         self._policy, self._table, self._group = policy, table, group
-        self._beta = settings.beta_tokens
-        self._compute_s = settings.beta_s / settings.beta_tokens
+        self._beta = beta_of(settings, table, group)
+        self._compute_s = settings.beta_s / self._beta if self._beta else 0.0
         self._read_s = settings.alpha_s / settings.alpha_tokens
         self._request: Request | None = None
         self._heap = [

@@ -24,9 +24,9 @@ class SchedulerConfig:
     alpha_tokens: float = 3_750_000
     """Prefill nodes with more tokens waiting to be read are passed over while others are not: what
     a node's storage links read in 3 s. The default: 400 Gb/s, 40 KB a token."""
-    beta_tokens: float = 500_000
-    """Prefill engines with more unfinished tokens get no more: what one GPU computes in 5 s.
-    Profile it: it depends on the model and on how much of a prompt is found."""
+    beta_tokens: float = 0
+    """Prefill engines with more unfinished tokens get no more: what one GPU computes in 5 s, hits
+    included. 0: 5 s of what leaders say (`compute_tokens_per_s`); without it they are refused."""
     decode_headroom: float = 1.05
     """How far above the mean a decode engine is filled before the others."""
     requests_max: int = 1_000_000

@@ -46,9 +46,12 @@ class NodeSpec:
     """One node, if more is known of it than its name.
 
     - `read_tokens_per_s`: what its storage links read; only the ratio between nodes counts.
+    - `compute_tokens_per_s`: tokens of prompts, hits included, that one of its prefill engines
+      works off a second, as profiled; 0: not known. Of it comes beta, where that is not set.
     - `staging_tokens`: tokens of KV for which its host memory has buffers; 0: not bounded here.
       A request is admitted to a node only if its tokens fit beside those of others there: the whole
-      prompt at its decode, the hits at its prefill engine, until it has been prefilled.
+      prompt at its decode engine, the hits at its prefill engine, until it has been prefilled; once
+      both engines are known, of the hits only what the prefill node reads.
 
     Raises InvalidRequest for rates and counts that are none.
     """
@@ -56,8 +59,10 @@ class NodeSpec:
     name: str
     read_tokens_per_s: float = 1.0
     staging_tokens: int = 0
+    compute_tokens_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("node", self.name)
         check_positive(f"read_tokens_per_s of node '{self.name}'", self.read_tokens_per_s)
         check_count(f"staging_tokens of node '{self.name}'", self.staging_tokens)
+        check_count(f"compute_tokens_per_s of node '{self.name}'", self.compute_tokens_per_s)

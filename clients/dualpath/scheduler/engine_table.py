@@ -46,6 +46,7 @@ class EngineTable:
         self.node_engines: list[list[int]] = []
         self.read_queue: list[float] = []
         self.read_rate: list[float] = []
+        self.compute_rate: list[float] = []
         self.staging: list[int] = []
         self.staging_max: list[float] = []
         # Groups.
@@ -99,7 +100,13 @@ class EngineTable:
             raise InvalidRequest(f"node '{spec.name}' has no engine; register one first")
         self.node_spec[index] = spec
         self.read_rate[index] = spec.read_tokens_per_s
+        self.compute_rate[index] = spec.compute_tokens_per_s
         self.staging_max[index] = spec.staging_tokens or math.inf
+
+    def node_named(self, name: str) -> NodeSpec:
+        """What is known of a node; of one that is not, its name."""
+        index = self.node_index.get(name)
+        return NodeSpec(name) if index is None else self.node_spec[index]
 
     def has_room(self, engine: int, tokens: int) -> bool:
         """Whether the host memory of an engine's node has buffers for so many tokens more. One
@@ -190,6 +197,7 @@ class EngineTable:
             self.node_spec[index] = spec
             self.read_queue[index], self.staging[index] = 0, 0
             self.read_rate[index] = spec.read_tokens_per_s
+            self.compute_rate[index] = spec.compute_tokens_per_s
             self.staging_max[index] = math.inf
         else:
             index = len(self.node_spec)
@@ -197,6 +205,7 @@ class EngineTable:
             self.node_engines.append([])
             self.read_queue.append(0)
             self.read_rate.append(spec.read_tokens_per_s)
+            self.compute_rate.append(spec.compute_tokens_per_s)
             self.staging.append(0)
             self.staging_max.append(math.inf)
         self.node_index[name] = index

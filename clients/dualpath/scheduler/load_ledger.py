@@ -90,6 +90,34 @@ class LoadLedger:
         with its next report."""
         self._promised[index] -= memory
 
+    def dropped(self, index: int, number: int) -> None:
+        """An engine has an assignment no more. Where no report has seen it, none may ever tell that
+        it has gone: it counts no longer."""
+        unseen = self._unseen[index]
+        if not unseen or unseen[0][0] > number:
+            return
+        for place, (known, tokens, memory) in enumerate(unseen):
+            if known == number:
+                del unseen[place]
+                table = self._table
+                table.requests[index] -= 1
+                table.tokens[index] -= tokens
+                table.memory[index] = max(table.memory[index] - memory, self._promised[index])
+                return
+
+    def read(self, index: int, number: int) -> None:
+        """The reads of an assignment at an engine's node are done, or will not be: the same."""
+        node = self._table.node_of[index]
+        reads = self._unseen_reads[node]
+        if not reads or reads[0][0] > number:
+            return
+        for place, (known, tokens) in enumerate(reads):
+            if known == number:
+                del reads[place]
+                queue = self._table.read_queue[node] - tokens
+                self._table.read_queue[node] = queue if queue > 0 else 0
+                return
+
     def check(self, report: GroupReport) -> None:
         """Raises InvalidRequest if it names engines or nodes that are not of its group."""
         table = self._table

@@ -39,7 +39,13 @@ def leader_message(
         if role is not None
     )
     nodes = tuple(
-        NodeSpec(one.name, one.read_tokens_per_s or 1.0, one.staging_tokens) for one in message.node
+        NodeSpec(
+            one.name,
+            one.read_tokens_per_s or 1.0,
+            one.staging_tokens,
+            one.compute_tokens_per_s,
+        )
+        for one in message.node
     )
     report = None
     if message.HasField("report"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from dualpath.scheduler.aware_prefill_choice import AwarePrefillChoice
 from dualpath.scheduler.decode_choice import (
@@ -11,10 +12,12 @@ from dualpath.scheduler.decode_choice import (
     RoundRobinDecodeChoice,
     TwoLevelDecodeChoice,
 )
+from dualpath.scheduler.engine_spec import NodeSpec
 from dualpath.scheduler.prefill_choice import (
     PaperPrefillChoice,
     PrefillChoice,
     RoundRobinPrefillChoice,
+    check_beta,
 )
 from dualpath.scheduler.read_side import (
     DirectRead,
@@ -27,23 +30,35 @@ from dualpath.scheduler.settings import PolicySettings
 from dualpath.transfer.errors import InvalidRequest
 
 
+def _any_node(node: NodeSpec) -> None:
+    """Nothing has to be known of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """One of each. Round-robin ones remember whose turn it is: one scheduler, one object."""
+    """One of each. Round-robin ones remember whose turn it is: one scheduler, one object.
+
+    `check` raises InvalidRequest if too little is known of a node to choose its prefill engines.
+    """
 
     prefill: PrefillChoice
     decode: DecodeChoice
     read: ReadChoice
+    check: Callable[[NodeSpec], None] = _any_node
+
+
+def _of(settings: PolicySettings, prefill: PrefillChoice, read: ReadChoice) -> Policies:
+    """With the paper's choice of decode engines."""
+    check = partial(check_beta, settings)
+    return Policies(prefill, TwoLevelDecodeChoice(settings), read, check)
 
 
 def _paper(settings: PolicySettings) -> Policies:
-    return Policies(
-        PaperPrefillChoice(settings), TwoLevelDecodeChoice(settings), ShorterQueueRead()
-    )
+    return _of(settings, PaperPrefillChoice(settings), ShorterQueueRead())
 
 
 def _direct(settings: PolicySettings) -> Policies:
-    return Policies(PaperPrefillChoice(settings), TwoLevelDecodeChoice(settings), DirectRead())
+    return _of(settings, PaperPrefillChoice(settings), DirectRead())
 
 
 def _round_robin(settings: PolicySettings) -> Policies:
@@ -51,11 +66,11 @@ def _round_robin(settings: PolicySettings) -> Policies:
 
 
 def _split(settings: PolicySettings) -> Policies:
-    return Policies(PaperPrefillChoice(settings), TwoLevelDecodeChoice(settings), SplitRead())
+    return _of(settings, PaperPrefillChoice(settings), SplitRead())
 
 
 def _aware(settings: PolicySettings) -> Policies:
-    return Policies(AwarePrefillChoice(settings), TwoLevelDecodeChoice(settings), SplitRead())
+    return _of(settings, AwarePrefillChoice(settings), SplitRead())
 
 
 POLICIES: dict[str, Callable[[PolicySettings], Policies]] = {

@@ -11,9 +11,11 @@ from __future__ import annotations
 import heapq
 from typing import Protocol
 
+from dualpath.scheduler.engine_spec import NodeSpec
 from dualpath.scheduler.engine_table import EngineTable
 from dualpath.scheduler.request import Request
 from dualpath.scheduler.settings import PolicySettings
+from dualpath.transfer.errors import InvalidRequest
 
 
 class PrefillRound(Protocol):
@@ -36,6 +38,25 @@ class PrefillChoice(Protocol):
         ...
 
 
+def beta_of(settings: PolicySettings, table: EngineTable, group: int) -> float:
+    """The paper's beta for the engines of a group, in tokens."""
+    if settings.beta_tokens:
+        return settings.beta_tokens
+    rates, node_of = table.compute_rate, table.node_of
+    members = table.members[group]
+    return settings.beta_s * min([rates[node_of[index]] for index in members], default=0.0)
+
+
+def check_beta(settings: PolicySettings, node: NodeSpec) -> None:
+    """Raise InvalidRequest if no beta is known for a node's prefill engines."""
+    if not settings.beta_tokens and not node.compute_tokens_per_s:
+        raise InvalidRequest(
+            f"node '{node.name}' says no compute_tokens_per_s, and the scheduler has no "
+            "beta_tokens: give one of them; profile how many tokens of prompts, hits included, one "
+            "engine works off a second"
+        )
+
+
 class PaperPrefillChoice:
     """The paper's rule: skip engines with tok_e > beta; prefer those whose node has
     read_q <= alpha; of the preferred, else of the others, the least tok_e.
@@ -56,7 +77,7 @@ class PaperPrefillChoice:
 class _PaperRound:
     def __init__(self, table: EngineTable, group: int, settings: PolicySettings) -> None:
         self._table = table
-        self._alpha, self._beta = settings.alpha_tokens, settings.beta_tokens
+        self._alpha, self._beta = settings.alpha_tokens, beta_of(settings, table, group)
         tokens, requests = table.tokens, table.requests
         node_of, read_queue, alpha = table.node_of, table.read_queue, self._alpha
         self._near: list[tuple[int, int, int]] = []

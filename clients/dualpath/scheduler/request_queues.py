@@ -30,23 +30,29 @@ class RequestQueues:
         self._hbm_max: dict[int, int] = {}
         self._arrivals: deque[RequestEntry] = deque()
         self._groups: dict[int, deque[RequestEntry]] = {}
+        self._memory_max = 0
         self._nowhere: deque[RequestEntry] = deque()
         """Those for which there is no decode group."""
 
     def group_changed(self, group: int) -> None:
-        """A decode group has other members. Without any, its requests go to others."""
+        """A decode group has other members. What none of them could ever hold goes to other groups:
+        it would stand before all others."""
         members = self._table.members[group]
         if members:
-            self._hbm_max[group] = max([self._table.hbm[index] for index in members])
+            most = max([self._table.hbm[index] for index in members])
             self._groups.setdefault(group, deque())
             self._waiting_tokens.setdefault(group, 0)
-            self.loads_changed(group)
             waiting, self._nowhere = self._nowhere, deque()
+            if most < self._hbm_max.get(group, 0):
+                waiting.extend(self._take_larger(group, most))
+            self._hbm_max[group] = most
+            self.loads_changed(group)
         else:
             self._totals.remove(group)
             self._hbm_max.pop(group, None)
             self._waiting_tokens.pop(group, None)
             waiting = self._groups.pop(group, deque())
+        self._memory_max = max(self._hbm_max.values(), default=0)
         self.wait_for_decode([entry for entry in waiting if not entry.gone])
 
     def loads_changed(self, group: int) -> None:
@@ -59,7 +65,13 @@ class RequestQueues:
 
     def memory_max(self) -> int:
         """The most memory of any decode engine, in tokens of KV; 0: there is no decode engine."""
-        return max(self._hbm_max.values(), default=0)
+        return self._memory_max
+
+    def unfitting(self) -> list[RequestEntry]:
+        """Those that no decode engine could ever hold, while there are decode engines."""
+        if not self._memory_max:
+            return []
+        return [entry for entry in self._nowhere if not entry.gone]
 
     def add(self, entry: RequestEntry) -> None:
         """A new request waits for both engines."""
@@ -134,6 +146,19 @@ class RequestQueues:
                     break
                 found[entry.number] = entry
         return [found[number] for number in sorted(found)]
+
+    def _take_larger(self, group: int, most: int) -> list[RequestEntry]:
+        """Take out of a group's queue those that need more memory than `most`."""
+        queue = self._groups[group]
+        waiting, larger = [entry for entry in queue if not entry.gone], []
+        queue.clear()
+        for entry in waiting:
+            if entry.request.memory_tokens > most:
+                larger.append(entry)
+                self._waiting_tokens[group] -= entry.request.tokens
+            else:
+                queue.append(entry)
+        return larger
 
     def _join(self, entry: RequestEntry) -> deque[RequestEntry]:
         group = self._choose_group(entry.request.memory_tokens)

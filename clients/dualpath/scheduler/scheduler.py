@@ -15,6 +15,7 @@ prefill and decode are done (`prefilled`, `finished`) or an engine is lost (`los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -77,6 +78,8 @@ class Scheduler:
                 f"engine '{engine.name}' lies on node '{engine.node}', not '{node.name}'"
             )
         known = engine.name in self.table.engine_index
+        if engine.role is Role.PREFILL:
+            self._policies.check(node or self.table.node_named(engine.node))
         index = self.table.add(engine)
         if node is not None:
             self.table.describe(node)
@@ -101,6 +104,7 @@ class Scheduler:
         if self.table.spec[index].role is Role.DECODE:
             self._queues.group_changed(self.table.group_of[index])
         self._let_go(index)
+        self._give_up_unfitting()
 
     def report(self, report: GroupReport) -> bool:
         """Take a group's report; False if it is not newer than its last, and changes nothing.
@@ -167,6 +171,9 @@ class Scheduler:
             return
         entry.prefilled = True
         self._free_staging(entry)
+        self._ledger.dropped(entry.prefill, entry.told.number)
+        self._ledger.read(entry.prefill, entry.told.number)
+        self._ledger.read(entry.decode, entry.told.number)
         self._drop(entry.prefill, entry)
         entry.prefill = NOBODY
 
@@ -213,6 +220,7 @@ class Scheduler:
             self._let_go(index)
         self._queues.wait_for_prefill(no_prefill)
         self._queues.wait_for_decode(no_decode)
+        self._give_up_unfitting()
         return Loss(tuple(entry.request for entry in again), tuple(failed), tuple(withdrawn))
 
     def renumber_reports(self, group: str) -> None:
@@ -237,7 +245,7 @@ class Scheduler:
             self._expire(now)
 
     def failures(self) -> tuple[Failure, ...]:
-        """Requests that were given up for their time in the queue, each told once."""
+        """Requests that were given up while they waited, each told once."""
         failures, self._failures = tuple(self._failures), []
         return failures
 
@@ -310,6 +318,10 @@ class Scheduler:
         read = self._policies.read.share(
             table, request, table.node_of[prefill], table.node_of[decode]
         )
+        if read.prefill < 1.0:
+            kept = math.ceil(read.prefill * request.hit_tokens)
+            table.staging[table.node_of[prefill]] -= entry.prefill_staging - kept
+            entry.prefill_staging = kept
         self._assignments += 1
         self._assigned += 1
         assignment = Assignment(
@@ -353,6 +365,9 @@ class Scheduler:
         entry.prefill_staging = 0
         if entry.told is None:
             self._ledger.unchosen(entry.prefill, entry.request.tokens, 0)
+        else:
+            self._ledger.dropped(entry.prefill, entry.told.number)
+            self._ledger.read(entry.prefill, entry.told.number)
         self._drop(entry.prefill, entry)
         entry.prefill = NOBODY
 
@@ -364,6 +379,8 @@ class Scheduler:
             self._ledger.unchosen(entry.decode, request.tokens, request.memory_tokens)
         else:
             self._ledger.released(entry.decode, request.memory_tokens)
+            self._ledger.dropped(entry.decode, entry.told.number)
+            self._ledger.read(entry.decode, entry.told.number)
         self._drop(entry.decode, entry)
         entry.decode = NOBODY
 
@@ -398,6 +415,15 @@ class Scheduler:
             self.table.remove(index)
             if group not in self.table.group_index:
                 self._report_numbers.pop(group, None)
+
+    def _give_up_unfitting(self) -> None:
+        """What no engine that is left could ever hold must not hold a prefill engine's place."""
+        for entry in self._queues.unfitting():
+            most = self._queues.memory_max()
+            text = f"it needs memory for {entry.request.memory_tokens} tokens; the largest decode "
+            text += f"engine that is left holds {most}"
+            self._failures.append(Failure(entry.request, "no_engine_fits", text))
+            self._forget(entry)
 
     def _expire(self, now: float) -> None:
         queue_s = self._limits.queue_s

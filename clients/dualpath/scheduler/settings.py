@@ -19,7 +19,9 @@ class PolicySettings:
     - `alpha_tokens`: a storage link with more tokens waiting is passed over while another is not:
       what it reads in 3 s.
     - `beta_tokens`: a prefill engine with more unfinished tokens gets no more: what one GPU
-      computes in 5 s.
+      computes in 5 s. 0: `beta_s` times what the nodes of a group say, the slowest of them
+      (`NodeSpec.compute_tokens_per_s`). No default could stand for it: tokens of prompts include
+      hits, so it depends on model, GPU and hit rate: many times as much at 98 % as at 40 %.
     - `alpha_s`, `beta_s`: the seconds that these stand for, by which queues of both are compared.
     - `decode_headroom`: how far above the mean a decode engine may be filled.
 
@@ -34,7 +36,7 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         check_positive("alpha_tokens", self.alpha_tokens)
-        check_positive("beta_tokens", self.beta_tokens)
+        check_count("beta_tokens", self.beta_tokens)
         check_positive("decode_headroom", self.decode_headroom)
         check_positive("alpha_s", self.alpha_s)
         check_positive("beta_s", self.beta_s)

@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!dualpath/proto/v1/scheduler.proto\x12\x0b\x64ualpath.v1\"<\n\nEngineInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x12\n\nhbm_tokens\x18\x03 \x01(\x04\"K\n\x08NodeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11read_tokens_per_s\x18\x02 \x01(\x01\x12\x16\n\x0estaging_tokens\x18\x03 \x01(\x04\"W\n\nEngineLoad\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x17\n\x0freserved_tokens\x18\x04 \x01(\x04\"3\n\x08NodeLoad\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x19\n\x11read_queue_tokens\x18\x02 \x01(\x04\"x\n\nLoadReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04seen\x18\x02 \x01(\x04\x12\'\n\x06\x65ngine\x18\x03 \x03(\x0b\x32\x17.dualpath.v1.EngineLoad\x12#\n\x04node\x18\x04 \x03(\x0b\x32\x15.dualpath.v1.NodeLoad\"\xfe\x01\n\x0bLeadRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.dualpath.v1.EngineRole\x12\'\n\x06\x65ngine\x18\x03 \x03(\x0b\x32\x17.dualpath.v1.EngineInfo\x12#\n\x04node\x18\x04 \x03(\x0b\x32\x15.dualpath.v1.NodeInfo\x12\x0f\n\x07leaving\x18\x05 \x03(\t\x12\x0c\n\x04lost\x18\x06 \x03(\t\x12\x11\n\tprefilled\x18\x07 \x03(\t\x12\x10\n\x08\x66inished\x18\x08 \x03(\t\x12\'\n\x06report\x18\t \x01(\x0b\x32\x17.dualpath.v1.LoadReport\"\x89\x01\n\nAssignment\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07request\x18\x02 \x01(\t\x12\x0f\n\x07prefill\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\t\x12\x15\n\rprefill_reads\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x12\n\nhit_tokens\x18\x07 \x01(\x04\"N\n\x0cLeadResponse\x12+\n\nassignment\x18\x01 \x03(\x0b\x32\x17.dualpath.v1.Assignment\x12\x11\n\twithdrawn\x18\x02 \x03(\t\"g\n\nNewRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x12\n\nhit_tokens\x18\x03 \x01(\x04\x12\x18\n\x10new_output_bound\x18\x04 \x01(\x04\x12\x0f\n\x07session\x18\x05 \x01(\t\"J\n\x0e\x45nqueueRequest\x12(\n\x07request\x18\x01 \x03(\x0b\x32\x17.dualpath.v1.NewRequest\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\t\"P\n\nRequestEnd\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"v\n\x0f\x45nqueueResponse\x12+\n\nassignment\x18\x01 \x03(\x0b\x32\x17.dualpath.v1.Assignment\x12\x10\n\x08requeued\x18\x02 \x03(\t\x12$\n\x03\x65nd\x18\x03 \x03(\x0b\x32\x17.dualpath.v1.RequestEnd*Z\n\nEngineRole\x12\x1b\n\x17\x45NGINE_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45NGINE_ROLE_PREFILL\x10\x01\x12\x16\n\x12\x45NGINE_ROLE_DECODE\x10\x02\x32\x96\x01\n\tScheduler\x12?\n\x04Lead\x12\x18.dualpath.v1.LeadRequest\x1a\x19.dualpath.v1.LeadResponse(\x01\x30\x01\x12H\n\x07\x45nqueue\x12\x1b.dualpath.v1.EnqueueRequest\x1a\x1c.dualpath.v1.EnqueueResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!dualpath/proto/v1/scheduler.proto\x12\x0b\x64ualpath.v1\"<\n\nEngineInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x12\n\nhbm_tokens\x18\x03 \x01(\x04\"i\n\x08NodeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11read_tokens_per_s\x18\x02 \x01(\x01\x12\x16\n\x0estaging_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14\x63ompute_tokens_per_s\x18\x04 \x01(\x01\"W\n\nEngineLoad\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x17\n\x0freserved_tokens\x18\x04 \x01(\x04\"3\n\x08NodeLoad\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x19\n\x11read_queue_tokens\x18\x02 \x01(\x04\"x\n\nLoadReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04seen\x18\x02 \x01(\x04\x12\'\n\x06\x65ngine\x18\x03 \x03(\x0b\x32\x17.dualpath.v1.EngineLoad\x12#\n\x04node\x18\x04 \x03(\x0b\x32\x15.dualpath.v1.NodeLoad\"\xfe\x01\n\x0bLeadRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.dualpath.v1.EngineRole\x12\'\n\x06\x65ngine\x18\x03 \x03(\x0b\x32\x17.dualpath.v1.EngineInfo\x12#\n\x04node\x18\x04 \x03(\x0b\x32\x15.dualpath.v1.NodeInfo\x12\x0f\n\x07leaving\x18\x05 \x03(\t\x12\x0c\n\x04lost\x18\x06 \x03(\t\x12\x11\n\tprefilled\x18\x07 \x03(\t\x12\x10\n\x08\x66inished\x18\x08 \x03(\t\x12\'\n\x06report\x18\t \x01(\x0b\x32\x17.dualpath.v1.LoadReport\"\x89\x01\n\nAssignment\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07request\x18\x02 \x01(\t\x12\x0f\n\x07prefill\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\t\x12\x15\n\rprefill_reads\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x12\n\nhit_tokens\x18\x07 \x01(\x04\"N\n\x0cLeadResponse\x12+\n\nassignment\x18\x01 \x03(\x0b\x32\x17.dualpath.v1.Assignment\x12\x11\n\twithdrawn\x18\x02 \x03(\t\"g\n\nNewRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x12\n\nhit_tokens\x18\x03 \x01(\x04\x12\x18\n\x10new_output_bound\x18\x04 \x01(\x04\x12\x0f\n\x07session\x18\x05 \x01(\t\"J\n\x0e\x45nqueueRequest\x12(\n\x07request\x18\x01 \x03(\x0b\x32\x17.dualpath.v1.NewRequest\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\t\"P\n\nRequestEnd\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"v\n\x0f\x45nqueueResponse\x12+\n\nassignment\x18\x01 \x03(\x0b\x32\x17.dualpath.v1.Assignment\x12\x10\n\x08requeued\x18\x02 \x03(\t\x12$\n\x03\x65nd\x18\x03 \x03(\x0b\x32\x17.dualpath.v1.RequestEnd*Z\n\nEngineRole\x12\x1b\n\x17\x45NGINE_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45NGINE_ROLE_PREFILL\x10\x01\x12\x16\n\x12\x45NGINE_ROLE_DECODE\x10\x02\x32\x96\x01\n\tScheduler\x12?\n\x04Lead\x12\x18.dualpath.v1.LeadRequest\x1a\x19.dualpath.v1.LeadResponse(\x01\x30\x01\x12H\n\x07\x45nqueue\x12\x1b.dualpath.v1.EnqueueRequest\x1a\x1c.dualpath.v1.EnqueueResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dualpath.proto.v1.scheduler_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINEROLE']._serialized_start=1313
-  _globals['_ENGINEROLE']._serialized_end=1403
+  _globals['_ENGINEROLE']._serialized_start=1343
+  _globals['_ENGINEROLE']._serialized_end=1433
   _globals['_ENGINEINFO']._serialized_start=50
   _globals['_ENGINEINFO']._serialized_end=110
   _globals['_NODEINFO']._serialized_start=112
-  _globals['_NODEINFO']._serialized_end=187
-  _globals['_ENGINELOAD']._serialized_start=189
-  _globals['_ENGINELOAD']._serialized_end=276
-  _globals['_NODELOAD']._serialized_start=278
-  _globals['_NODELOAD']._serialized_end=329
-  _globals['_LOADREPORT']._serialized_start=331
-  _globals['_LOADREPORT']._serialized_end=451
-  _globals['_LEADREQUEST']._serialized_start=454
-  _globals['_LEADREQUEST']._serialized_end=708
-  _globals['_ASSIGNMENT']._serialized_start=711
-  _globals['_ASSIGNMENT']._serialized_end=848
-  _globals['_LEADRESPONSE']._serialized_start=850
-  _globals['_LEADRESPONSE']._serialized_end=928
-  _globals['_NEWREQUEST']._serialized_start=930
-  _globals['_NEWREQUEST']._serialized_end=1033
-  _globals['_ENQUEUEREQUEST']._serialized_start=1035
-  _globals['_ENQUEUEREQUEST']._serialized_end=1109
-  _globals['_REQUESTEND']._serialized_start=1111
-  _globals['_REQUESTEND']._serialized_end=1191
-  _globals['_ENQUEUERESPONSE']._serialized_start=1193
-  _globals['_ENQUEUERESPONSE']._serialized_end=1311
-  _globals['_SCHEDULER']._serialized_start=1406
-  _globals['_SCHEDULER']._serialized_end=1556
+  _globals['_NODEINFO']._serialized_end=217
+  _globals['_ENGINELOAD']._serialized_start=219
+  _globals['_ENGINELOAD']._serialized_end=306
+  _globals['_NODELOAD']._serialized_start=308
+  _globals['_NODELOAD']._serialized_end=359
+  _globals['_LOADREPORT']._serialized_start=361
+  _globals['_LOADREPORT']._serialized_end=481
+  _globals['_LEADREQUEST']._serialized_start=484
+  _globals['_LEADREQUEST']._serialized_end=738
+  _globals['_ASSIGNMENT']._serialized_start=741
+  _globals['_ASSIGNMENT']._serialized_end=878
+  _globals['_LEADRESPONSE']._serialized_start=880
+  _globals['_LEADRESPONSE']._serialized_end=958
+  _globals['_NEWREQUEST']._serialized_start=960
+  _globals['_NEWREQUEST']._serialized_end=1063
+  _globals['_ENQUEUEREQUEST']._serialized_start=1065
+  _globals['_ENQUEUEREQUEST']._serialized_end=1139
+  _globals['_REQUESTEND']._serialized_start=1141
+  _globals['_REQUESTEND']._serialized_end=1221
+  _globals['_ENQUEUERESPONSE']._serialized_start=1223
+  _globals['_ENQUEUERESPONSE']._serialized_end=1341
+  _globals['_SCHEDULER']._serialized_start=1436
+  _globals['_SCHEDULER']._serialized_end=1586
 # @@protoc_insertion_point(module_scope)

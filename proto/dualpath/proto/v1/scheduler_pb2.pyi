@@ -65,19 +65,25 @@ class NodeInfo(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     READ_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     STAGING_TOKENS_FIELD_NUMBER: builtins.int
+    COMPUTE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     name: builtins.str
     read_tokens_per_s: builtins.float
     """of its storage links, relative to other nodes'; 0: as any other"""
     staging_tokens: builtins.int
     """tokens of KV for which its host memory has buffers; 0: not bounded"""
+    compute_tokens_per_s: builtins.float
+    """Of prefill engines: tokens of prompts, hits included, that one works off a second; 0: not known,
+    which a scheduler without beta_tokens refuses.
+    """
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         read_tokens_per_s: builtins.float = ...,
         staging_tokens: builtins.int = ...,
+        compute_tokens_per_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "read_tokens_per_s", b"read_tokens_per_s", "staging_tokens", b"staging_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compute_tokens_per_s", b"compute_tokens_per_s", "name", b"name", "read_tokens_per_s", b"read_tokens_per_s", "staging_tokens", b"staging_tokens"]) -> None: ...
 
 global___NodeInfo = NodeInfo
 
@@ -330,7 +336,7 @@ class RequestEnd(google.protobuf.message.Message):
     RETRY_AFTER_S_FIELD_NUMBER: builtins.int
     id: builtins.str
     reason: builtins.str
-    """"": finished; engine_lost, queue_timeout, cancelled, invalid, overloaded"""
+    """"": finished; engine_lost, no_engine_fits, queue_timeout, cancelled, invalid, overloaded"""
     message: builtins.str
     retry_after_s: builtins.float
     """with overloaded"""
