@@ -9,7 +9,7 @@ from dualpath.scheduler.engine_table import EngineTable
 from dualpath.scheduler.read_side import DirectRead, RoundRobinRead, ShorterQueueRead, SplitRead
 from dualpath.scheduler.request import Request
 from dualpath.scheduler.settings import SchedulerLimits
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 rates = st.floats(0.5, 4.0)
@@ -43,6 +43,8 @@ def test_direct_never_and_turns_always_alternate() -> None:
     assert found == [PREFILL_READS, DECODE_READS] * 2
 
 
+@example(queues=(0.0, 9980.0), node_rates=(1.0, 1.0), hits=10_000, least=1000)
+@example(queues=(9980.0, 0.0), node_rates=(1.0, 1.0), hits=10_000, least=1000)
 @given(
     queues=st.tuples(st.floats(0, 1e5), st.floats(0, 1e5)),
     node_rates=st.tuples(rates, rates),

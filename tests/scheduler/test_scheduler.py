@@ -413,25 +413,6 @@ def test_a_prefill_node_is_charged_for_the_hits_that_it_reads_only() -> None:
     assert scheduler.table.staging == [0, 0]
 
 
-def test_beta_is_what_engines_say_or_what_is_set() -> None:
-    scheduler = Scheduler(
-        named_policies("paper", PolicySettings(alpha_tokens=ALPHA, beta_tokens=0))
-    )
-    with pytest.raises(InvalidRequest, match=r"'np' says no compute_tokens_per_s.*beta_tokens"):
-        scheduler.register(EngineSpec("p", Role.PREFILL, "P", "np", 0))
-    with pytest.raises(InvalidRequest, match="compute_tokens_per_s of node 'np' is -1"):
-        NodeSpec("np", compute_tokens_per_s=-1)
-    scheduler.register(
-        EngineSpec("p", Role.PREFILL, "P", "np", 0), NodeSpec("np", compute_tokens_per_s=20)
-    )
-    scheduler.register(EngineSpec("d", Role.DECODE, "D", "nd", 10_000))
-    for number in range(5):
-        scheduler.submit(Request(f"r{number}", 60, 0), 0.0)
-    scheduler.fetch("P", 0.0)
-    # 5 s of 20 tokens a second: the second request makes it more than that.
-    assert [one.request.id for one in scheduler.fetch("D", 0.0)] == ["r0", "r1"]
-
-
 def test_an_engine_that_leaves_keeps_its_requests_and_gets_no_more() -> None:
     scheduler = small()
     scheduler.submit(Request("a", 10, 0), 0.0)

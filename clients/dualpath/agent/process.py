@@ -31,8 +31,8 @@ from dualpath.kvstore.service.readiness import Phase, Readiness
 from dualpath.kvstore.service.server_tls import ServerTls
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
+from dualpath.proto.listen import listen_at
 from dualpath.proto.v1 import agent_pb2, agent_pb2_grpc
-from dualpath.transfer.errors import Unavailable
 from dualpath.transfer.unix_path import claim, private_files, remove
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -136,11 +136,11 @@ class AgentServer:
         listen = ""
         if config.listen:
             host = config.listen.rpartition(":")[0]
-            listen = f"{host}:{_bind(server, 'listen', config.listen, self._credentials())}"
+            listen = f"{host}:{listen_at(server, 'listen', config.listen, self._credentials())}"
         if config.unix:
             claim(config.unix)
             with private_files():
-                _bind(server, "unix", f"unix:{config.unix}")
+                listen_at(server, "unix", f"unix:{config.unix}")
             self._stack.callback(remove, config.unix)
         await server.start()
         self._stack.push_async_callback(server.stop, STOP_S_MAX)
@@ -176,28 +176,3 @@ async def run_agent(config: AgentConfig, on_ready: Callable[[Mapping[str, object
         await server.stop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
-
-
-def _bind(
-    server: grpc.aio.Server,
-    field: str,
-    address: str,
-    credentials: grpc.ServerCredentials | None = None,
-) -> int:
-    try:
-        if credentials is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        port = 0
-        reason = str(error)
-    else:
-        reason = ""
-    if port == 0:
-        raise Unavailable(
-            f"{field}: cannot listen on {address} ({reason or 'refused'}); stop what listens there "
-            "or choose another address of this machine",
-            reason="address_in_use",
-        )
-    return port

@@ -98,15 +98,21 @@ class _AwareRound:
         return compute if compute > read else read
 
     def _least(self, request: Request) -> int | None:
+        # As `_cost`, which is asked too often here to be called.
         table, heap, beta = self._table, self._heap, self._beta
+        tokens_of, node_of = table.tokens, table.node_of
+        queue, rate = table.read_queue, table.read_rate
+        compute_s, read_s = self._compute_s, self._read_s
         aside: list[tuple[float, int, int]] = []
         found = None
         while heap:
-            index = heap[0][2]
-            tokens, cost = table.tokens[index], self._cost(index)
+            known_cost, known_tokens, index = heap[0]
+            tokens, node = tokens_of[index], node_of[index]
+            compute, read = tokens * compute_s, queue[node] * read_s / rate[node]
+            cost = compute if compute > read else read
             if tokens > beta:
                 heapq.heappop(heap)
-            elif (cost, tokens) != heap[0][:2]:
+            elif cost != known_cost or tokens != known_tokens:
                 heapq.heapreplace(heap, (cost, tokens, index))
             elif not table.has_room(index, request.hit_tokens):
                 aside.append(heapq.heappop(heap))

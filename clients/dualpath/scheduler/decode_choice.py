@@ -89,56 +89,45 @@ class _TwoLevelRound:
         heapq.heapify(self._by_tokens)
 
     def choose(self, request: Request) -> int | None:
-        need = request.tokens + request.new_output_bound
-        below = self._level - request.tokens
-        tokens, memory, hbm = self._table.tokens, self._table.memory, self._table.hbm
+        table = self._table
+        heap, tokens_of = self._by_tokens, table.tokens
+        tokens = request.tokens
+        need, below = tokens + request.new_output_bound, self._level - tokens
         # The least tok_e tells without a search that nobody is below the level.
-        least = self._peek_tokens()
-        if least <= below:
-            heap, aside, found = self._by_requests, [], None
-            while heap:
-                entry = heap[0]
-                index = entry[2]
-                if self._stale_requests(entry):
-                    heapq.heappop(heap)
-                elif (
-                    tokens[index] <= below
-                    and memory[index] + need <= hbm[index]
-                    and self._table.has_room(index, request.tokens)
-                ):
-                    found = index
-                    break
-                else:
-                    aside.append(heapq.heappop(heap))
-            for entry in aside:
-                heapq.heappush(heap, entry)
+        while heap[0][0] != tokens_of[heap[0][2]]:
+            heapq.heappop(heap)
+        if heap[0][0] <= below:
+            found = self._first(self._by_requests, need, tokens, below)
             if found is not None:
                 return found
-        return self._least_tokens(need, request.tokens)
+        return self._first(heap, need, tokens, None)
 
     def placed(self, engine: int) -> None:
         tokens, requests = self._table.tokens[engine], self._table.requests[engine]
         heapq.heappush(self._by_requests, (requests, tokens, engine))
         heapq.heappush(self._by_tokens, (tokens, requests, engine))
 
-    def _peek_tokens(self) -> int:
-        heap, tokens = self._by_tokens, self._table.tokens
-        while heap[0][0] != tokens[heap[0][2]]:
-            heapq.heappop(heap)
-        return heap[0][0]
-
-    def _stale_requests(self, entry: tuple[int, int, int]) -> bool:
+    def _first(
+        self, heap: list[tuple[int, int, int]], need: int, staging: int, below: float | None
+    ) -> int | None:
+        """The first of a heap with room, and with at most `below` tokens if that is given. Those
+        passed over stay for the next request; entries that are out of date go."""
         table = self._table
-        return entry[0] != table.requests[entry[2]] or entry[1] != table.tokens[entry[2]]
-
-    def _least_tokens(self, need: int, staging: int) -> int | None:
-        heap, aside, found = self._by_tokens, [], None
-        table = self._table
+        first, second = table.requests, table.tokens
+        if below is None:
+            first, second = second, first
+        tokens_of, memory, hbm, has_room = table.tokens, table.memory, table.hbm, table.has_room
+        aside, found = [], None
         while heap:
-            tokens, requests, index = heap[0]
-            if tokens != table.tokens[index] or requests != table.requests[index]:
+            entry = heap[0]
+            index = entry[2]
+            if entry[0] != first[index] or entry[1] != second[index]:
                 heapq.heappop(heap)
-            elif table.memory[index] + need <= table.hbm[index] and table.has_room(index, staging):
+            elif (
+                (below is None or tokens_of[index] <= below)
+                and memory[index] + need <= hbm[index]
+                and has_room(index, staging)
+            ):
                 found = index
                 break
             else:

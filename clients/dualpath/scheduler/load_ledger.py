@@ -24,39 +24,41 @@ class LoadLedger:
         self._table = table
         self._choosing: list[list[int]] = []
         """An engine's requests, tokens and memory of requests that lack their other engine."""
-        self._unseen: list[list[tuple[int, int, int]]] = []
+        self.unseen: list[list[tuple[int, int, int]]] = []
         """An engine's assignments that no report has seen: number, tokens, memory."""
-        self._unseen_reads: list[list[tuple[int, float]]] = []
+        self.unseen_reads: list[list[tuple[int, float]]] = []
         """A node's reads that no report has seen: number, tokens."""
         self._promised: list[int] = []
         """Tokens of memory that an engine's live requests may need."""
 
     def engine_added(self, index: int) -> None:
         """A new engine, or a new one by an index that was free."""
-        while len(self._unseen) <= index:
+        while len(self.unseen) <= index:
             self._choosing.append([0, 0, 0])
-            self._unseen.append([])
+            self.unseen.append([])
             self._promised.append(0)
         self._choosing[index] = [0, 0, 0]
-        self._unseen[index] = []
+        self.unseen[index] = []
         self._promised[index] = 0
         node = self._table.node_of[index]
-        while len(self._unseen_reads) <= node:
-            self._unseen_reads.append([])
+        while len(self.unseen_reads) <= node:
+            self.unseen_reads.append([])
         if len(self._table.node_engines[node]) == 1:
-            self._unseen_reads[node] = []
+            self.unseen_reads[node] = []
 
-    def chosen(self, index: int, tokens: int, memory: int) -> None:
-        """An engine gets a request."""
+    def chosen(self, index: int, tokens: int, memory: int, *, first: bool) -> None:
+        """An engine gets a request; `first`: its other engine is not known yet."""
         table = self._table
         table.requests[index] += 1
         table.tokens[index] += tokens
-        table.memory[index] += memory
-        self._promised[index] += memory
-        choosing = self._choosing[index]
-        choosing[0] += 1
-        choosing[1] += tokens
-        choosing[2] += memory
+        if memory:
+            table.memory[index] += memory
+            self._promised[index] += memory
+        if first:
+            choosing = self._choosing[index]
+            choosing[0] += 1
+            choosing[1] += tokens
+            choosing[2] += memory
 
     def unchosen(self, index: int, tokens: int, memory: int) -> None:
         """An engine does not get the request after all; it was never told of it."""
@@ -67,23 +69,29 @@ class LoadLedger:
         self._promised[index] -= memory
         self._told(index, tokens, memory)
 
-    def assigned(self, assignment: Assignment, entry: RequestEntry) -> None:
-        """Both engines are known: their work and their nodes' reads wait for a report."""
-        table, request, number = self._table, assignment.request, assignment.number
+    def assigned(self, assignment: Assignment, entry: RequestEntry, *, prefill_first: bool) -> None:
+        """Both engines are known, one of them since before: their work and their nodes' reads wait
+        for a report."""
+        number, request, _, _, read = assignment
+        prefill, decode = entry.prefill, entry.decode
         tokens = request.tokens
         memory = tokens + request.new_output_bound
-        self._told(entry.prefill, tokens, 0)
-        self._told(entry.decode, tokens, memory)
-        self._unseen[entry.prefill].append((number, tokens, 0))
-        self._unseen[entry.decode].append((number, tokens, memory))
-        for engine, share in (
-            (entry.prefill, assignment.read.prefill),
-            (entry.decode, assignment.read.decode),
-        ):
-            if share:
-                node, reads = table.node_of[engine], share * request.hit_tokens
-                table.read_queue[node] += reads
-                self._unseen_reads[node].append((number, reads))
+        if prefill_first:
+            self._told(prefill, tokens, 0)
+        else:
+            self._told(decode, tokens, memory)
+        self.unseen[prefill].append((number, tokens, 0))
+        self.unseen[decode].append((number, tokens, memory))
+        share, other = read
+        if share:
+            self._will_read(prefill, number, share * request.hit_tokens)
+        if other:
+            self._will_read(decode, number, other * request.hit_tokens)
+
+    def _will_read(self, index: int, number: int, tokens: float) -> None:
+        node = self._table.node_of[index]
+        self._table.read_queue[node] += tokens
+        self.unseen_reads[node].append((number, tokens))
 
     def released(self, index: int, memory: int) -> None:
         """A request no longer needs the memory of a decode engine. What the engine has shows
@@ -93,7 +101,7 @@ class LoadLedger:
     def dropped(self, index: int, number: int) -> None:
         """An engine has an assignment no more. Where no report has seen it, none may ever tell that
         it has gone: it counts no longer."""
-        unseen = self._unseen[index]
+        unseen = self.unseen[index]
         if not unseen or unseen[0][0] > number:
             return
         for place, (known, tokens, memory) in enumerate(unseen):
@@ -105,10 +113,9 @@ class LoadLedger:
                 table.memory[index] = max(table.memory[index] - memory, self._promised[index])
                 return
 
-    def read(self, index: int, number: int) -> None:
-        """The reads of an assignment at an engine's node are done, or will not be: the same."""
-        node = self._table.node_of[index]
-        reads = self._unseen_reads[node]
+    def read(self, node: int, number: int) -> None:
+        """The reads of an assignment at a node are done, or will not be: the same."""
+        reads = self.unseen_reads[node]
         if not reads or reads[0][0] > number:
             return
         for place, (known, tokens) in enumerate(reads):
@@ -143,10 +150,10 @@ class LoadLedger:
         for engine in report.engines:
             index = table.engine_index[engine.engine]
             requests, tokens, memory = self._choosing[index]
-            unseen = self._unseen[index]
+            unseen = self.unseen[index]
             if unseen:
                 unseen = [] if seen is None else [one for one in unseen if one[0] > seen]
-                self._unseen[index] = unseen
+                self.unseen[index] = unseen
                 for _, more_tokens, more_memory in unseen:
                     requests += 1
                     tokens += more_tokens
@@ -157,10 +164,10 @@ class LoadLedger:
             table.memory[index] = max(memory, self._promised[index])
         for node in report.nodes:
             place = table.node_index[node.node]
-            reads = self._unseen_reads[place]
+            reads = self.unseen_reads[place]
             if reads:
                 reads = [] if seen is None else [one for one in reads if one[0] > seen]
-                self._unseen_reads[place] = reads
+                self.unseen_reads[place] = reads
             table.read_queue[place] = node.read_queue_tokens + sum([one[1] for one in reads])
 
     def _told(self, index: int, tokens: int, memory: int) -> None:

@@ -25,13 +25,13 @@ from dualpath.kvstore.service.readiness import Phase, Readiness
 from dualpath.kvstore.service.server_tls import ServerTls
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
+from dualpath.proto.listen import listen_at
 from dualpath.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 from dualpath.scheduler.config import SchedulerConfig
 from dualpath.scheduler.hub import Hub
 from dualpath.scheduler.metrics import SchedulerCollector, SchedulerSnapshot, snapshot_of
 from dualpath.scheduler.scheduler_service import SchedulerService
 from dualpath.scheduler.settings import COLLECT_AFTER
-from dualpath.transfer.errors import Unavailable
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -117,32 +117,21 @@ class SchedulerServer:
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        listen = self._bind(server)
+        listen = self._listen(server)
         await server.start()
         self._stack.push_async_callback(server.stop, STOP_S_MAX)
         await state.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         return listen
 
-    def _bind(self, server: grpc.aio.Server) -> str:
-        address, files = self.config.listen, self.config.server_files
-        reason = "refused"
-        try:
-            if files is None:
-                port = server.add_insecure_port(address)
-            else:
-                tls = ServerTls(files)
-                self.reload.watch("certificate", files.paths, tls.reload)
-                self._stack.push_async_callback(self.reload.stop)
-                self.reload.start()
-                port = server.add_secure_port(address, tls.credentials)
-        except RuntimeError as error:
-            port, reason = 0, str(error)
-        if port == 0:
-            raise Unavailable(
-                f"listen: cannot listen on {address} ({reason}); stop what listens there or "
-                "choose another address of this machine",
-                reason="address_in_use",
-            )
+    def _listen(self, server: grpc.aio.Server) -> str:
+        address, files, credentials = self.config.listen, self.config.server_files, None
+        if files is not None:
+            tls = ServerTls(files)
+            self.reload.watch("certificate", files.paths, tls.reload)
+            self._stack.push_async_callback(self.reload.stop)
+            self.reload.start()
+            credentials = tls.credentials
+        port = listen_at(server, "listen", address, credentials)
         return f"{address.rpartition(':')[0]}:{port}"
 
 

@@ -170,12 +170,20 @@ class Scheduler:
         if entry is None or entry.told is None or entry.prefilled:
             return
         entry.prefilled = True
-        self._free_staging(entry)
-        self._ledger.dropped(entry.prefill, entry.told.number)
-        self._ledger.read(entry.prefill, entry.told.number)
-        self._ledger.read(entry.decode, entry.told.number)
-        self._drop(entry.prefill, entry)
+        table, ledger, number = self.table, self._ledger, entry.told.number
+        prefill, staging = entry.prefill, table.staging
+        node, decode_node = table.node_of[prefill], table.node_of[entry.decode]
+        staging[node] -= entry.prefill_staging
+        staging[decode_node] -= entry.decode_staging
+        entry.prefill_staging = entry.decode_staging = 0
+        if ledger.unseen[prefill]:
+            ledger.dropped(prefill, number)
+        if ledger.unseen_reads[node]:
+            ledger.read(node, number)
+        if ledger.unseen_reads[decode_node]:
+            ledger.read(decode_node, number)
         entry.prefill = NOBODY
+        self._drop(prefill, entry)
 
     def finished(self, request: str) -> None:
         """A request is done, or its caller has gone: forget it. Unknown: no change."""
@@ -279,11 +287,12 @@ class Scheduler:
             queues.arrival_taken()
             entry.prefill = engine
             self._held[engine][request.id] = entry
-            ledger.chosen(engine, request.tokens, 0)
+            first = entry.decode == NOBODY
+            ledger.chosen(engine, request.tokens, 0, first=first)
             entry.prefill_staging = request.hit_tokens
             table.staging[table.node_of[engine]] += request.hit_tokens
-            if entry.decode != NOBODY:
-                made.append(self._assign(entry))
+            if not first:
+                made.append(self._assign(entry, prefill_first=False))
             turn.placed(engine)
         return made
 
@@ -304,15 +313,16 @@ class Scheduler:
             queues.taken_in(group)
             entry.decode = engine
             self._held[engine][request.id] = entry
-            ledger.chosen(engine, request.tokens, request.memory_tokens)
-            entry.decode_staging = request.tokens
-            table.staging[table.node_of[engine]] += request.tokens
-            if entry.prefill != NOBODY:
-                made.append(self._assign(entry))
+            tokens, first = request.tokens, entry.prefill == NOBODY
+            ledger.chosen(engine, tokens, tokens + request.new_output_bound, first=first)
+            entry.decode_staging = tokens
+            table.staging[table.node_of[engine]] += tokens
+            if not first:
+                made.append(self._assign(entry, prefill_first=True))
             turn.placed(engine)
         return made
 
-    def _assign(self, entry: RequestEntry) -> Assignment:
+    def _assign(self, entry: RequestEntry, *, prefill_first: bool) -> Assignment:
         table, request = self.table, entry.request
         prefill, decode = entry.prefill, entry.decode
         read = self._policies.read.share(
@@ -329,7 +339,7 @@ class Scheduler:
         )
         entry.told = assignment
         entry.attempts += 1
-        self._ledger.assigned(assignment, entry)
+        self._ledger.assigned(assignment, entry, prefill_first=prefill_first)
         return assignment
 
     def _fatal(self, entry: RequestEntry) -> str:
@@ -367,7 +377,7 @@ class Scheduler:
             self._ledger.unchosen(entry.prefill, entry.request.tokens, 0)
         else:
             self._ledger.dropped(entry.prefill, entry.told.number)
-            self._ledger.read(entry.prefill, entry.told.number)
+            self._ledger.read(node, entry.told.number)
         self._drop(entry.prefill, entry)
         entry.prefill = NOBODY
 
@@ -378,17 +388,13 @@ class Scheduler:
         if entry.told is None:
             self._ledger.unchosen(entry.decode, request.tokens, request.memory_tokens)
         else:
-            self._ledger.released(entry.decode, request.memory_tokens)
-            self._ledger.dropped(entry.decode, entry.told.number)
-            self._ledger.read(entry.decode, entry.told.number)
+            self._ledger.released(entry.decode, request.tokens + request.new_output_bound)
+            if self._ledger.unseen[entry.decode]:
+                self._ledger.dropped(entry.decode, entry.told.number)
+            if self._ledger.unseen_reads[node]:
+                self._ledger.read(node, entry.told.number)
         self._drop(entry.decode, entry)
         entry.decode = NOBODY
-
-    def _free_staging(self, entry: RequestEntry) -> None:
-        table = self.table
-        table.staging[table.node_of[entry.prefill]] -= entry.prefill_staging
-        table.staging[table.node_of[entry.decode]] -= entry.decode_staging
-        entry.prefill_staging = entry.decode_staging = 0
 
     def _forget(self, entry: RequestEntry) -> None:
         del self._entries[entry.request.id]
@@ -402,7 +408,7 @@ class Scheduler:
             self._leave_decode(entry)
 
     def _drop(self, engine: int, entry: RequestEntry) -> None:
-        self._held[engine].pop(entry.request.id, None)
+        del self._held[engine][entry.request.id]
         if engine in self._leaving:
             self._let_go(engine)
 

@@ -20,10 +20,11 @@ def _process_s(pid: int) -> float:
 
 
 class CpuMeter:
-    """Counts from its creation on. A process that has ended no longer counts."""
+    """Counts from its creation on, with `own` this process as well. A process that has ended no
+    longer counts."""
 
-    def __init__(self, pids: Iterable[int]) -> None:
-        self._pids = (os.getpid(), *pids)
+    def __init__(self, pids: Iterable[int], *, own: bool = True) -> None:
+        self._pids = (*((os.getpid(),) if own else ()), *pids)
         self._started_s = time.monotonic()
         self._used_s = self._total_s()
 

@@ -46,6 +46,7 @@ from dualpath.kvstore.service.store_service import StoreService
 from dualpath.kvstore.store_config import StoreConfig
 from dualpath.proto.channel import server_options
 from dualpath.proto.handlers import ErrorInterceptor
+from dualpath.proto.listen import listen_at
 from dualpath.proto.v1 import store_pb2, store_pb2_grpc
 from dualpath.transfer.affinity import near, node_towards
 from dualpath.transfer.errors import InvalidRequest, Unavailable
@@ -320,7 +321,7 @@ class Daemon:
             await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
 
     def _bind_tcp(self, server: grpc.aio.Server, address: str) -> int:
-        return _bind(server, "listen", address, self._tls.credentials if self._tls else None)
+        return listen_at(server, "listen", address, self._tls.credentials if self._tls else None)
 
     async def _end_calls(
         self,
@@ -339,7 +340,7 @@ class Daemon:
     def _bind_unix(self, server: grpc.aio.Server, path: str) -> None:
         claim(path)
         with private_files():
-            _bind(server, "unix", f"unix:{path}")
+            listen_at(server, "unix", f"unix:{path}")
         self._stack.callback(remove, path)
 
     def _peer_lost(self, peer: str, reason: str) -> None:
@@ -446,29 +447,6 @@ def _listening(transport: Transport, field: str, address: str) -> str:
         raise Unavailable(
             f"{field}: {error}; choose another address", reason="address_in_use"
         ) from error
-
-
-def _bind(
-    server: grpc.aio.Server,
-    field: str,
-    address: str,
-    credentials: grpc.ServerCredentials | None = None,
-) -> int:
-    try:
-        if credentials is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        port = 0
-        _log.debug("gRPC cannot bind %s: %s", address, error)
-    if port == 0:
-        raise Unavailable(
-            f"{field}: {address} is in use or not an address of this machine; stop what listens "
-            "there or choose another",
-            reason="address_in_use",
-        )
-    return port
 
 
 def _close_engine(engine: DeliveryEngine) -> None:
