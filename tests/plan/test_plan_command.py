@@ -97,6 +97,7 @@ def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         ({"model": "qwen2.5-32b", "gpus-per-node": "12"}, "takes 8 GPUs"),
         ({"plot": "/nowhere/plan.png"}, "there is no folder"),
         ({"calibration": "/nowhere/mine.toml"}, "cannot read"),
+        ({"staging": "80GB"}, "--staging is for --simulate"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_with_the_reason(
@@ -116,6 +117,7 @@ def test_numbers_that_cannot_be_are_refused_with_the_reason(
         ({"dram": "10GB/s"}, "servers have some hundred GB/s"),
         ({"cnic": "40Gb"}, "no ratio of prefill to decode nodes is free"),
         ({"snic": "1600Gb"}, "a second path gains less than 2 %"),
+        ({"gpus": "64", "gpus-per-node": "32"}, "servers have up to 16"),
     ],
 )
 def test_numbers_that_are_odd_are_told_of_with_the_remedy(

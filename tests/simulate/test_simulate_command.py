@@ -51,7 +51,7 @@ def test_an_online_run_has_a_row_for_each_rate(tmp_path: Path) -> None:
     [
         (["--system", "dualpth"], "did you mean 'dualpath'"),
         (["--model", "nosuch"], "'nosuch' is not a model"),
-        (["--max-len", "33K"], "not a workload"),
+        (["--max-len", "33K"], "--max-len 33K: give 32K, 48K, 64K"),
         (["--prefill", "0"], "--prefill 0: a cluster has 1 node"),
         (["--agents", "-1"], "1..1048576 agents, not -1"),
         (["--snic", "fast"], "a rate such as"),
@@ -116,6 +116,7 @@ def session(path: Path, *, second: int = 2) -> str:
     return str(path)
 
 
+TRACES = Path(__file__).parents[3] / "shared" / "traces"
 SMALL = ["--model", "ds-27b", "--prefill", "1", "--decode", "1", "--system", "dualpath"]
 
 
@@ -219,6 +220,8 @@ def test_a_system_that_is_far_past_the_slo_is_not_run_at_higher_rates(
         (["paper", "--system", "split"], "--system changes nothing in `simulate paper`"),
         (["paper", "--fetch", "1s"], "--fetch changes nothing in `simulate paper`"),
         (["--system", ","], "no system is named"),
+        (["--agents", "0"], "--agents 0: nothing would be simulated"),
+        (["--seed", "-1"], "--seed -1: give 0 or more"),
     ],
 )
 def test_flags_that_cannot_be_or_would_change_nothing_are_refused(
@@ -226,3 +229,25 @@ def test_flags_that_cannot_be_or_would_change_nothing_are_refused(
 ) -> None:
     assert main(["simulate", *flags]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("mooncake_synthetic.jsonl.gz", ["--recorded"]),
+        pytest.param(
+            "claude_code_sessions.jsonl.gz",
+            ["--agents", "4", "--staging", "640GB"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_recorded_traces_are_run(name: str, flags: list[str], tmp_path: Path) -> None:
+    file, out = TRACES / name, tmp_path / "out.json"
+    if not file.exists():
+        pytest.skip(f"no {name} beside the checkout (../shared/traces)")
+    words = ["--model", "ds-27b", "--system", "dualpath", "--trace", str(file), *flags]
+    assert main(["simulate", *words, "--json", str(out)]) == 0
+    (found,) = json.loads(out.read_text())["results"]
+    assert found["turns"] > 100
+    assert found["bytes_read"] > 0

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dualpath.bench.plan.ratio_simulation import SimulatedRatio
 
 EXIT_OK = 0
+STAGING = "80GB"
 _EPILOG = """examples:
   dualpath plan --model ds-v3.2 --gpus 48 --snic 400Gb --cnic 400Gb --workload agent-64k
   dualpath plan --model ds-v3.2 --gpus 96 --snic 400Gb --cnic 400Gb --trace FILE --json
@@ -76,7 +77,6 @@ class PlanCommand:
         )
         add(
             "--staging",
-            default="80GB",
             metavar="SIZE",
             help="--simulate: host memory a node for KV on its way (default 80GB)",
         )
@@ -94,6 +94,8 @@ class PlanCommand:
         """Plan and print. Raises InvalidRequest, and Unavailable for the picture."""
         if args.plot and not Path(args.plot).absolute().parent.is_dir():
             raise InvalidRequest(f"--plot {args.plot}: there is no folder for it")
+        if args.staging is not None and not args.simulate:
+            raise InvalidRequest("--staging is for --simulate; the closed form does not know it")
         calibration = read_calibration(Path(args.calibration) if args.calibration else None)
         workload, trajectories = _workload(args)
         plan = _plan(args, calibration, workload, trajectories)
@@ -127,7 +129,7 @@ def _simulate(
         plan,
         calibration,
         trajectories,
-        staging_bytes=size_of("staging", args.staging),
+        staging_bytes=size_of("staging", args.staging or STAGING),
         seed=args.seed,
     )
     wanted = worth_simulating(plan)

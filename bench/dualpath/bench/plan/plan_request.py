@@ -12,6 +12,7 @@ from dualpath.transfer.errors import InvalidRequest
 GPUS_MAX = 100_000
 NODES_MIN = 2
 _NIC_LOW, _NIC_HIGH = 1e9 / 8, 1.6e12 / 8
+_NODE_GPUS_HIGH = 16
 _DRAM_LOW, _DRAM_HIGH = 20e9, 3e12
 
 
@@ -63,6 +64,11 @@ class PlanRequest:
                 f"SNIC of a node ({format_rate(rates.snic_bytes_per_s)}): a load into one GPU is "
                 "bound by the CNIC whatever the paths; are the two swapped, or is --snic the sum "
                 "of several?"
+            )
+        if rates.gpus > _NODE_GPUS_HIGH:
+            found.append(
+                f"--gpus-per-node is {rates.gpus}; servers have up to {_NODE_GPUS_HIGH}, each of "
+                "which shares one SNIC here"
             )
         if not _DRAM_LOW <= rates.dram_bytes_per_s <= _DRAM_HIGH:
             found.append(

@@ -36,6 +36,8 @@ CROWD = 1.0
 STEADY = (0.2, 0.6)
 """Part of a run's turns, or of its arrivals' time, that counts."""
 ARRIVALS_TURNS = 6_000
+PROMISES = 10.0
+"""Of an online run, in the promised TTFT, at least."""
 STEPS = 6
 """Halvings of the range in which the rate at the SLO lies."""
 AGREES = 0.10
@@ -167,8 +169,9 @@ class RatioSimulation:
     def _at_slo(
         self, cluster: Cluster, loading: Loading, expected: float
     ) -> tuple[float, SimulationResult]:
-        """The highest rate of turns at which the means keep the SLO, by halving."""
-        low, high = 0.0, 1.5 * expected
+        """The highest rate of turns at which the means keep the SLO, by halving. More than the full
+        cluster does is not sustained, however well a run begins."""
+        low, high = 0.0, self._full(cluster, loading, expected)[0]
         kept: SimulationResult | None = None
         result: SimulationResult | None = None
         for _ in range(STEPS):
@@ -187,6 +190,10 @@ class RatioSimulation:
     ) -> tuple[bool, SimulationResult]:
         agents_per_s = turns_per_s / ONLINE_TURNS
         duration_s = ARRIVALS_TURNS / turns_per_s
+        ttft_s = self._plan.request.slo.ttft_s
+        if math.isfinite(ttft_s):
+            # So long that a queue which grows is seen to.
+            duration_s = max(duration_s, PROMISES * ttft_s)
         drawn = drawn_turns(
             self._trajectories,
             agents=ARRIVALS_TURNS // ONLINE_TURNS,

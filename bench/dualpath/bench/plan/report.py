@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dualpath.bench.plan.bottleneck_range import as_ratio
 from dualpath.bench.plan.capacity import Capacity, Loading
-from dualpath.bench.plan.planner import Plan
+from dualpath.bench.plan.planner import LITTLE_GAIN, Plan
 from dualpath.bench.table import plain_table
 
 if TYPE_CHECKING:
@@ -123,14 +123,21 @@ def _simulated(simulated: Sequence[SimulatedRatio]) -> list[str]:
     ]
     heads = ["simulated", "closed form, turns/s", "simulated, turns/s", "deviation", "cluster"]
     lines = [plain_table(heads, rows)]
-    dual = [each for each in simulated if each.loading is Loading.DUAL]
-    best = max(dual, key=lambda each: each.turns_per_s)
-    at_best = {each.loading: each for each in simulated if each.ratio == best.ratio}
-    text = f"best of the simulated ratios for two paths: {best.ratio}"
-    basic = at_best.get(Loading.BASIC)
-    if basic is not None and basic.turns_per_s:
-        text += f", {best.turns_per_s / basic.turns_per_s:.2f}x basic there (simulated)"
-    lines.append(text)
+    best = {
+        loading: max(
+            (each for each in simulated if each.loading is loading),
+            key=lambda each: each.turns_per_s,
+        )
+        for loading in Loading
+    }
+    dual, basic = best[Loading.DUAL], best[Loading.BASIC]
+    if basic.turns_per_s:
+        gain = dual.turns_per_s / basic.turns_per_s
+        word = "pays" if gain >= LITTLE_GAIN else "does NOT pay here"
+        lines.append(
+            f"simulated   {gain:.2f}x by dual path at {dual.ratio} over basic at {basic.ratio}, "
+            f"each at its best of these: a second path {word}"
+        )
     lines += [
         f"differs     {each.ratio} {each.loading.value}: {each.why}"
         for each in simulated

@@ -110,7 +110,7 @@ class SimulateCommand:
         add(
             "--trace", default="", metavar="FILE", help="its conversations instead; see planning.md"
         )
-        add("--agents", type=int, default=0, metavar="N", help="all at once (default 512)")
+        add("--agents", type=int, metavar="N", help="all at once (default 512)")
         add("--online", action="store_true", help="Poisson arrivals instead of all at once")
         add("--recorded", action="store_true", help="agents arrive when they did in the trace")
         add("--aps", default="0.1:0.5:0.1", metavar="A:B:STEP", help="agents a second; or a list")
@@ -184,6 +184,8 @@ class SimulateCommand:
 
     def _check_run(self, args: argparse.Namespace) -> None:
         given = {one for one in _RUN_ONLY if getattr(args, one) != self._defaults[one]}
+        if args.agents == 0:
+            raise InvalidRequest("--agents 0: nothing would be simulated; give 1 or more")
         lost = given & {"aps", "duration", "slo"}
         if lost and not args.online:
             raise InvalidRequest(f"--{min(lost)} is for --online, which is not given")
@@ -213,7 +215,7 @@ def _request(args: argparse.Namespace) -> SimulationRequest:
         model=args.model,
         prefill=args.prefill,
         decode=args.decode,
-        agents=args.agents,
+        agents=args.agents or 0,
         max_len=args.max_len,
         trace=args.trace,
         recorded=args.recorded,

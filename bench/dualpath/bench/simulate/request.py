@@ -20,9 +20,11 @@ from dualpath.bench.simulate.simulated_model import modelled
 from dualpath.bench.simulate.simulation import SimulationSetup
 from dualpath.bench.simulate.system import named_system
 from dualpath.bench.slo import PAPER_SLO, Slo
+from dualpath.bench.testbed.workload import Context
 from dualpath.transfer.errors import InvalidRequest
 
 AGENTS = 512
+LENGTHS = tuple(context.value.upper() for context in Context)
 RATES_MAX = 1_000
 
 
@@ -60,7 +62,7 @@ class SimulationRequest:
         """Name of the system, agents a second (0: offline), what to simulate; all are checked
         before the first is simulated."""
         self._check()
-        systems = [named_system(name) for name in self.systems]
+        systems = [named_system(name) for name in dict.fromkeys(self.systems)]
         cluster = ClusterSpec(
             prefill_nodes=self.prefill,
             decode_nodes=self.decode,
@@ -96,6 +98,8 @@ class SimulationRequest:
             raise InvalidRequest("--recorded takes the times of a --trace, not --online rates")
         if not self.systems:
             raise InvalidRequest("no system is named; give --system dualpath, or a list")
+        if self.seed < 0:
+            raise InvalidRequest(f"--seed {self.seed}: give 0 or more")
         for flag, nodes in (("prefill", self.prefill), ("decode", self.decode)):
             if nodes < 1:
                 raise InvalidRequest(f"--{flag} {nodes}: a cluster has 1 node of each or more")
@@ -104,6 +108,8 @@ class SimulationRequest:
         """Whose trajectories are run; their times count when recorded."""
         if self.trace:
             return trace_set(self.trace)
+        if self.max_len.upper() not in LENGTHS:
+            raise InvalidRequest(f"--max-len {self.max_len}: give {', '.join(LENGTHS)}")
         sets = named_set(f"agent-{self.max_len.lower()}", seed=self.seed)
         return tuple(AgentArrival(0.0, trajectory) for trajectory in sets)
 
