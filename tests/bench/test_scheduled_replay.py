@@ -5,37 +5,30 @@ from __future__ import annotations
 import pytest
 from dualpath.bench.cluster.config import ClusterBenchConfig
 from dualpath.bench.demo.config import DemoConfig
-from dualpath.bench.testbed.engine_loads import EngineLoads, in_tokens
+from dualpath.bench.testbed.engine_loads import EngineLoads
 from dualpath.bench.testbed.scheduler_runs import scheduler_list, scheduler_words
 from dualpath.scheduler.config import SchedulerConfig
 from dualpath.scheduler.group_report import EngineReport, NodeReport
 from dualpath.transfer.errors import InvalidRequest
 
 
-def test_a_report_says_what_its_agents_knew_when_they_were_asked() -> None:
-    loads = EngineLoads(("e0", "e1"), ("n0",))
-    assert loads.reports(9) == (
-        [EngineReport("e0", 0, 0), EngineReport("e1", 0, 0)],
-        [NodeReport("n0", 0)],
-        0,
-    )
-    loads.begin("a", 3, "e0", 100)
-    asked = loads.began
-    loads.begin("b", 5, "e0", 40)
-    loads.polled({"n0": 70}, asked)
+def test_a_report_says_what_has_begun_and_what_is_still_read() -> None:
+    loads = EngineLoads(("n0", "n1"))
+    idle = [EngineReport("n0", 0, 0), EngineReport("n1", 0, 0)]
+    assert loads.reports(9) == (idle, [NodeReport("n0", 0), NodeReport("n1", 0)], 0)
+    loads.begin("a", 3, "n0", 100, 60.0)
+    loads.begin("b", 5, "n0", 40, 10.4)
     engines, nodes, seen = loads.reports(9)
-    assert (engines[0], nodes, seen) == (EngineReport("e0", 1, 100), [NodeReport("n0", 70)], 3)
-    loads.polled({"n0": 0}, loads.began)
-    assert loads.reports(9)[0][0] == EngineReport("e0", 2, 140)
-    # The leader's own stream has not told the last one yet.
-    assert loads.reports(4)[0][0] == EngineReport("e0", 1, 100)
-    loads.end("a")
-    loads.end("a")
-    assert loads.reports(9)[0][0] == EngineReport("e0", 1, 40)
-
-
-def test_queues_are_reported_in_tokens() -> None:
-    assert in_tokens([("n0", 1000), ("n1", 0)], 4.0) == {"n0": 250, "n1": 0}
+    assert (engines[0], nodes[0], seen) == (EngineReport("n0", 2, 140), NodeReport("n0", 70), 5)
+    # The leader's own stream has not told the last one yet: the scheduler adds it.
+    engines, nodes, seen = loads.reports(4)
+    assert (engines[0], nodes[0], seen) == (EngineReport("n0", 1, 100), NodeReport("n0", 60), 4)
+    loads.loaded("a")
+    assert loads.reports(9)[1][0] == NodeReport("n0", 10)
+    for _ in range(2):
+        loads.end("a")
+        loads.loaded("a")
+    assert loads.reports(9)[0][0] == EngineReport("n0", 1, 40)
 
 
 def test_the_schedulers_flags_are_those_of_the_shaped_links() -> None:

@@ -11,6 +11,8 @@ from dualpath.scheduler.request import Request
 from dualpath.scheduler.scheduler import Scheduler
 from dualpath.scheduler.settings import PolicySettings
 from dualpath.transfer.errors import InvalidRequest
+from hypothesis import given
+from hypothesis import strategies as st
 
 SETTINGS = PolicySettings(alpha_tokens=1e6, beta_tokens=1e6)
 EVERY_POLICY = sorted(POLICIES)
@@ -168,3 +170,18 @@ def test_beta_is_what_engines_say_or_what_is_set() -> None:
     scheduler.fetch("P", 0.0)
     # 5 s of 20 tokens a second: the second request makes it more than that.
     assert [one.request.id for one in scheduler.fetch("D", 0.0)] == ["r0", "r1"]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 500), min_size=1, max_size=60),
+    policy=st.sampled_from([name for name in EVERY_POLICY if name != "round-robin"]),
+)
+def test_equal_prefill_engines_end_within_one_request_of_each_other(
+    sizes: list[int], policy: str
+) -> None:
+    scheduler = cluster(policy, prefill=4)
+    submit(scheduler, *sizes)
+    fetched(scheduler)
+    tokens = scheduler.table.tokens[:4]
+    assert sum(tokens) == sum(sizes)
+    assert max(tokens) - min(tokens) <= max(sizes)

@@ -91,6 +91,26 @@ def test_a_leader_that_comes_back_in_time_is_told_again_and_loses_nothing() -> N
     assert cluster.fetch(again, 2.5, seen=0) == []
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["old stream open", "old stream gone"])
+def test_engines_that_come_back_on_another_node_have_lost_what_they_had(there: bool) -> None:
+    cluster = Cluster()
+    prefill, decode, _ = cluster.assign("r")
+    if not there:
+        cluster.hub.left(prefill, 1.0)
+    moved = EngineSpec("P0", Role.PREFILL, "P", "another-node", 100_000)
+    cluster.numbers["P"] = 0
+    again = cluster.hub.lead(LeaderMessage("P", (moved,)), "me", 1.5)
+    assert decode.outbox.drain() == [Withdrawn("r")]
+    assert cluster.front.outbox.drain() == [Requeued("r")]
+    assert again.outbox.drain() == []
+    cluster.fetch(again, 1.6)
+    (one,) = cluster.fetch(decode, 1.6)
+    assert isinstance(one, Assignment)
+    assert (one.request.id, one.prefill) == ("r", "P0")
+    table = cluster.hub.scheduler.table
+    assert table.spec[table.engine_index["P0"]].node == "another-node"
+
+
 def test_a_leader_that_does_not_come_back_has_lost_its_engines() -> None:
     cluster = Cluster()
     prefill, decode, _ = cluster.assign("r")

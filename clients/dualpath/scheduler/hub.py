@@ -20,6 +20,7 @@ from time import perf_counter
 from dualpath.kvstore.service.histogram import Histogram
 from dualpath.scheduler.assignment import Assignment, Failure
 from dualpath.scheduler.config import SchedulerConfig
+from dualpath.scheduler.engine_spec import EngineSpec
 from dualpath.scheduler.leader import FrontEnd, Leader, LeaderMessage
 from dualpath.scheduler.outbox import Ended, Event, Outbox, Requeued, Withdrawn
 from dualpath.scheduler.policies import named_policies
@@ -69,8 +70,8 @@ class Hub:
                 Unavailable(f"group '{message.group}' has a new leader", reason="replaced")
             )
             leader.engines |= old.engines
-            named = {engine.name for engine in message.engines}
-            self._lose(leader, sorted(old.engines - named))
+            same = {engine.name for engine in message.engines if not self._moved(engine)}
+            self._lose(leader, sorted(old.engines - same))
         self.leaders[message.group] = leader
         self.scheduler.renumber_reports(message.group)
         try:
@@ -197,6 +198,12 @@ class Hub:
         for engine in message.engines:
             self.scheduler.register(engine, nodes.get(engine.node))
             leader.engines.add(engine.name)
+
+    def _moved(self, engine: EngineSpec) -> bool:
+        """Whether an engine comes back as another: what it had been given died with the first."""
+        table = self.scheduler.table
+        index = table.engine_index.get(engine.name)
+        return index is not None and table.spec[index] != engine
 
     def _check_own(self, leader: Leader, engine: str) -> None:
         if engine not in leader.engines:

@@ -18,12 +18,11 @@ from dataclasses import dataclass, replace
 from dualpath.bench.testbed.cluster import SCHEDULER, Cluster
 from dualpath.bench.testbed.decode_engine import DecodeEngine
 from dualpath.bench.testbed.engine import NEW_BLOCKS, LoadOutcome, PrefillEngine
-from dualpath.bench.testbed.engine_loads import EngineLoads, in_tokens
+from dualpath.bench.testbed.engine_loads import EngineLoads
 from dualpath.bench.testbed.scheduler_runs import scheduler_words
 from dualpath.bench.testbed.workload import PlannedLoad, Workload
 from dualpath.client.front_end import FrontEnd
 from dualpath.client.group_leader import GroupLeader
-from dualpath.client.kv_client import KVClient
 from dualpath.scheduler.assignment import Assignment
 from dualpath.scheduler.engine_spec import EngineSpec, NodeSpec, Role
 from dualpath.scheduler.request import Request
@@ -31,8 +30,6 @@ from dualpath.transfer.errors import DualPathError
 
 FETCH_S = 0.02
 """Between a leader's reports."""
-POLL_S = 0.1
-"""Between two looks at the agents' read queues."""
 ROOM = 3
 """Memory of the decode engines in requests at once, so that it is not what binds."""
 OnOutcome = Callable[[LoadOutcome], None]
@@ -89,9 +86,7 @@ class _Group:
     def __init__(
         self, scheduler: str, role: Role, names: tuple[str, ...], cluster: Cluster, hbm_tokens: int
     ) -> None:
-        self.loads = EngineLoads(names, names)
-        self.clients: dict[str, KVClient] = {}
-        self._cluster = cluster
+        self.loads = EngineLoads(names)
         self.leader = GroupLeader(
             scheduler,
             [EngineSpec(name, role, f"{role.value}-group", name, hbm_tokens) for name in names],
@@ -101,31 +96,12 @@ class _Group:
             token=cluster.token,
         )
 
-    async def run(self, token_bytes: float) -> None:
+    async def run(self) -> None:
         """Report and fetch until cancelled."""
-        polled_s = -POLL_S
         while True:
-            if time.monotonic() - polled_s >= POLL_S:
-                polled_s, began = time.monotonic(), self.loads.began
-                stats = await asyncio.gather(*(each.stats() for each in self.clients.values()))
-                queues = [(one.name, one.read_queue_bytes) for one in stats]
-                self.loads.polled(in_tokens(queues, token_bytes), began)
-            reported, nodes, seen = self.loads.reports(self.leader.latest)
-            self.leader.report(reported, nodes, seen=seen)
+            engines, nodes, seen = self.loads.reports(self.leader.latest)
+            self.leader.report(engines, nodes, seen=seen)
             await asyncio.sleep(FETCH_S)
-
-    async def open(self) -> None:
-        """Reach the scheduler and the agents."""
-        await self.leader.ready()
-        for name in self.loads.nodes:
-            socket = self._cluster.socket(name)
-            self.clients[name] = await KVClient.connect(socket, token=self._cluster.token)
-
-    async def close(self) -> None:
-        """End the stream and the sessions."""
-        await self.leader.close()
-        for client in self.clients.values():
-            await client.close()
 
 
 class ScheduledReplay:
@@ -157,7 +133,7 @@ class ScheduledReplay:
         outcomes: list[LoadOutcome] = []
         waiting: deque[tuple[PlannedLoad, ...]] = deque(workload.sessions)
         async with (
-            self._groups(workload) as groups,
+            self._groups() as groups,
             FrontEnd(self._scheduler, token=self._cluster.token) as front,
         ):
             await front.ready()
@@ -180,7 +156,7 @@ class ScheduledReplay:
         return ended_s - started_s, tuple(outcomes)
 
     @contextlib.asynccontextmanager
-    async def _groups(self, workload: Workload) -> AsyncIterator[tuple[_Group, _Group]]:
+    async def _groups(self) -> AsyncIterator[tuple[_Group, _Group]]:
         """The prefill and the decode group, which report and fetch meanwhile."""
         groups = tuple(
             _Group(self._scheduler, role, tuple(names), self._cluster, hbm_tokens)
@@ -189,19 +165,18 @@ class ScheduledReplay:
                 (Role.DECODE, self._engines.decode, self._hbm_tokens),
             )
         )
-        token_bytes = self._engines.block_bytes / workload.block_tokens
         running: list[asyncio.Task[None]] = []
         try:
             for group in groups:
-                await group.open()
-            running += [asyncio.create_task(group.run(token_bytes)) for group in groups]
+                await group.leader.ready()
+            running += [asyncio.create_task(group.run()) for group in groups]
             yield groups[0], groups[1]
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             for group in groups:
-                await group.close()
+                await group.leader.close()
 
     async def _turn(
         self,
@@ -227,8 +202,12 @@ class ScheduledReplay:
             return _refused(planned, asked_s, self._deadline_s, error)
         queued_s = time.monotonic() - asked_s
         prefill, decode = groups
-        for group, engine in ((prefill, assignment.prefill), (decode, assignment.decode)):
-            group.loads.begin(name, assignment.number, engine, request.tokens)
+        for group, engine, share in (
+            (prefill, assignment.prefill, assignment.read.prefill),
+            (decode, assignment.decode, assignment.read.decode),
+        ):
+            reads = share * request.hit_tokens
+            group.loads.begin(name, assignment.number, engine, request.tokens, reads)
         verification = await self._engines.prefill[assignment.prefill].load(
             planned,
             policy="",
@@ -238,6 +217,7 @@ class ScheduledReplay:
             direct_share=assignment.read.prefill,
         )
         prefill.loads.end(name)
+        decode.loads.loaded(name)
         return self._rest(verification, assignment, decode, queued_s)
 
     async def _rest(
