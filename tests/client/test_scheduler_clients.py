@@ -119,6 +119,31 @@ def test_all_sides_hear_of_an_assignment_and_of_its_end() -> None:
     played(body)
 
 
+def test_an_engine_that_leaves_goes_with_its_last_request_whatever_breaks() -> None:
+    async def body() -> None:
+        hubs: list[Hub] = []
+        async with (
+            serving(hubs=hubs) as address,
+            groups(address) as both,
+            FrontEnd(address) as front,
+        ):
+            first = front.submit(Request("a", 100, 50))
+            await first.assigned()
+            both[1].leader.leave("decode-0")
+            hub = hubs[0]
+            table = hub.scheduler.table
+            await until(lambda: not table.members[table.group_index["decode-group"]])
+            hub.leaders["decode-group"].outbox.close(Unavailable("cut"))
+            await until(lambda: not both[1].leader._stream.up)
+            await until(lambda: both[1].leader._stream.up)
+            assert both[1].withdrawn == []
+            both[1].leader.finished("a")
+            await first.ended()
+            await until(lambda: "decode-0" not in table.engine_index)
+
+    played(body)
+
+
 def test_after_a_restart_what_waits_is_sent_again_and_what_runs_goes_on() -> None:
     async def body() -> None:
         async with serving() as address:

@@ -111,6 +111,19 @@ def test_engines_that_come_back_on_another_node_have_lost_what_they_had(there: b
     assert table.spec[table.engine_index["P0"]].node == "another-node"
 
 
+def test_an_engine_that_leaves_does_so_also_if_its_leader_comes_back_meanwhile() -> None:
+    cluster = Cluster()
+    _, decode, _ = cluster.assign("r")
+    cluster.hub.hear(decode, LeaderMessage("D", leaving=("D0",)), 1.0)
+    cluster.hub.left(decode, 1.0)
+    again = cluster.lead("D", 1.5)
+    assert cluster.front.outbox.drain() == []
+    cluster.hub.hear(again, LeaderMessage("D", leaving=("D0",)), 1.5)
+    cluster.hub.hear(again, LeaderMessage("D", prefilled=("r",), finished=("r",)), 2.0)
+    assert cluster.front.outbox.drain() == [Ended("r")]
+    assert "D0" not in cluster.hub.scheduler.table.engine_index
+
+
 def test_a_leader_that_does_not_come_back_has_lost_its_engines() -> None:
     cluster = Cluster()
     prefill, decode, _ = cluster.assign("r")

@@ -44,6 +44,7 @@ class GroupLeader:
         tls: Tls = NO_TLS,
     ) -> None:
         self._engines = {one.name: one for one in engines}
+        self._leaving: set[str] = set()
         self._nodes = tuple(nodes)
         places = {(one.group, one.role) for one in self._engines.values()}
         if len(places) != 1:
@@ -110,12 +111,13 @@ class GroupLeader:
         """These engines have died."""
         for name in engines:
             self._engines.pop(name, None)
+            self._leaving.discard(name)
         self._stream.say(scheduler_pb2.LeadRequest(lost=engines))
 
     def leave(self, *engines: str) -> None:
-        """These engines take no more work, and go when they have done theirs."""
-        for name in engines:
-            self._engines.pop(name, None)
+        """These engines take no more work, and go when they have done theirs. Report them until
+        then, and say `lost` of one that ends before."""
+        self._leaving.update(engines)
         self._stream.say(scheduler_pb2.LeadRequest(leaving=engines))
 
     async def close(self) -> None:
@@ -133,7 +135,8 @@ class GroupLeader:
             self._running.clear()
             self._over.clear()
         first = first_message(self.group, self._role, self._engines.values(), self._nodes)
-        return [first, *self._words]
+        leaving = scheduler_pb2.LeadRequest(leaving=sorted(self._leaving))
+        return [first, leaving, *self._words]
 
     def _hear(self, message: scheduler_pb2.LeadResponse) -> None:
         for name in message.withdrawn:

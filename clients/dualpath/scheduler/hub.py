@@ -196,7 +196,9 @@ class Hub:
     def _register(self, leader: Leader, message: LeaderMessage) -> None:
         nodes = {node.name: node for node in message.nodes}
         for engine in message.engines:
-            self.scheduler.register(engine, nodes.get(engine.node))
+            # A leader that comes back names also those that it has told to leave.
+            if not self.scheduler.is_leaving(engine):
+                self.scheduler.register(engine, nodes.get(engine.node))
             leader.engines.add(engine.name)
 
     def _moved(self, engine: EngineSpec) -> bool:

@@ -106,6 +106,11 @@ class Scheduler:
         self._let_go(index)
         self._give_up_unfitting()
 
+    def is_leaving(self, engine: EngineSpec) -> bool:
+        """Whether this very engine has been told to leave, and has requests still."""
+        index = self.table.engine_index.get(engine.name)
+        return index in self._leaving and self.table.spec[index] == engine
+
     def report(self, report: GroupReport) -> bool:
         """Take a group's report; False if it is not newer than its last, and changes nothing.
 
