@@ -161,6 +161,24 @@ def test_whole_loads_never_hold_more_than_the_prefill_engines_memory() -> None:
     small = constant_model(ConstantRates(), prefill_hbm_tokens=70_000)
     result = run("basic", same_agents(40, 3), model=small)
     assert result.jct_s > run("layerwise", same_agents(40, 3), model=small).jct_s
+    # Memory for one prompt: each step has one of each of the eight engines, whatever waits.
+    _, prompts = np.unique(result.records.column("prefill_s"), return_counts=True)
+    assert prompts.max() == 8
+
+
+def test_without_layerwise_prefill_a_step_loads_then_computes_then_sends() -> None:
+    result = run(
+        "basic",
+        [AgentArrival(0.0, Trajectory((Turn(512, 2),), 64_000))],
+        model=constant_model(ConstantRates(prefill_tokens_per_s=1_000)),
+    )
+    records = result.records
+    hit = 64_000 // 64 * 64
+    took = (records.column("first_token_s") - records.column("prefill_s"))[0]
+    # Over the compute NIC of 50 GB/s, 50 KB a token: the hits come in, and nothing hides it.
+    assert took == pytest.approx(hit * 50_000 / 50e9 + 512 / 1_000, rel=1e-6)
+    to_decode = (records.column("decode_s") - records.column("first_token_s"))[0]
+    assert to_decode == pytest.approx(2 * (hit + 512) * 50_000 / 50e9, rel=1e-6)
 
 
 def test_systems_keep_their_order_where_storage_links_bind() -> None:

@@ -6,9 +6,7 @@ rates), `DecodeEngine` (memory), `TurnRecords` (the order of a turn's times).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-from dualpath.bench.simulate.byte_budget import ByteBudget
 from dualpath.bench.simulate.cluster import Cluster
 from dualpath.bench.simulate.flow_network import FlowNetwork
 from dualpath.bench.simulate.turn_records import TurnRecords
@@ -24,7 +22,6 @@ def check_conservation(
     *,
     cluster: Cluster,
     network: FlowNetwork,
-    budgets: Iterable[ByteBudget],
     records: TurnRecords,
     turns: int,
     hit_bytes: float,
@@ -54,7 +51,7 @@ def check_conservation(
         if most > node.snic_in.capacity * meter.window_s * (1 + ROUNDING):
             raise LawBroken(f"{node.name} read {most:g} bytes in a window of {meter.window_s:g} s")
         _equal(f"bytes in windows of {node.name}", sum(meter.windows), node.snic_in.carried)
-    for budget in (*budgets, *(node.staging for node in cluster.nodes())):
+    for budget in (node.staging for node in cluster.nodes()):
         if budget.waiting or budget.peak > budget.capacity * (1 + ROUNDING):
             raise LawBroken(f"{budget.name}: peak {budget.peak:g}, {budget.waiting} wait")
         if budget.taken > 1.0:

@@ -25,7 +25,6 @@ class Job:
         "done_s",
         "first_token_s",
         "generate",
-        "grants_left",
         "hit",
         "id",
         "new",
@@ -53,7 +52,7 @@ class Job:
         self.bytes_by_prefill = self.bytes_by_decode = 0.0
         self.computed = 0
         self.tokens_by_prefill = 0
-        self.sides_left = self.grants_left = 0
+        self.sides_left = 0
 
     @property
     def tokens(self) -> int:

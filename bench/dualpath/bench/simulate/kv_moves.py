@@ -1,16 +1,14 @@
 """Where a turn's KV goes: storage to host memory, to the decode engine, and new blocks back.
 
-Owns the host memory of nodes, and the GPU memory of prefill engines where loads are whole. A turn
-asks for all its memory when it is assigned: at the prefill node for what that reads, at the prefill
-engine (whole loads), at the decode node for the whole prompt. Each side reads as soon as its own is
-there. Every budget serves in the order of assignment, so turns cannot wait for each other in a
-circle: the oldest one lacks nothing that a younger one holds.
-What moves while a forward batch computes belongs to `PrefillGroup`.
+Owns the host memory of nodes. A turn asks for all its memory when it is assigned: at the prefill
+node for what that reads, at the decode node for the whole prompt. Each side reads as soon as its
+own is there. Every budget serves in the order of assignment, so turns cannot wait for each other in
+a circle: the oldest one lacks nothing that a younger one holds.
+What moves with a forward batch belongs to `PrefillGroup` and `WholeLoadGroup`.
 """
 
 from __future__ import annotations
 
-from dualpath.bench.simulate.byte_budget import ByteBudget
 from dualpath.bench.simulate.cluster import Cluster
 from dualpath.bench.simulate.flow_network import FlowNetwork, Route
 from dualpath.bench.simulate.job import Job
@@ -21,7 +19,8 @@ from dualpath.bench.simulate.virtual_clock import Handler, VirtualClock
 
 
 class KvMoves:
-    """`fetch` ends in `ready(job)`, `hand_over` in `landed(job)`; nobody waits for `store`."""
+    """`fetch` ends in `ready(job)`, `hand_over`, once the prompt's KV is at the decode node, in
+    `landed(job)`; nobody waits for `store`."""
 
     def __init__(
         self,
@@ -47,20 +46,12 @@ class KvMoves:
         }
         self._copies: dict[str, Route] = {}
         self._stores: dict[str, Route] = {}
-        self._prefill_hbm: dict[str, ByteBudget] = {}
-        whole = model.prefill_hbm_tokens * model.kv_bytes_per_token
         for place in (*cluster.prefill_engines, *cluster.decode_engines):
             self._copies[place.name] = network.route(place.copy_links)
         for place in cluster.decode_engines:
             links = (*place.copy_links, place.node.snic_out)
             self._stores[place.name] = network.route(links)
-        for place in cluster.prefill_engines:
-            self._prefill_hbm[place.name] = ByteBudget(f"{place.name} HBM", whole)
         self.bytes_stored = 0.0
-
-    def budgets(self) -> tuple[ByteBudget, ...]:
-        """Of prefill engines' memory."""
-        return tuple(self._prefill_hbm.values())
 
     def fetch(self, job: Job) -> None:
         """Bring the hits of a job whose engines and read shares are known."""
@@ -74,29 +65,25 @@ class KvMoves:
         self.queues[job.prefill.place.node.name].tokens += by_prefill
         self.queues[job.decode.place.node.name].tokens += job.hit - by_prefill
         job.sides_left = 2
-        whole = not self._system.layerwise
-        job.grants_left = 1 + whole + (job.bytes_by_prefill > 0)
         if job.bytes_by_prefill:
             job.prefill.place.node.staging.take(job.bytes_by_prefill, self._prefill_room, job)
-        if whole:
-            budget = self._prefill_hbm[job.prefill.place.name]
-            budget.take(self._prompt_bytes(job), self._prefill_room, job)
-        self._prefill_room(job)
+        else:
+            self._prefill_room(job)
         job.decode.place.node.staging.take(self._prompt_bytes(job), self._decode_room, job)
 
     def hand_over(self, job: Job) -> None:
         """The prefill is done: bring the prompt's KV into the decode engine's memory."""
         if not self._system.io:
             self._land(job)
-        elif self._system.layerwise:
-            if job.bytes_by_prefill:
-                job.prefill.place.node.staging.give(job.bytes_by_prefill)
-            self._copy_in(job)
-        else:
-            place, decode = job.prefill.place, job.decode.place
-            links = (place.cnic_out, decode.cnic_in, decode.node.dram)
-            size = self._prompt_bytes(job)
-            self._network.start_capped(links, size, place.cnic_out.capacity, self._sent, job)
+            return
+        if self._system.layerwise:
+            self.loaded(job)
+        self._copy_in(job)
+
+    def loaded(self, job: Job) -> None:
+        """What the prefill node has read of a job has left its memory."""
+        if job.bytes_by_prefill:
+            job.prefill.place.node.staging.give(job.bytes_by_prefill)
 
     def store(self, job: Job) -> None:
         """Write the full blocks that the turn has made, from the decode engine."""
@@ -111,9 +98,6 @@ class KvMoves:
         return job.tokens * self._token_bytes
 
     def _prefill_room(self, job: Job) -> None:
-        job.grants_left -= 1
-        if job.grants_left:
-            return
         if job.bytes_by_prefill:
             queue = self.queues[job.prefill.place.node.name]
             queue.add(job, job.bytes_by_prefill, job.tokens_by_prefill)
@@ -135,21 +119,7 @@ class KvMoves:
         job.read_end_s = self._clock.now
         if job.read_begin_s < 0:
             job.read_begin_s = job.read_end_s
-        if self._system.layerwise or not job.bytes_by_prefill:
-            self._ready(job)
-        else:
-            route = self._copies[job.prefill.place.name]
-            self._network.start(route, job.bytes_by_prefill, self._loaded, job)
-
-    def _loaded(self, job: Job) -> None:
-        """Whole loads: the hits lie in the prefill engine's memory."""
-        job.prefill.place.node.staging.give(job.bytes_by_prefill)
         self._ready(job)
-
-    def _sent(self, job: Job) -> None:
-        """Whole loads: the prompt's KV has left the prefill engine."""
-        self._prefill_hbm[job.prefill.place.name].give(self._prompt_bytes(job))
-        self._copy_in(job)
 
     def _copy_in(self, job: Job) -> None:
         route = self._copies[job.decode.place.name]

@@ -26,6 +26,9 @@ from dualpath.bench.simulate.link import Link
 from dualpath.bench.simulate.virtual_clock import Handler, VirtualClock
 from dualpath.scheduler.forward_batch import PrefillWork, QuotaBatching
 
+Parts = list[tuple[Job, int]]
+"""Jobs of a forward batch, and how many of its new tokens each has in it."""
+
 
 class PrefillEngine:
     """What waits at one engine, and what it has been given in all."""
@@ -96,12 +99,12 @@ class PrefillGroup:
 
     def _begin(self, _: object) -> None:
         rules = self._rules
-        chosen: list[tuple[PrefillEngine, list[tuple[Job, int]]]] = []
+        chosen: list[tuple[PrefillEngine, Parts]] = []
         compute_s = most = total = 0.0
         for engine in self._engines:
             if not engine.ready:
                 continue
-            batch = rules.batching.fill(engine.works())
+            batch = rules.batching.fill(self._works(engine))
             works = batch.works
             seconds = rules.model.prefill_s([(work.cached, work.new) for work in works])
             compute_s = max(compute_s, seconds)
@@ -117,15 +120,23 @@ class PrefillGroup:
         self.compute_s += compute_s
         self._begun_s = self._clock.now
         self.attention_steps.extend((self._begun_s, most, total / len(self._engines)))
+        self._start(chosen, compute_s)
+
+    def _works(self, engine: PrefillEngine) -> Iterator[PrefillWork]:
+        """What may go into the engine's next batch, in order."""
+        return engine.works()
+
+    def _start(self, chosen: Sequence[tuple[PrefillEngine, Parts]], compute_s: float) -> None:
+        """Compute, while KV moves."""
         self._left = 1
         self._fill_s = 0.0
         for engine, parts in chosen:
-            if rules.moves:
+            if self._rules.moves:
                 self._move(engine, parts, compute_s)
             self._take(engine, parts)
         self._clock.after(compute_s, self._part_ended)
 
-    def _move(self, engine: PrefillEngine, parts: list[tuple[Job, int]], compute_s: float) -> None:
+    def _move(self, engine: PrefillEngine, parts: Parts, compute_s: float) -> None:
         """Start the flows of one engine's batch."""
         rules, place = self._rules, engine.place
         token = rules.kv_bytes_per_token
@@ -152,7 +163,7 @@ class PrefillGroup:
         self._left += 1
         self._network.start_capped(links, size, size / compute_s, self._part_ended)
 
-    def _take(self, engine: PrefillEngine, parts: list[tuple[Job, int]]) -> None:
+    def _take(self, engine: PrefillEngine, parts: Parts) -> None:
         """The batch leaves the queue, but for the rest of a prompt that was cut."""
         now = self._clock.now
         for job, new in parts:
@@ -171,6 +182,10 @@ class PrefillGroup:
             fill_s, self._fill_s, self._left = self._fill_s, 0.0, 1
             self._clock.after(fill_s, self._part_ended)
             return
+        self._end()
+
+    def _end(self) -> None:
+        """The step is over; the next one begins, and whole prompts go on."""
         now = self._clock.now
         self.busy_s += now - self._begun_s
         whole, self._whole = self._whole, []
@@ -178,5 +193,6 @@ class PrefillGroup:
         for job in whole:
             job.prefill.requests -= 1
             job.prefill.tokens -= job.tokens
-            job.first_token_s = now
+            if job.first_token_s < 0:
+                job.first_token_s = now
             self._prefilled(job)

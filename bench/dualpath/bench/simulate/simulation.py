@@ -31,6 +31,7 @@ from dualpath.bench.simulate.simulated_model import SimulatedModel
 from dualpath.bench.simulate.system import System
 from dualpath.bench.simulate.turn_records import TurnRecords
 from dualpath.bench.simulate.virtual_clock import VirtualClock
+from dualpath.bench.simulate.whole_load_group import WholeLoadGroup
 from dualpath.scheduler.assignment import Assignment
 from dualpath.scheduler.engine_spec import EngineSpec, NodeSpec, Role
 from dualpath.scheduler.forward_batch import QuotaBatching
@@ -141,7 +142,6 @@ class _Simulation:
         check_conservation(
             cluster=self._cluster,
             network=self._network,
-            budgets=self._moves.budgets(),
             records=self._records,
             turns=self._turns,
             hit_bytes=self._hit_bytes if io else 0.0,
@@ -165,10 +165,7 @@ class _Simulation:
         prefills = [PrefillEngine(place) for place in self._cluster.prefill_engines]
         width = model.lockstep_engines if details.lockstep else 1
         self._groups = [
-            PrefillGroup(
-                self._clock, self._network, prefills[at : at + width], rules, self._prefilled
-            )
-            for at in range(0, len(prefills), width)
+            self._group(prefills[at : at + width], rules) for at in range(0, len(prefills), width)
         ]
         decodes = [
             DecodeEngine(self._clock, place, compute, self._done)
@@ -190,6 +187,21 @@ class _Simulation:
         ]
         self._leaders = Leaders(
             self._clock, self._scheduler, groups, details.fetch_s, FETCH_MAX, self._assigned
+        )
+
+    def _group(self, engines: Sequence[PrefillEngine], rules: StepRules) -> PrefillGroup:
+        """Engines that step together, as the system moves KV."""
+        system = self._setup.system
+        if system.layerwise or not system.io:
+            return PrefillGroup(self._clock, self._network, engines, rules, self._prefilled)
+        return WholeLoadGroup(
+            self._clock,
+            self._network,
+            engines,
+            rules,
+            self._prefilled,
+            self._moves.loaded,
+            self._setup.model.prefill_hbm_tokens,
         )
 
     def _register(self, role: Role, places: Sequence[EnginePlace], hbm_tokens: int) -> None:
