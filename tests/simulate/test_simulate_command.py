@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from dualpath.bench.models.catalogue import CATALOGUE
 from dualpath.bench.progress import Progress
+from dualpath.bench.simulate.comparison import Comparison
 from dualpath.bench.simulate.detail_flags import add_detail_flags, details_of
 from dualpath.bench.simulate.engine_details import EngineDetails
-from dualpath.bench.simulate.paper import Comparison, reproduce
+from dualpath.bench.simulate.paper import reproduce
 from dualpath.bench.simulate.request import SimulationRequest, rates
 from dualpath.bench.simulate.table import comparison_rows, markdown_document
 from dualpath.cli.main import main
@@ -97,12 +98,16 @@ def test_the_reproduction_compares_every_result_and_lists_every_run() -> None:
     report = reproduce(Progress(), agents=(2,))
     names = [one.name for one in report.comparisons]
     assert len(set(names)) == len(names)
-    assert {"offline_660b_64k", "pd_sweep_27b_mean", "ablation_layerwise"} <= set(names)
+    assert {
+        *("offline_660b_64k", "pd_sweep_27b_mean", "ablation_layerwise", "append_gain_least"),
+        *("snic_max_over_mean_dualpath", "online_capacity_mean", "scale_jct_ratio"),
+        "working_set_660b_0.1_aps_gb",
+    } <= set(names)
     # Two agents leave the links idle: no path gains anything.
     assert report.comparisons[0].simulated < 1.87
-    assert len(report.runs) == 6 + 9
     text = markdown_document(report)
     assert all(name in text for name in names)
+    assert all(table.title in text for table in report.tables)
     assert len(comparison_rows(report)[1]) == len(names)
     assert json.loads(json.dumps(report.to_json()))["offline_660b_64k"]["published"] == 1.87
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,8 @@ _EPILOG = """examples:
   dualpath simulate --model qwen2.5-32b --prefill 1 --decode 2 --online --aps 0.1:1.0:0.1
   dualpath simulate --model ds-v3.2 --snic 800Gbit/s --cnic 800Gbit/s --json out.json
   dualpath simulate --model FILE.toml --prefill 2 --decode 4 --trace FILE --tool-latency 0s
-  dualpath simulate paper --json out.json      the published results beside simulated ones
+  dualpath simulate paper --json out.json --jobs 2   the published results beside simulated ones
+  dualpath simulate sensitivity --jobs 2             how they move with inputs; other hardware
   dualpath simulate cluster --from out.json    what `bench cluster --json` measured, simulated
 
 Nothing here is measured: a cluster is simulated at the level of flows, with compute by a roofline
@@ -59,10 +59,10 @@ class SimulateCommand:
         add(
             "what",
             nargs="?",
-            choices=("run", "paper", "cluster"),
+            choices=("run", "paper", "sensitivity", "cluster"),
             default="run",
-            help="run (default): one cluster; paper: every published result; cluster: one that "
-            "`dualpath bench cluster` measured",
+            help="run (default): one cluster; paper: every published result; sensitivity: how "
+            "results move with inputs; cluster: one that `dualpath bench cluster` measured",
         )
         add(
             "--from",
@@ -133,6 +133,7 @@ class SimulateCommand:
     @staticmethod
     def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument_group("output").add_argument
+        add("--jobs", type=int, default=1, metavar="N", help="paper, sensitivity: processes")
         add("--json", default="", metavar="FILE", help="write the figures as JSON")
         add("--plot", default="", metavar="FILE", help="run: a picture, as PNG")
         add("--plots", default="", metavar="DIR", help="paper: write its pictures there")
@@ -154,6 +155,8 @@ class SimulateCommand:
                 figures, markdown, agrees = _cluster(args, progress)
             elif args.what == "paper":
                 figures, markdown = _paper(args, progress)
+            elif args.what == "sensitivity":
+                figures, markdown = _sensitivity(args, progress)
             else:
                 figures, markdown = _run(_request(args), args.plot, progress), ""
             _write(args, figures, markdown)
@@ -265,8 +268,13 @@ def _paper(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, obje
     from dualpath.bench.simulate.table import comparison_rows, markdown_document  # noqa: PLC0415
     from dualpath.bench.table import print_table  # noqa: PLC0415
 
-    only: Sequence[int] = (args.agents,) if args.agents else ()
-    report = reproduce(progress, seed=args.seed, calibration=args.calibration, agents=only)
+    report = reproduce(
+        progress,
+        seed=args.seed,
+        calibration=args.calibration,
+        agents=(args.agents,) if args.agents else (),
+        jobs=args.jobs,
+    )
     print_table(*comparison_rows(report), sys.stdout)
     if args.plots:
         from dualpath.bench.simulate.plot import draw  # noqa: PLC0415 - slow import
@@ -274,6 +282,25 @@ def _paper(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, obje
         for path in draw(report, Path(args.plots)):
             print(f"picture: {path}")
     return report.to_json(), markdown_document(report)
+
+
+def _sensitivity(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, object], str]:
+    from dualpath.bench.simulate.sensitivity import LARGE_AGENTS, Sensitivity  # noqa: PLC0415
+    from dualpath.bench.simulate.setting import Setting  # noqa: PLC0415 - numpy behind it
+    from dualpath.bench.simulate.table import markdown_section  # noqa: PLC0415
+    from dualpath.bench.table import print_table  # noqa: PLC0415
+
+    factor = args.agents / LARGE_AGENTS if args.agents else 1.0
+    base = Setting(seed=args.seed, calibration=args.calibration)
+    report = Sensitivity(base, factor).report(progress, jobs=args.jobs)
+    for table in report.tables:
+        print(table.title)
+        print_table(table.headings, table.rows, sys.stdout)
+    if args.plots:
+        from dualpath.bench.simulate.plot import draw_curves  # noqa: PLC0415 - slow import
+
+        print(f"picture: {draw_curves(report.curves, Path(args.plots) / 'paper_sensitivity.png')}")
+    return report.to_json(), "\n\n".join(markdown_section(table) for table in report.tables)
 
 
 def _cluster(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, object], str, bool]:

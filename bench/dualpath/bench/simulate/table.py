@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from dualpath.bench.simulate.paper import PaperReport
+from dualpath.bench.simulate.comparison import PaperReport, Table
 from dualpath.bench.table import markdown_table, print_table
 
 _HEADINGS = (
@@ -60,7 +60,7 @@ def comparison_rows(report: PaperReport) -> tuple[Sequence[str], list[Sequence[s
         (
             one.name,
             f"{one.published:g}",
-            f"{one.simulated:.3f}",
+            f"{one.simulated:.3f}" if one.simulated < 100 else f"{one.simulated:.0f}",
             f"{100 * one.deviation:+.1f} %",
             f"{100 * one.tolerance:g} %" if one.tolerance else "",
             one.verdict,
@@ -72,10 +72,22 @@ def comparison_rows(report: PaperReport) -> tuple[Sequence[str], list[Sequence[s
 
 
 def markdown_document(report: PaperReport) -> str:
-    """The comparison, then every run."""
-    headings = ("run", "agents", *_HEADINGS)
+    """The comparison, the tables, then every offline run."""
+    headings = ("run", *_HEADINGS)
     runs = []
     for name, result in report.runs.items():
-        model, nodes, agents, _ = name.split(" ")
-        runs.append((f"{model} {nodes}", agents, *_row(result)))
-    return "\n\n".join((markdown_table(*comparison_rows(report)), markdown_table(headings, runs)))
+        if "steady" not in result:
+            _, *row = _row(result)
+            runs.append((name, str(result["system"]), *row))
+    return "\n\n".join(
+        (
+            markdown_table(*comparison_rows(report)),
+            *(markdown_section(table) for table in report.tables),
+            markdown_table(headings, runs),
+        )
+    )
+
+
+def markdown_section(table: Table) -> str:
+    """One table under its title."""
+    return f"**{table.title}**\n\n{markdown_table(table.headings, table.rows)}"
