@@ -221,6 +221,11 @@ def test_a_system_that_is_far_past_the_slo_is_not_run_at_higher_rates(
         (["--trace", "/nowhere/x.jsonl"], "cannot be opened"),
         (["--tool-latency", "soon"], "--tool-latency: 'soon' is not a duration"),
         (["--plots", "."], "give --plot FILE"),
+        (["--jobs", "2"], "--jobs is for `paper`"),
+        (
+            ["sensitivity", "--system", "split"],
+            "--system changes nothing in `simulate sensitivity`",
+        ),
         (["--plot", "nowhere/x.png"], "there is no folder nowhere"),
         (["paper", "--system", "split"], "--system changes nothing in `simulate paper`"),
         (["paper", "--fetch", "1s"], "--fetch changes nothing in `simulate paper`"),

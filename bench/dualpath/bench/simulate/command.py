@@ -173,6 +173,8 @@ class SimulateCommand:
 
     def _check_mode(self, args: argparse.Namespace) -> None:
         """A flag that would change nothing is a mistake."""
+        if args.jobs != 1 and args.what not in ("paper", "sensitivity"):
+            raise InvalidRequest("--jobs is for `paper` and `sensitivity`")
         if args.what == "run":
             if args.plots or args.markdown:
                 raise InvalidRequest("--plots and --markdown are for `paper`; give --plot FILE")
