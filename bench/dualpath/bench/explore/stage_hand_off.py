@@ -191,11 +191,11 @@ class HandOffStage(StagePlay):
     def _relay_link(self) -> SimpleNamespace:
         """What a hand-off uses of a RelayLink."""
 
-        async def settled(_timeout_s: float) -> bool:
+        async def tried(_timeout_s: float) -> bool:
             return self.linked
 
         link = SimpleNamespace(
-            settled=settled,
+            tried=tried,
             reason="peer_lost",
             attached=SimpleNamespace(session=b"session"),
             network=StageNetwork(self.prefill),
