@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from dualpath.bench.simulate.flow_network import FlowNetwork, Route
+from dualpath.bench.simulate.flow_network import FlowNetwork
 from dualpath.bench.simulate.link import Link, RateMeter
+from dualpath.bench.simulate.route import Route
 from dualpath.bench.simulate.virtual_clock import TimeTravel, VirtualClock
-from dualpath.bench.simulate.water_filling import Demand, max_min_rates
+from dualpath.bench.simulate.water_filling import fill, joined
 from dualpath.transfer.errors import InvalidRequest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,34 @@ class PlannedFlow:
     weight: float
 
 
+def rates_by_filling_everything(flows: list[PlannedFlow], capacities: list[float]) -> list[float]:
+    """The reference: raise all rates together, hold those that meet a full link or their cap."""
+    rates = [0.0] * len(flows)
+    growing = set(range(len(flows)))
+    while growing:
+        levels = [flows[i].cap / flows[i].weight for i in growing]
+        for link, capacity in enumerate(capacities):
+            on = [i for i, flow in enumerate(flows) if link in flow.links]
+            weight = sum(flows[i].weight for i in on if i in growing)
+            if weight:
+                left = capacity - sum(rates[i] for i in on if i not in growing)
+                levels.append(max(0.0, left) / weight)
+        level = min(levels)
+        for i in growing:
+            rates[i] = level * flows[i].weight
+        load = [
+            sum(rates[i] for i, flow in enumerate(flows) if link in flow.links)
+            for link in range(len(capacities))
+        ]
+        growing -= {
+            i
+            for i in growing
+            if rates[i] >= flows[i].cap * (1 - 1e-12)
+            or any(load[link] >= capacities[link] * (1 - 1e-12) for link in flows[i].links)
+        }
+    return rates
+
+
 def ends_by_filling_everything(capacities: list[float], flows: list[PlannedFlow]) -> list[float]:
     """The reference: at every change, all rates anew over all links."""
     left = [flow.size for flow in flows]
@@ -34,10 +63,7 @@ def ends_by_filling_everything(capacities: list[float], flows: list[PlannedFlow]
     running: list[int] = []
     now = 0.0
     while order or running:
-        rates = max_min_rates(
-            [Demand(flows[i].links, flows[i].weight, flows[i].cap) for i in running],
-            capacities,
-        )
+        rates = rates_by_filling_everything([flows[i] for i in running], capacities)
         until = flows[order[0]].begin_s if order else math.inf
         ending = min(
             (now + left[i] / r for i, r in zip(running, rates, strict=True)), default=math.inf
@@ -114,31 +140,40 @@ def test_every_flow_ends_when_filling_all_links_at_every_change_says(
 
 @settings(max_examples=200, deadline=None)
 @given(networks())
-def test_max_min_rates_fill_a_link_for_every_demand_that_is_held_back(
+def test_filling_fills_a_link_for_every_route_that_is_held_back(
     network: tuple[list[float], list[PlannedFlow], bool],
 ) -> None:
     capacities, flows, _ = network
-    demands = [Demand(flow.links, flow.weight, flow.cap) for flow in flows]
-    rates = max_min_rates(demands, capacities)
-    load = [0.0] * len(capacities)
-    for demand, rate in zip(demands, rates, strict=True):
-        for link in demand.links:
-            load[link] += rate
-    for total, capacity in zip(load, capacities, strict=True):
-        assert total <= capacity * (1 + 1e-9)
-    for demand, rate in zip(demands, rates, strict=True):
-        if rate >= demand.bound * (1 - 1e-9):
+    links = [Link(f"l{i}", capacity) for i, capacity in enumerate(capacities)]
+    routes = []
+    for flow in flows:
+        route = Route(tuple([links[i] for i in flow.links]), flow.cap, None)
+        route.weight = flow.weight
+        routes.append(route)
+        for link in route.links:
+            link.routes[route] = None
+            link.bound += route.cap
+            link.tight = link.bound > link.most
+    for link in links:
+        if link.mark != 1:
+            fill(*joined(link, 1))
+    load = {link: sum(route.share for route in link.routes) for link in links}
+    for link in links:
+        assert load[link] <= link.capacity * (1 + 1e-9)
+    for route in routes:
+        if route.share >= route.cap * (1 - 1e-9):
             continue
         # Its bottleneck: a full link on which no other gets more for its weight.
         assert any(
-            load[link] >= capacities[link] * (1 - 1e-9)
+            load[link] >= link.capacity * (1 - 1e-9)
             and all(
-                other_rate / other.weight <= rate / demand.weight * (1 + 1e-9)
-                for other, other_rate in zip(demands, rates, strict=True)
-                if link in other.links
+                other.share / other.weight <= route.share / route.weight * (1 + 1e-9)
+                for other in link.routes
             )
-            for link in demand.links
+            for link in route.links
         )
+    expected = rates_by_filling_everything(flows, capacities)
+    assert [route.share for route in routes] == pytest.approx(expected, rel=1e-9)
 
 
 def test_one_link_serves_its_bytes_at_its_rate_however_many_flows_share_it() -> None:

@@ -36,6 +36,7 @@ class DecodeEngine:
         "_step_s",
         "_steps",
         "busy_s",
+        "changed",
         "place",
         "requests",
         "reserved",
@@ -51,6 +52,7 @@ class DecodeEngine:
     ) -> None:
         self.place = place
         self.requests = self.tokens = self.reserved = 0
+        self.changed = True
         self.busy_s = 0.0
         self._clock = clock
         self._model = model
@@ -69,6 +71,7 @@ class DecodeEngine:
         self.requests += 1
         self.tokens += job.tokens
         self.reserved += job.tokens + job.generate
+        self.changed = True
         assert self.reserved <= self._hbm_tokens, (
             f"{self.place.name} holds {self.reserved} tokens of {self._hbm_tokens}"
         )
@@ -126,4 +129,5 @@ class DecodeEngine:
         self.requests -= 1
         self.tokens -= job.tokens
         self.reserved -= job.tokens + job.generate
+        self.changed = True
         self._done(job)

@@ -1,17 +1,14 @@
 """Flows over shared links: processor sharing, weighted max-min fair, under a virtual clock.
 
-A `Route` is the set of links that its flows cross. Flows of one route share what it gets in
-proportion to their weights, so a route keeps one number, the bytes served for a unit of weight,
-and a heap of the numbers at which its flows end; a flow that comes or goes costs the logarithm of
-their count. What a route can get at most (its `bound`) is the least of its links' capacities and
-of its cap. While the bounds of all routes on a link fit, the link cannot bind, and rates are the
-bounds: nothing else changes when a flow comes or goes. Where they do not fit the link is `tight`,
-and the routes that are joined by tight links, and only those, get their rates anew
-(`water_filling`), once for all that happens at one instant. Both give the same rates as filling
-all links at once: `tests/simulate` compares.
+A `Route` is the set of links that its flows cross. What a route can get at most (its `bound`) is
+the least of its links' capacities and of its cap. While the bounds of all routes on a link fit, the
+link cannot bind, and rates are the bounds: nothing else changes when a flow comes or goes. Where
+they do not fit the link is `tight`, and the routes that are joined by tight links, and only those,
+get their rates anew (`water_filling`), once for all that happens at one instant. Both give the same
+rates as filling all links at once: `tests/simulate` compares.
 
-Guarantees, checked at each change: no tight link carries more than its capacity, and no flow ends
-before its bytes are served.
+Guarantees, checked at each change: no link carries more than its capacity, and no flow ends before
+its bytes are served.
 """
 
 from __future__ import annotations
@@ -19,55 +16,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable
-from typing import Any
 
-from dualpath.bench.simulate.link import OVER_CAPACITY, Link, RateMeter
+from dualpath.bench.simulate.link import Link, RateMeter
+from dualpath.bench.simulate.route import Member, Route
 from dualpath.bench.simulate.virtual_clock import Handler, VirtualClock
-from dualpath.bench.simulate.water_filling import Demand, max_min_rates
+from dualpath.bench.simulate.water_filling import fill, joined
 from dualpath.transfer.errors import InvalidRequest
 
 END_TOLERANCE_S = 1e-9
 """A flow that would end within this time has ended: below what the sums can tell apart."""
-
-
-class Route:
-    """Flows that cross the same links. Made by `FlowNetwork.route`, or for one capped flow."""
-
-    __slots__ = (
-        "bound",
-        "cap",
-        "links",
-        "members",
-        "meter",
-        "planned_s",
-        "rate",
-        "served",
-        "since_s",
-        "weight",
-    )
-
-    def __init__(self, links: tuple[Link, ...], cap: float, meter: RateMeter | None) -> None:
-        self.links = links
-        self.cap = min(cap, *(link.capacity for link in links))
-        self.meter = meter
-        self.bound = 0.0
-        self.weight = 0.0
-        self.rate = 0.0
-        self.served = 0.0
-        self.since_s = 0.0
-        self.planned_s = math.inf
-        # (served at its end, order, weight, size, what to call then, with what)
-        self.members: list[tuple[float, int, float, float, Handler, Any]] = []
-
-    def advance(self, now_s: float) -> None:
-        """Serve its flows up to the present at the rate they have."""
-        since = self.since_s
-        if now_s > since:
-            if self.weight > 0.0:
-                self.served += self.rate * (now_s - since) / self.weight
-                if self.meter is not None:
-                    self.meter.add(since, now_s, self.rate)
-            self.since_s = now_s
 
 
 class FlowNetwork:
@@ -76,6 +33,7 @@ class FlowNetwork:
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
         self._made = 0
+        self._settled = 0
         self._unsettled: dict[Link, None] = {}
         self.flows = 0
         self.bytes_started = 0.0
@@ -101,20 +59,21 @@ class FlowNetwork:
         if size_bytes == 0:
             self._clock.at(self._clock.now, done, argument)
             return
-        now = self._clock.now
-        route.advance(now)
-        first = not route.members
-        if first:
-            # Counted anew for each busy period: small numbers keep their digits.
-            route.served = 0.0
+        members = route.members
         self._made += 1
-        end = route.served + size_bytes / weight
-        heapq.heappush(route.members, (end, self._made, weight, size_bytes, done, argument))
-        route.weight += weight
-        if first:
-            self._rebound(route, route.cap)
-        else:
+        if members:
+            route.advance(self._clock.now)
+            end = route.served + size_bytes / weight
+            heapq.heappush(members, (end, self._made, weight, size_bytes, done, argument))
+            route.weight += weight
             self._reweigh(route)
+        else:
+            # Counted anew for each busy period: small numbers keep their digits.
+            route.since_s = self._clock.now
+            route.served = 0.0
+            members.append((size_bytes / weight, self._made, weight, size_bytes, done, argument))
+            route.weight = weight
+            self._rebound(route, route.cap)
         self._plan(route)
 
     def start_capped(
@@ -140,12 +99,22 @@ class FlowNetwork:
         return route
 
     def _rebound(self, route: Route, bound: float) -> None:
-        """A route begins or ends to be busy."""
+        """A route begins or ends to be busy. While the bounds of all routes on a link fit, it
+        cannot bind."""
         by = bound - route.bound
         route.bound = bound
         free = True
         for link in route.links:
-            if link.widen(route, by):
+            routes = link.routes
+            if bound:
+                routes[route] = None
+            else:
+                del routes[route]
+            # Summed anew where it matters, so that rounding does not pile up.
+            total = link.bound = link.bound + by if routes else 0.0
+            tight = total > link.most
+            if tight or link.tight:
+                link.tight = tight
                 free = False
                 self._unsettle(link)
         if free:
@@ -165,43 +134,31 @@ class FlowNetwork:
         self._unsettled[link] = None
 
     def _settle(self, _: object) -> None:
+        """New rates for the routes that tight links join to those that have changed."""
         unsettled, self._unsettled = self._unsettled, {}
-        settled: set[Link] = set()
-        for seed in unsettled:
-            if seed not in settled:
-                links, routes = joined(seed)
-                settled.update(links)
-                self._share(links, routes)
-
-    def _share(self, links: list[Link], routes: list[Route]) -> None:
-        """New rates for routes that tight links join."""
-        numbers = {link: number for number, link in enumerate(links) if link.tight}
-        demands = [
-            Demand(
-                tuple([numbers[link] for link in route.links if link in numbers]),
-                route.weight,
-                route.cap,
-            )
-            for route in routes
-        ]
-        capacities = [link.capacity for link in links]
+        mark = self._settled = self._settled + 1
         now = self._clock.now
-        for route, rate in zip(routes, max_min_rates(demands, capacities), strict=True):
-            if rate != route.rate:
-                route.advance(now)
-                route.rate = rate
-                self._plan(route)
-        for link in numbers:
-            total = sum([route.rate for route in link.routes])
-            assert total <= link.capacity * (1 + OVER_CAPACITY), f"{link} carries {total}"
+        for seed in unsettled:
+            if seed.mark == mark:
+                continue
+            links, routes = joined(seed, mark)
+            fill(links, routes)
+            for route in routes:
+                if route.share != route.rate:
+                    route.advance(now)
+                    route.rate = route.share
+                    self._plan(route)
 
     def _plan(self, route: Route) -> None:
         """Look at the route when its first flow ends. A look that is planned too early is made
         again then; only one that would come too late is planned anew."""
-        if not route.members or route.rate <= 0.0:
+        rate = route.rate
+        if rate <= 0.0:
             return
         left = route.members[0][0] - route.served
-        due = route.since_s + max(0.0, left) * route.weight / route.rate
+        due = route.since_s
+        if left > 0.0:
+            due += left * route.weight / rate
         if due < route.planned_s:
             route.planned_s = due
             self._clock.at(due, self._look, (route, due))
@@ -211,49 +168,32 @@ class FlowNetwork:
         if due != route.planned_s:
             return
         route.planned_s = math.inf
-        now = self._clock.now
-        route.advance(now)
         members = route.members
         if not members:
             return
+        route.advance(self._clock.now)
         reach = route.served + END_TOLERANCE_S * route.rate / route.weight
-        ended = []
+        if members[0][0] > reach:
+            self._plan(route)
+            return
+        ended = [heapq.heappop(members)]
         while members and members[0][0] <= reach:
             ended.append(heapq.heappop(members))
-        if ended:
-            self._end(route, ended)
-        self._plan(route)
+        self._end(route, ended)
         for _, _, _, _, done, argument in ended:
             done(argument)
 
-    def _end(
-        self, route: Route, ended: list[tuple[float, int, float, float, Handler, Any]]
-    ) -> None:
-        for _, _, weight, size, _, _ in ended:
-            route.weight -= weight
-            self.bytes_ended += size
-            for link in route.links:
-                link.carried += size
-        if not route.members:
+    def _end(self, route: Route, ended: list[Member]) -> None:
+        """Flows leave a route, all their bytes served."""
+        size = ended[0][3] if len(ended) == 1 else sum([member[3] for member in ended])
+        self.bytes_ended += size
+        for link in route.links:
+            link.carried += size
+        if route.members:
+            route.weight -= sum([member[2] for member in ended])
+            self._reweigh(route)
+            self._plan(route)
+        else:
             route.weight = 0.0
             self._rebound(route, 0.0)
             route.rate = 0.0
-        else:
-            self._reweigh(route)
-
-
-def joined(seed: Link) -> tuple[list[Link], list[Route]]:
-    """`seed` and the links that tight links join to it, with the busy routes on them, in an order
-    that depends on the run alone."""
-    links = [seed]
-    seen = {seed}
-    routes: dict[Route, None] = {}
-    for link in links:
-        for route in link.routes:
-            if route not in routes:
-                routes[route] = None
-                for other in route.links:
-                    if other.tight and other not in seen:
-                        seen.add(other)
-                        links.append(other)
-    return links, list(routes)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """Tokens of the prompt: `hit` are stored, `new` are computed. Bytes are those of their KV.
+    """Of the prompt's `tokens`, `hit` are stored and `new` computed. Bytes are those of their KV.
     Times are seconds of the virtual clock, -1 before they come."""
 
     __slots__ = (
@@ -33,6 +33,7 @@ class Job:
         "read_begin_s",
         "read_end_s",
         "sides_left",
+        "tokens",
         "tokens_by_prefill",
     )
     prefill: PrefillEngine
@@ -45,6 +46,7 @@ class Job:
         self.id = f"{agent}/{number}"
         self.hit = hit
         self.new = new
+        self.tokens = hit + new
         self.generate = generate
         self.arrive_s = arrive_s
         self.assigned_s = self.read_begin_s = self.read_end_s = -1.0
@@ -53,8 +55,3 @@ class Job:
         self.computed = 0
         self.tokens_by_prefill = 0
         self.sides_left = 0
-
-    @property
-    def tokens(self) -> int:
-        """Of the whole prompt."""
-        return self.hit + self.new

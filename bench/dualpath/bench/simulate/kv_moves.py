@@ -10,9 +10,10 @@ What moves with a forward batch belongs to `PrefillGroup` and `WholeLoadGroup`.
 from __future__ import annotations
 
 from dualpath.bench.simulate.cluster import Cluster
-from dualpath.bench.simulate.flow_network import FlowNetwork, Route
+from dualpath.bench.simulate.flow_network import FlowNetwork
 from dualpath.bench.simulate.job import Job
 from dualpath.bench.simulate.read_queue import ReadQueue
+from dualpath.bench.simulate.route import Route
 from dualpath.bench.simulate.simulated_model import SimulatedModel
 from dualpath.bench.simulate.system import System
 from dualpath.bench.simulate.virtual_clock import Handler, VirtualClock

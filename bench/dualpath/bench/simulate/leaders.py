@@ -19,15 +19,14 @@ from dualpath.scheduler.scheduler import Scheduler
 
 
 class Loaded(Protocol):
-    """What a leader sees of an engine: unfinished requests and their tokens."""
+    """What a leader sees of an engine: unfinished requests and their tokens, and whether either has
+    changed since its last report."""
 
-    @property
-    def requests(self) -> int:
-        """seq_e."""
-
-    @property
-    def tokens(self) -> int:
-        """tok_e."""
+    requests: int
+    """seq_e."""
+    tokens: int
+    """tok_e."""
+    changed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,16 @@ class Group:
     nodes: Sequence[tuple[str, ReadQueue]]
 
     def report(self) -> GroupReport:
-        """As it stands."""
+        """As it stands. Engines that nothing was given to or done by since the last report are left
+        out: the scheduler knows them."""
+        engines = []
+        for name, engine in self.engines:
+            if engine.changed:
+                engine.changed = False
+                engines.append(EngineReport(name, engine.requests, engine.tokens))
         return GroupReport(
             self.name,
-            tuple([EngineReport(name, one.requests, one.tokens) for name, one in self.engines]),
+            tuple(engines),
             tuple([NodeReport(name, queue.tokens) for name, queue in self.nodes]),
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dualpath.transfer.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from dualpath.bench.simulate.flow_network import Route
+    from dualpath.bench.simulate.route import Route
 
 OVER_CAPACITY = 1e-9
 """Rounding: a share of its capacity by which the sum of a link's rates may pass it."""
@@ -20,7 +20,19 @@ OVER_CAPACITY = 1e-9
 class Link:
     """One direction of one device. `capacity` is in bytes a second; inf never binds."""
 
-    __slots__ = ("bound", "capacity", "carried", "name", "routes", "tight")
+    __slots__ = (
+        "bound",
+        "capacity",
+        "carried",
+        "growing",
+        "left",
+        "mark",
+        "most",
+        "name",
+        "routes",
+        "tight",
+        "weight",
+    )
 
     def __init__(self, name: str, capacity: float) -> None:
         if not capacity > 0:
@@ -28,26 +40,21 @@ class Link:
         self.name = name
         self.capacity = capacity
         self.carried = 0.0
+        self.most = capacity * (1 + OVER_CAPACITY)
+        """What the sum of bounds or rates may come to, rounding included."""
         # In the order of their coming, so that a run does not depend on addresses.
         self.routes: dict[Route, None] = {}
         self.bound = 0.0
         self.tight = False
+        """Whether it may bind: the sum of its routes' bounds, `bound`, does not fit."""
+        # Where `water_filling` stands.
+        self.left = 0.0
+        self.weight = 0.0
+        self.growing = 0
+        self.mark = 0
 
     def __repr__(self) -> str:
         return f"Link({self.name}, {self.capacity / 1e9:g} GB/s, {len(self.routes)} routes)"
-
-    def widen(self, route: Route, by: float) -> bool:
-        """A route's bound on this link grows by `by` (or shrinks); whether the link may bind now
-        or did before. While the bounds of all its routes fit, it cannot bind."""
-        before = self.tight
-        if route.members:
-            self.routes[route] = None
-        else:
-            self.routes.pop(route, None)
-        # Summed anew where it matters, so that rounding does not pile up.
-        self.bound = self.bound + by if self.routes else 0.0
-        self.tight = self.bound > self.capacity * (1 + OVER_CAPACITY)
-        return before or self.tight
 
 
 class RateMeter:

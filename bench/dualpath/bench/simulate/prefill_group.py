@@ -33,14 +33,27 @@ Parts = list[tuple[Job, int]]
 class PrefillEngine:
     """What waits at one engine, and what it has been given in all."""
 
-    __slots__ = ("attention_s", "group", "hbm", "place", "ready", "requests", "tokens")
+    __slots__ = ("attention_s", "changed", "group", "place", "ready", "requests", "tokens")
 
     def __init__(self, place: EnginePlace) -> None:
         self.place = place
         self.group: PrefillGroup
         self.ready: deque[Job] = deque()
         self.requests = self.tokens = 0
+        self.changed = True
         self.attention_s = 0.0
+
+    def promise(self, job: Job) -> None:
+        """The scheduler has chosen this engine."""
+        self.requests += 1
+        self.tokens += job.tokens
+        self.changed = True
+
+    def leave(self, job: Job) -> None:
+        """A job needs this engine no more."""
+        self.requests -= 1
+        self.tokens -= job.tokens
+        self.changed = True
 
     def works(self) -> Iterator[PrefillWork]:
         """What waits, in order."""
@@ -191,8 +204,7 @@ class PrefillGroup:
         whole, self._whole = self._whole, []
         self._begin(None)
         for job in whole:
-            job.prefill.requests -= 1
-            job.prefill.tokens -= job.tokens
+            job.prefill.leave(job)
             if job.first_token_s < 0:
                 job.first_token_s = now
             self._prefilled(job)

@@ -11,7 +11,7 @@ The run is a function of its arguments: no clock but the virtual one, no randomn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,12 +69,18 @@ def policy_settings(setup: SimulationSetup) -> PolicySettings:
     """alpha and beta as profiled: of the storage NIC, and of one prefill engine over the mean
     prompt of these agents, hits included, since that is what tok_e counts."""
     model = setup.model
-    tokens = prompts = appended = 0
+    tokens = appended = 0
+    known: dict[int, tuple[int, int]] = {}
     for arrival in setup.arrivals:
-        for prompt in arrival.trajectory.prompts():
-            tokens += prompt.tokens
-            appended += prompt.append
-            prompts += 1
+        # Agents share trajectories; what is the same object is counted once.
+        trajectory = arrival.trajectory
+        sums = known.get(id(trajectory))
+        if sums is None:
+            prompts = tuple(trajectory.prompts())
+            sums = sum([one.tokens for one in prompts]), sum([one.append for one in prompts])
+            known[id(trajectory)] = sums
+        tokens += sums[0]
+        appended += sums[1]
     prefix_factor = tokens / max(1, appended)
     return PolicySettings.profiled(
         read_tokens_per_s=setup.cluster.snic_bytes_per_s / model.kv_bytes_per_token,
@@ -89,8 +95,8 @@ class _Agent:
 
     __slots__ = ("number", "prompts")
 
-    def __init__(self, arrival: AgentArrival) -> None:
-        self.prompts: Iterator[TurnPrompt] = arrival.trajectory.prompts()
+    def __init__(self, prompts: Iterable[TurnPrompt]) -> None:
+        self.prompts: Iterator[TurnPrompt] = iter(prompts)
         self.number = 0
 
 
@@ -100,7 +106,8 @@ class _Simulation:
     def __init__(self, setup: SimulationSetup) -> None:
         self._setup = setup
         model, details = setup.model, setup.details
-        self._turns = _check_agents(setup)
+        prompts = _checked_prompts(setup)
+        self._turns = sum([len(prompts[id(one.trajectory)]) for one in setup.arrivals])
         self._clock = VirtualClock()
         self._network = FlowNetwork(self._clock)
         self._cluster = Cluster(setup.cluster, model.gpus_per_engine, details.window_s)
@@ -122,7 +129,7 @@ class _Simulation:
             self._landed,
         )
         self._make_engines()
-        self._agents = [_Agent(arrival) for arrival in setup.arrivals]
+        self._agents = [_Agent(prompts[id(one.trajectory)]) for one in setup.arrivals]
         for index, arrival in enumerate(setup.arrivals):
             self._clock.at(arrival.at_s, self._next_turn, index)
 
@@ -247,8 +254,7 @@ class _Simulation:
         job.assigned_s = self._clock.now
         job.prefill = self._prefills[assignment.prefill]
         job.decode = self._decodes[assignment.decode]
-        job.prefill.requests += 1
-        job.prefill.tokens += job.tokens
+        job.prefill.promise(job)
         job.decode.promise(job)
         if self._setup.system.io:
             size = job.hit * self._setup.model.kv_bytes_per_token
@@ -306,14 +312,17 @@ class _Simulation:
         )
 
 
-def _check_agents(setup: SimulationSetup) -> int:
-    """How many turns there are. Raises InvalidRequest if one fits no engine."""
+def _checked_prompts(setup: SimulationSetup) -> dict[int, tuple[TurnPrompt, ...]]:
+    """The prompts of each trajectory, by the identity of the object, which `setup` keeps: agents
+    share them. Raises InvalidRequest if one fits no engine."""
     most, model = setup.model.compute.hbm_tokens, setup.model
     staging = setup.cluster.staging_bytes / model.kv_bytes_per_token
-    turns = 0
+    found: dict[int, tuple[TurnPrompt, ...]] = {}
     for number, arrival in enumerate(setup.arrivals):
-        for prompt in arrival.trajectory.prompts():
-            turns += 1
+        if id(arrival.trajectory) in found:
+            continue
+        prompts = found[id(arrival.trajectory)] = tuple(arrival.trajectory.prompts())
+        for prompt in prompts:
             if prompt.tokens < 1:
                 raise InvalidRequest(f"agent {number} has a turn with an empty prompt")
             tokens = prompt.tokens + prompt.generate
@@ -326,6 +335,6 @@ def _check_agents(setup: SimulationSetup) -> int:
                         f"agent {number} has a turn of {tokens} tokens; {what} holds {room:.0f} "
                         f"of {model.name}{remedy}"
                     )
-    if not turns:
+    if not found:
         raise InvalidRequest("there are no agents: nothing to simulate")
-    return turns
+    return found

@@ -20,65 +20,62 @@ COLUMNS = (
     "bytes_by_prefill",
     "bytes_by_decode",
 )
-_TIMES = COLUMNS[:8]
+_WIDTH = len(COLUMNS) + 3
 _ROUNDING_S = 1e-6
 
 
 class TurnRecords:
-    """`add` once a turn; `column` for figures."""
+    """`add` once a turn; `column` for figures. A row of numbers a turn, one after the other."""
 
     def __init__(self) -> None:
-        self._columns = {name: array("d") for name in COLUMNS}
-        self._agent = array("l")
-        self._generate = array("l")
-        self._hit = array("l")
-        self._appends = [self._columns[name].append for name in COLUMNS]
+        self._rows = array("d")
 
     def __len__(self) -> int:
-        return len(self._generate)
+        return len(self._rows) // _WIDTH
 
     def add(self, job: Job) -> None:
         """A turn is done. A time before an earlier one's is a mistake of the simulator."""
-        values = (
-            job.arrive_s,
-            job.assigned_s,
-            job.read_begin_s,
-            job.read_end_s,
-            job.prefill_s,
-            job.first_token_s,
-            job.decode_s,
-            job.done_s,
-            job.bytes_by_prefill,
-            job.bytes_by_decode,
-        )
-        last = 0.0
-        for name, value in zip(_TIMES, values, strict=False):
-            assert value >= last - _ROUNDING_S, f"turn {job.id}: {name} {value} before {last}"
-            last = value
-        for append, value in zip(self._appends, values, strict=True):
-            append(value)
-        self._agent.append(job.agent)
-        self._generate.append(job.generate)
-        self._hit.append(job.hit)
+        arrive, assigned, begin = job.arrive_s, job.assigned_s, job.read_begin_s
+        end, prefill, first = job.read_end_s, job.prefill_s, job.first_token_s
+        decode, done = job.decode_s, job.done_s
+        if not (
+            0.0 <= arrive <= assigned + _ROUNDING_S
+            and assigned <= begin + _ROUNDING_S
+            and begin <= end + _ROUNDING_S
+            and end <= prefill + _ROUNDING_S
+            and prefill <= first + _ROUNDING_S
+            and first <= decode + _ROUNDING_S
+            and decode <= done + _ROUNDING_S
+        ):
+            times = (arrive, assigned, begin, end, prefill, first, decode, done)
+            said = ", ".join(f"{name} {at}" for name, at in zip(COLUMNS, times, strict=False))
+            raise AssertionError(f"turn {job.id} went back in time: {said}")
+        bytes_read = (job.bytes_by_prefill, job.bytes_by_decode)
+        row = (arrive, assigned, begin, end, prefill, first, decode, done, *bytes_read)
+        self._rows.extend((*row, job.generate, job.hit, job.agent))
 
     def column(self, name: str) -> NDArray[np.float64]:
         """One of COLUMNS, a value a turn in the order of their ends."""
-        return np.frombuffer(self._columns[name], dtype=np.float64)
+        return self._column(COLUMNS.index(name))
 
     @property
     def agents(self) -> NDArray[np.int64]:
         """Whose each turn was; an agent's own are in their order."""
-        return np.frombuffer(self._agent, dtype=np.int64)
+        return self._column(len(COLUMNS) + 2).astype(np.int64)
 
     @property
-    def generate(self) -> NDArray[np.int64]:
+    def generate(self) -> NDArray[np.float64]:
         """Tokens that each turn generated."""
-        return np.frombuffer(self._generate, dtype=np.int64)
+        return self._column(len(COLUMNS))
 
     @property
     def hit_tokens(self) -> int:
         """Of all turns."""
-        return int(np.frombuffer(self._hit, dtype=np.int64).sum()) if len(self) else 0
+        return int(self._column(len(COLUMNS) + 1).sum())
+
+    def _column(self, index: int) -> NDArray[np.float64]:
+        rows = np.frombuffer(self._rows, dtype=np.float64) if self._rows else np.empty(0)
+        return rows[index::_WIDTH].copy()
 
     def ttft_s(self) -> NDArray[np.float64]:
         """From a request's arrival to its first token, which the prefill makes."""
@@ -87,6 +84,7 @@ class TurnRecords:
     def tpot_s(self) -> NDArray[np.float64]:
         """Seconds a token after the first, of turns that have more than one: the way to the decode
         engine is part of it."""
-        several = self.generate > 1
+        generate = self.generate
+        several = generate > 1
         took = self.column("done_s") - self.column("first_token_s")
-        return took[several] / (self.generate[several] - 1)
+        return took[several] / (generate[several] - 1)

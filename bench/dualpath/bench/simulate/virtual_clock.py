@@ -54,16 +54,19 @@ class VirtualClock:
         With a finite `until_s` the time is `until_s` afterwards if events are left."""
         events = self._events
         pop = heapq.heappop
-        left = events_max if events_max is not None else -1
-        while events:
-            if left == 0:
-                return False
-            if events[0][0] > until_s:
-                self.now = until_s
-                return False
-            time_s, _, handler, argument = pop(events)
-            self.now = time_s
-            self.events_run += 1
-            left -= 1
-            handler(argument)
+        limit = -1 if events_max is None else events_max
+        run = 0
+        try:
+            while events:
+                if run == limit:
+                    return False
+                if events[0][0] > until_s:
+                    self.now = until_s
+                    return False
+                time_s, _, handler, argument = pop(events)
+                self.now = time_s
+                run += 1
+                handler(argument)
+        finally:
+            self.events_run += run
         return True

@@ -1,78 +1,107 @@
-"""Weighted max-min fair rates: who gets how much of links that several share. Pure.
+"""Weighted max-min fair rates of routes over links that may bind, in place.
 
-A demand crosses some links, has a weight and a bound of its own. All rates grow in proportion to
-the weights until a link is full or a bound is met; those that are held then keep their rate, the
-others grow on (progressive filling: Bertsekas and Gallager, "Data Networks", 6.5.2).
+All rates grow in proportion to the weights until a link is full or a route's cap is met; those that
+are held then keep their rate, the others grow on (progressive filling: Bertsekas and Gallager,
+"Data Networks", 6.5.2). Holding a rate at the lowest level never lowers another link's level, so a
+heap of levels, looked at again when they come to its top, finds the lowest one.
+
+Guarantees that what a tight link gives out is never more than its capacity.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
+
+from dualpath.bench.simulate.link import OVER_CAPACITY, Link
+
+if TYPE_CHECKING:
+    from dualpath.bench.simulate.route import Route
 
 LEVEL_TOLERANCE = 1e-12
-"""Links and bounds within this share of the lowest level are held together with it."""
+"""Caps within this share of the lowest level are held together with it."""
+GROWING = -1.0
+"""The share of a route whose rate is not held yet."""
 
 
-class Demand(NamedTuple):
-    """`links` are indices of the capacities; `bound` is in bytes a second (inf: none)."""
+def joined(seed: Link, mark: int) -> tuple[list[Link], list[Route]]:
+    """`seed` and the links that tight links join to it, with the busy routes on them, in an order
+    that depends on the run alone. `mark` is what links and routes found before under the same mark
+    are passed over by."""
+    seed.mark = mark
+    links = [seed]
+    routes: list[Route] = []
+    for link in links:
+        for route in link.routes:
+            if route.mark != mark:
+                route.mark = mark
+                routes.append(route)
+                for other in route.links:
+                    if other.tight and other.mark != mark:
+                        other.mark = mark
+                        links.append(other)
+    return links, routes
 
-    links: tuple[int, ...]
-    weight: float
-    bound: float = math.inf
+
+def fill(links: Sequence[Link], routes: Sequence[Route]) -> None:
+    """Set `share`, bytes a second, of routes: all those that cross the tight ones of `links`."""
+    levels: list[tuple[float, int, Link]] = []
+    for number, link in enumerate(links):
+        if link.tight:
+            weight = 0.0
+            for route in link.routes:
+                weight += route.weight
+            link.left = link.capacity
+            link.weight = weight
+            link.growing = len(link.routes)
+            levels.append((link.capacity / weight, number, link))
+    if not levels or len(routes) == 1:
+        for route in routes:
+            route.share = route.cap
+        return
+    heapq.heapify(levels)
+    caps: list[tuple[float, int, Route]] = []
+    for number, route in enumerate(routes):
+        route.share = GROWING
+        caps.append((route.cap / route.weight, number, route))
+    # Caps are met in the order of their levels.
+    caps.sort()
+    for bound, _, route in caps:
+        while route.share == GROWING:
+            tightest, lowest = _lowest(levels)
+            if bound <= lowest * (1 + LEVEL_TOLERANCE) or tightest is None:
+                _hold(route, route.cap)
+            else:
+                for other in tightest.routes:
+                    if other.share == GROWING:
+                        _hold(other, lowest * other.weight)
 
 
-def max_min_rates(demands: Sequence[Demand], capacities: Sequence[float]) -> list[float]:
-    """The rate of each demand, bytes a second. A demand without a bound and without a link with a
-    capacity raises ValueError."""
-    rates = [0.0] * len(demands)
-    left = list(capacities)
-    weights = [0.0] * len(left)
-    members: list[list[int]] = [[] for _ in left]
-    growing: list[tuple[float, int]] = []
-    for index, (links, weight, bound) in enumerate(demands):
-        growing.append((bound / weight, index))
-        for link in links:
-            weights[link] += weight
-            members[link].append(index)
-    # Bounds are met in the order of their levels. A demand that is held at a bound below a link's
-    # level leaves more for the others on it, so all bounds up to the lowest level hold at once.
-    growing.sort()
-    held = bytearray(len(demands))
-    open_links = [link for link, indices in enumerate(members) if indices]
-    counts = [len(indices) for indices in members]
-    at = 0
+def _lowest(levels: list[tuple[float, int, Link]]) -> tuple[Link | None, float]:
+    """The link that is full first, and at which rate for a unit of weight."""
+    while levels:
+        level, number, link = levels[0]
+        if not link.growing:
+            heapq.heappop(levels)
+            continue
+        current = link.left / link.weight
+        if current <= level:
+            return link, current
+        heapq.heapreplace(levels, (current, number, link))
+    return None, math.inf
 
-    def hold(index: int, rate: float) -> None:
-        held[index] = 1
-        rates[index] = rate
-        links, weight, _ = demands[index]
-        for link in links:
-            left[link] = max(0.0, left[link] - rate)
-            counts[link] -= 1
-            # Rounding must not leave the weight of nobody.
-            weights[link] = weights[link] - weight if counts[link] else 0.0
 
-    while at < len(growing):
-        lowest, tightest = math.inf, -1
-        for link in open_links:
-            if counts[link] and left[link] < lowest * weights[link]:
-                lowest, tightest = left[link] / weights[link], link
-        reach = lowest * (1 + LEVEL_TOLERANCE)
-        bounded = False
-        while at < len(growing) and growing[at][0] <= reach:
-            level, index = growing[at]
-            at += 1
-            if not held[index]:
-                if level == math.inf:
-                    raise ValueError("a demand without a bound crosses no link with a capacity")
-                bounded = True
-                hold(index, demands[index].bound)
-        if not bounded and tightest >= 0:
-            for index in members[tightest]:
-                if not held[index]:
-                    hold(index, lowest * demands[index].weight)
-        elif not bounded:
-            at = len(growing)
-    return rates
+def _hold(route: Route, rate: float) -> None:
+    route.share = rate
+    weight = route.weight
+    for link in route.links:
+        if link.tight:
+            left = link.left - rate
+            if left < 0.0:
+                assert left >= -OVER_CAPACITY * link.capacity, f"{link} carries {-left} too much"
+                left = 0.0
+            link.left = left
+            link.weight -= weight
+            link.growing -= 1
