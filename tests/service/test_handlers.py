@@ -80,7 +80,8 @@ def test_bytes_that_are_no_message_are_the_callers_mistake_and_no_trace_is_logge
     with caplog.at_level(logging.ERROR), pytest.raises(InvalidRequest, match="100 bytes") as caught:
         asyncio.run(_call(kind, handler, NO_MESSAGE))
     assert caught.value.reason == "malformed"
-    assert not caplog.records
+    # gRPC may still wake the loop of an earlier test, which is closed: that is asyncio's to tell.
+    assert not [record for record in caplog.records if record.name != "asyncio"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
