@@ -115,7 +115,7 @@ class ClusterCommand:
             type=float,
             default=default.seconds,
             metavar="S",
-            help="what the direct policy shall need for a round (8)",
+            help=f"what the direct policy shall need for a round ({default.seconds:g})",
         )
         work.add_argument(
             "--load-mib",
