@@ -18,6 +18,7 @@ from dualpath.bench.testbed.engine import LoadOutcome
 from dualpath.bench.testbed.link_meter import Link, LinkKind, LinkUse
 
 WITHIN = 0.10
+DEVIATES = "DEVIATES"
 _FIGURES = {
     "bytes_per_s": "MB/s",
     "ratio_to_direct": "x direct",
@@ -46,7 +47,7 @@ class Agreement:
         """agrees, deviates, or not judged (the machine, not the links, bound the measurement)."""
         if not self.judged:
             return "not judged: CPU bound"
-        return "agrees" if abs(self.deviation) <= WITHIN else "DEVIATES"
+        return "agrees" if abs(self.deviation) <= WITHIN else DEVIATES
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""

@@ -307,6 +307,7 @@ def _sensitivity(args: argparse.Namespace, progress: Progress) -> tuple[dict[str
 
 def _cluster(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, object], str, bool]:
     from dualpath.bench.simulate.agreement import (  # noqa: PLC0415 - numpy behind it
+        DEVIATES,
         HEADINGS,
         WITHIN,
         Agreement,
@@ -323,7 +324,7 @@ def _cluster(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, ob
         found += compare(each)
         progress.done()
     print_table(HEADINGS, rows(found), sys.stdout)
-    agrees = all(abs(one.deviation) <= WITHIN for one in found if one.judged)
+    agrees = all(one.verdict != DEVIATES for one in found)
     print(f"within {WITHIN:.0%}: {'yes' if agrees else 'NO'}")
     figures: dict[str, object] = {"agrees": agrees, "figures": [one.to_json() for one in found]}
     return figures, markdown_table(HEADINGS, rows(found)), agrees
